@@ -1,0 +1,166 @@
+// Argument handling of the pixel losses on the LibTorch stable ABI, shared by the CPU and CUDA registrations.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/pixel.h"
+
+namespace ik {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+static inline Penalty parse_penalty(const std::string& name) {
+  if (name == "l1") return Penalty::l1;
+  if (name == "l2") return Penalty::l2;
+  if (name == "charbonnier") return Penalty::charbonnier;
+  STD_TORCH_CHECK(name == "huber", "penalty: unknown value '", name, "'");
+  return Penalty::huber;
+}
+
+static inline Normalize parse_normalize(const std::string& name) {
+  if (name == "mask") return Normalize::mask;
+  if (name == "image") return Normalize::image;
+  STD_TORCH_CHECK(name == "sample", "normalize: unknown value '", name, "'");
+  return Normalize::sample;
+}
+
+static inline ScalarType accumulate_type(ScalarType a, ScalarType b) {
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Same answer as Tensor.is_contiguous(memory_format=channels_last), which the stable ABI does not offer.
+static inline bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (sizes[dim] == 1) continue;
+    if (strides[dim] != expected) return false;
+    expected *= sizes[dim];
+  }
+  return true;
+}
+
+static inline Tensor in_layout(const Tensor& t, bool channels_last) {
+  const bool ready = channels_last ? is_channels_last(t) : t.is_contiguous();
+  if (ready) return t;
+  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Allocation on `like`'s device through the C shim: 0.3 us where aten::empty by name costs 1 us.
+static inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                                   const std::vector<int64_t>& strides, ScalarType dtype) {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype_code, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+static inline Tensor empty_1d(const Tensor& like, int64_t size, ScalarType dtype) {
+  return empty_strided(like, {size}, {1}, dtype);
+}
+
+static inline Tensor empty_scalar(const Tensor& like, ScalarType dtype) {
+  return empty_strided(like, {}, {}, dtype);
+}
+
+static inline Tensor empty_image(const Tensor& like, const std::vector<int64_t>& s, bool channels_last,
+                                 ScalarType dtype) {
+  if (channels_last) return empty_strided(like, s, {s[1] * s[2] * s[3], 1, s[1] * s[3], s[1]}, dtype);
+  return empty_strided(like, s, {s[1] * s[2] * s[3], s[2] * s[3], s[3], 1}, dtype);
+}
+
+// Memory view of one call. A segment is a run of `length` consecutive elements: a channel plane in NCHW, a whole
+// sample in channels_last. Element i of segment (n, c) reads the mask at
+// mask + n * mask_stride_n + c * mask_stride_c + i / mask_repeat.
+struct PixelShape {
+  int64_t samples = 0;   // N
+  int64_t segments = 0;  // per sample: C in NCHW, 1 in channels_last
+  int64_t length = 0;    // H*W in NCHW, H*W*C in channels_last
+  int64_t channels = 0;  // C
+  int64_t pixels = 0;    // H*W
+  bool has_mask = false;
+  int64_t mask_stride_n = 0;
+  int64_t mask_stride_c = 0;
+  int64_t mask_repeat = 1;
+  int64_t mask_multiplicity = 1;  // channels that share one mask value: C for a single-channel mask
+
+  int64_t groups() const { return (length + 7) / 8; }
+  int64_t numel() const { return samples * segments * length; }
+  // The same in both layouts (channels_last needs no more), so that the fake kernel needs no strides.
+  int64_t sign_bytes() const { return 2 * samples * channels * ((pixels + 7) / 8); }
+};
+
+static inline PixelShape pixel_shape(const std::vector<int64_t>& size, bool channels_last) {
+  STD_TORCH_CHECK(size.size() == 4, "pred must have 4 dimensions (N, C, H, W)");
+  PixelShape shape;
+  shape.samples = size[0];
+  shape.channels = size[1];
+  shape.segments = channels_last ? 1 : size[1];
+  shape.pixels = size[2] * size[3];
+  shape.length = shape.pixels * (channels_last ? size[1] : 1);
+  return shape;
+}
+
+// Fills in the mask fields of `shape`; returns the mask, copied only if its H x W plane is not dense.
+static inline Tensor prepare_mask(const Tensor& mask, const std::vector<int64_t>& size, bool channels_last,
+                                  PixelShape& shape) {
+  const int64_t H = size[2];
+  const int64_t W = size[3];
+  const bool plane_only = mask.dim() == 2;
+  const auto sizes = mask.sizes();
+  STD_TORCH_CHECK(plane_only || mask.dim() == 4, "mask must have 2 or 4 dimensions");
+  const int64_t mask_n = plane_only ? 1 : sizes[0];
+  const int64_t mask_c = plane_only ? 1 : sizes[1];
+  STD_TORCH_CHECK(sizes[mask.dim() - 2] == H && sizes[mask.dim() - 1] == W &&
+                      (mask_n == 1 || mask_n == size[0]) && (mask_c == 1 || mask_c == size[1]),
+                  "mask does not broadcast to pred");
+  shape.has_mask = true;
+  Tensor ready = mask;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const auto strides = ready.strides();
+    const int64_t stride_h = strides[ready.dim() - 2];
+    const int64_t stride_w = strides[ready.dim() - 1];
+    const int64_t stride_n = mask_n == 1 ? 0 : strides[0];
+    const int64_t stride_c = mask_c == 1 ? 0 : strides[1];
+    const bool plane_dense = (W == 1 || stride_w == 1) && (H == 1 || stride_h == W);
+    if (stride_c == 0 && plane_dense) {
+      shape.mask_stride_n = stride_n;
+      shape.mask_repeat = channels_last ? size[1] : 1;
+      shape.mask_multiplicity = size[1];
+      return ready;
+    }
+    if (stride_c != 0 && channels_last) {
+      const bool dense = stride_c == 1 && (W == 1 || stride_w == mask_c) && (H == 1 || stride_h == W * mask_c);
+      if (dense) {
+        shape.mask_stride_n = stride_n;
+        return ready;
+      }
+    } else if (stride_c != 0 && plane_dense) {
+      shape.mask_stride_n = stride_n;
+      shape.mask_stride_c = stride_c;
+      return ready;
+    }
+    ready = torch::stable::contiguous(
+        ready, channels_last && stride_c != 0 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  return ready;
+}
+
+}  // namespace ik

@@ -1,0 +1,20 @@
+"""Training losses of image inpainting as fused kernels for PyTorch."""
+
+from .ops.hole_valid import HoleValid, hole_valid_loss
+from .ops.masked_l1 import (
+    masked_charbonnier_loss,
+    masked_huber_loss,
+    masked_l1_loss,
+    masked_mse_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HoleValid",
+    "hole_valid_loss",
+    "masked_charbonnier_loss",
+    "masked_huber_loss",
+    "masked_l1_loss",
+    "masked_mse_loss",
+]

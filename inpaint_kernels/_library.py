@@ -1,0 +1,135 @@
+"""Registers an op once: one schema, one fake, one autograd formula for all its compiled backends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend
+
+NAMESPACE = "inpaint_kernels"
+OPS: dict[str, Op] = {}
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# A registered autograd rule costs about 7 us a call even without a gradient. Calls that need no rule, or whose
+# rule is `_Route.function`, go below it. Should the private name go away, they are slower and still right.
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+class _Route:
+    """One backend of one op: its forward and backward operators, and the eager autograd node over them."""
+
+    def __init__(self, op: Op, backend: str) -> None:
+        self.forward = _define(f"{op.name}_{backend}", op.schema, op.fake)
+        self.backward = _define(f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake)
+        inputs = len(self.forward._schema.arguments)
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found = op.backward(ctx, self.backward, *grads[: op.outputs])
+            return found + (None,) * (inputs - len(found))
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[op.outputs :])
+            op.save(ctx, inputs, output)
+
+        torch.library.register_autograd(
+            self.forward._schema.name, backward, setup_context=setup, lib=_library
+        )
+        forward_op = self.forward
+
+        class Function(torch.autograd.Function):
+            # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with _below_autograd():
+                    output = forward_op(*args)
+                ctx.set_materialize_grads(False)
+                op.save(ctx, args, output)
+                return output[0] if op.outputs == 1 else output[: op.outputs]
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return backward(ctx, *grads)
+
+        self.function = Function
+
+
+class Op:
+    """An op with compiled backends.
+
+    Args:
+        name: the op's name in every folder.
+        schema, backward_schema: arguments and returns, "(Tensor pred, ...) -> (Tensor, ...)".
+        outputs: how many leading outputs are differentiable; the rest is what the backward needs.
+        fake, backward_fake: the same functions on metadata alone.
+        save: `save(ctx, inputs, output)` stores what the backward needs.
+        backward: `backward(ctx, op, *grads)` returns the gradients of the leading inputs. With grad mode on
+            (`create_graph=True`) it must use differentiable torch functions instead of `op`.
+        backends: those with kernels, besides `reference`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: str,
+        backward_schema: str,
+        outputs: int,
+        fake: Callable[..., Any],
+        backward_fake: Callable[..., Any],
+        save: Callable[..., None],
+        backward: Callable[..., tuple[Tensor | None, ...]],
+        backends: tuple[str, ...] = ("cpu", "triton", "cuda"),
+    ) -> None:
+        self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
+        self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
+        self.backends = backends
+        self.routes = {backend: _Route(self, backend) for backend in backends}
+        if "triton" in backends:
+            for suffix, function in (("", "forward"), ("_backward", "backward")):
+                kernel = _lazy_triton(name, function)
+                for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+                    _library.impl(f"{name}{suffix}_triton", kernel, key)
+        OPS[name] = self
+
+    def choose(self, backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
+        """Backend of this call; raises when a forced one cannot run."""
+        return _backend.choose(self.name, self.backends, backend, device, *dtypes)
+
+    def __call__(self, backend: str, needs_grad: bool, *args: Any) -> Any:
+        """Runs one compiled backend; returns the differentiable outputs (a tensor when there is one)."""
+        route = self.routes[backend]
+        if torch.compiler.is_compiling():
+            output = route.forward(*args)
+        elif needs_grad:
+            return route.function.apply(*args)
+        else:
+            with _below_autograd():
+                output = route.forward(*args)
+        return output[0] if self.outputs == 1 else output[: self.outputs]
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    _library.define(name + schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _lazy_triton(module: str, function: str) -> Callable[..., Any]:
+    """The Triton launcher, imported on its first call: importing this package must not import Triton."""
+    found: list[Callable[..., Any]] = []
+
+    def kernel(*args: Any) -> Any:
+        if not found:
+            found.append(
+                getattr(importlib.import_module(f"{__package__}.triton_kernels.{module}"), function)
+            )
+        return found[0](*args)
+
+    return kernel

@@ -1,0 +1,69 @@
+"""Argument checks shared by the pixel losses: every error names the argument, what it got and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MASK_DTYPES = (*FLOATS, torch.bool, torch.uint8)
+PENALTIES = ("l1", "l2", "charbonnier", "huber")
+NORMALIZATIONS = ("mask", "image", "sample")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_images(pred: Tensor, target: Tensor) -> None:
+    """pred and target: floating (N, C, H, W) tensors of one shape on one device."""
+    for name, value in (("pred", pred), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if pred.ndim != 4:
+        raise ValueError(f"pred must have shape (N, C, H, W), got {tuple(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ValueError(f"target has shape {tuple(target.shape)}, pred has {tuple(pred.shape)}")
+    if target.device != pred.device:
+        raise ValueError(f"target is on {target.device}, pred is on {pred.device}")
+
+
+def check_mask(mask: Tensor, pred: Tensor) -> Tensor:
+    """The mask, with its last two dimensions expanded to the image's."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype not in MASK_DTYPES:
+        raise TypeError(f"mask must be floating, bool or uint8, got {mask.dtype}")
+    if mask.device != pred.device:
+        raise ValueError(f"mask is on {mask.device}, pred is on {pred.device}")
+    shape, image = mask.shape, pred.shape
+    if len(shape) == 4:
+        fits = (
+            (shape[0] == image[0] or shape[0] == 1)
+            and (shape[1] == image[1] or shape[1] == 1)
+            and (shape[2] == image[2] or shape[2] == 1)
+            and (shape[3] == image[3] or shape[3] == 1)
+        )
+    else:
+        fits = len(shape) == 2 and shape == image[2:]
+    if not fits:
+        raise ValueError(
+            f"mask has shape {tuple(shape)}; for pred {tuple(image)} allowed: (N, 1, H, W), (1, 1, H, W), "
+            "(H, W), (N, C, H, W), or any 4-D shape that broadcasts to pred's. A batch of masks (N, H, W) needs "
+            "mask.unsqueeze(1)"
+        )
+    if shape[-2:] != image[2:]:
+        mask = mask.expand(-1, -1, image[2], image[3])
+    return mask
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """`value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_positive(name: str, value: float) -> float:
+    """A float whose square float32 can hold: a smaller one is 0 where the formula needs it."""
+    if not 1e-18 <= value <= 1e18:
+        raise ValueError(f"{name} must lie between 1e-18 and 1e18, got {value!r}")
+    return float(value)

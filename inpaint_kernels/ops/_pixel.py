@@ -1,0 +1,94 @@
+"""What masked_l1 and hole_valid share: metadata of their outputs, what they save, global counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.masked_l1 import accumulate_dtype
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """The layout the kernels work in: channels_last, unless the tensor is contiguous as NCHW too."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_image(like: Tensor, size: Any, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """An image in NCHW or channels_last strides on `like`'s device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def fake_signs(pred: Tensor, save_signs: bool) -> Tensor:
+    """Two bits an element, padded to groups of 8 in every channel plane."""
+    n, c, h, w = pred.shape
+    return pred.new_empty(2 * n * c * ((h * w + 7) // 8) if save_signs else 0, dtype=torch.uint8)
+
+
+def fake_gradients(
+    like: Tensor,
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """Metadata of (grad_pred, grad_target); one that is not needed is an empty vector."""
+    return (
+        empty_image(like, size, channels_last, pred_dtype)
+        if need_pred
+        else like.new_empty(0, dtype=pred_dtype),
+        empty_image(like, size, channels_last, target_dtype)
+        if need_target
+        else like.new_empty(0, dtype=target_dtype),
+    )
+
+
+def needs_grad(pred: Tensor, target: Tensor) -> bool:
+    """Whether this call will be asked for a gradient."""
+    return torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
+
+
+def save_for_backward(
+    ctx: Any, pred: Tensor, target: Tensor, mask: Tensor | None, penalty: str, scale: Tensor, signs: Tensor
+) -> None:
+    """l1 keeps 2 bits an element; the other penalties keep references to pred and target."""
+    kept = (signs, None) if penalty == "l1" else (pred, target)
+    ctx.save_for_backward(scale, mask, *kept)
+    ctx.penalty = penalty
+    ctx.image = (pred.shape, is_channels_last(pred), pred.dtype, target.dtype)
+
+
+def unpack_signs(signs: Tensor, size: Any, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """+1, 0, -1 of every element, from the packed bits; only the second derivative needs them unpacked."""
+    n, c, h, w = size
+    length = h * w * c if channels_last else h * w
+    segments = n if channels_last else n * c
+    groups = (length + 7) // 8
+    packed = signs[: 2 * segments * groups].view(segments, groups, 2, 1)
+    bits = (packed >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1
+    sign = (bits[:, :, 0].to(dtype) - bits[:, :, 1].to(dtype)).view(segments, groups * 8)[:, :length]
+    if channels_last:
+        return sign.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return sign.reshape(n, c, h, w)
+
+
+def global_factor(local: Tensor, process_group: Any) -> Tensor:
+    """world_size / (sum of `local` over the group), 0 where that sum is 0; no gradient.
+
+    DDP averages gradients over the ranks, so a local sum times this factor has the gradient of the global mean.
+    """
+    import torch.distributed as dist
+
+    total = local.detach().to(torch.float64)
+    dist.all_reduce(total, group=process_group)
+    empty = total == 0
+    return torch.where(empty, 0.0, dist.get_world_size(process_group) / torch.where(empty, 1.0, total))
+
+
+def accumulate(pred: Tensor, target: Tensor) -> torch.dtype:
+    """dtype of losses and sums."""
+    return accumulate_dtype(pred, target)

@@ -1,0 +1,219 @@
+"""Hole and valid pixel losses from one pass over the images."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import hole_valid as reference
+from ..reference.masked_l1 import masked_loss_grad
+from . import _checks, _pixel
+from .masked_l1 import _IMAGE
+
+
+class HoleValid(NamedTuple):
+    """The two terms of `hole_valid_loss`, scalars on the device of the images."""
+
+    hole: Tensor
+    valid: Tensor
+
+
+def _fake(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    penalty: str,
+    param: float,
+    normalize: str,
+    mask_is_hole: bool,
+    save_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _pixel.accumulate(pred, target)
+    return (
+        pred.new_empty((), dtype=dtype),
+        pred.new_empty((), dtype=dtype),
+        pred.new_empty((pred.shape[0], 2), dtype=dtype),
+        _pixel.fake_signs(pred, save_signs),
+    )
+
+
+def _backward_fake(
+    grad_hole: Tensor | None,
+    grad_valid: Tensor | None,
+    scale: Tensor,
+    signs: Tensor | None,
+    mask: Tensor,
+    pred: Tensor | None,
+    target: Tensor | None,
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    penalty: str,
+    param: float,
+    mask_is_hole: bool,
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    return _pixel.fake_gradients(
+        scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, mask, penalty, param, _, mask_is_hole, _ = inputs
+    ctx.param, ctx.mask_is_hole = param, mask_is_hole
+    _pixel.save_for_backward(ctx, pred, target, mask, penalty, output[2], output[3])
+
+
+def _backward(
+    ctx: Any, op: Any, grad_hole: Tensor | None, grad_valid: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_hole is None and grad_valid is None:
+        return None, None
+    scale, mask, first, second = ctx.saved_tensors
+    need_pred, need_target = ctx.needs_input_grad[:2]
+    l1 = ctx.penalty == "l1"
+    signs, pred, target = (first, None, None) if l1 else (None, first, second)
+    if torch.is_grad_enabled():
+        size, channels_last, pred_dtype, target_dtype = ctx.image
+        valid = mask.to(scale.dtype)
+        hole, valid = (valid, 1 - valid) if ctx.mask_is_hole else (1 - valid, valid)
+        value = torch.zeros((), dtype=scale.dtype, device=scale.device)
+        for grad, weight, column in ((grad_hole, hole, 0), (grad_valid, valid, 1)):
+            if grad is None:
+                continue
+            coefficient = grad * scale[:, column, None, None, None]
+            if l1:
+                sign = _pixel.unpack_signs(signs, size, channels_last, scale.dtype)
+                value = value + coefficient * weight * sign
+            else:
+                value = value + masked_loss_grad(pred, target, weight, coefficient, ctx.penalty, ctx.param)
+        return value.to(pred_dtype) if need_pred else None, -value.to(target_dtype) if need_target else None
+    grad_pred, grad_target = op(
+        grad_hole,
+        grad_valid,
+        scale,
+        signs,
+        mask,
+        pred,
+        target,
+        *ctx.image,
+        ctx.penalty,
+        ctx.param,
+        ctx.mask_is_hole,
+        need_pred,
+        need_target,
+    )
+    return grad_pred if need_pred else None, grad_target if need_target else None
+
+
+_op = _library.Op(
+    "hole_valid",
+    schema="(Tensor pred, Tensor target, Tensor mask, str penalty, float param, str normalize, "
+    "bool mask_is_hole, bool save_signs) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor? grad_hole, Tensor? grad_valid, Tensor scale, Tensor? signs, Tensor mask, "
+    f"Tensor? pred, Tensor? target, {_IMAGE}, str penalty, float param, bool mask_is_hole, bool need_pred, "
+    "bool need_target) -> (Tensor, Tensor)",
+    outputs=2,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+)
+
+
+def hole_valid_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    penalty: str = "l1",
+    normalize: str = "image",
+    mask_is: str = "valid",
+    eps: float = 1e-3,
+    delta: float = 1.0,
+    backend: str | None = None,
+) -> HoleValid:
+    """The pixel loss inside the hole and the one on known pixels, from one pass over the images.
+
+    With v = `mask` (1 = known) and h = 1 - v: ``hole = sum(h * p(pred - target)) / D_hole`` and
+    ``valid = sum(v * p(pred - target)) / D_valid``. ``normalize="image"`` divides both by the number of elements of
+    `pred`, ``"mask"`` each by its own summed weights (broadcast over channels), ``"sample"`` per sample, followed by
+    the mean over all N samples. A region without pixels gives 0 with zero gradient.
+
+    Args:
+        pred: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides. NCHW and channels_last are
+            read in place, other strides through a copy.
+        target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
+        mask: 1 = known, 0 = hole, fractions belong to both in proportion: (N, 1, H, W), (1, 1, H, W), (H, W),
+            (N, C, H, W) or any 4-D shape that broadcasts; floating, bool or uint8 (not divided by 255).
+        penalty: "l1", "l2", "charbonnier" or "huber".
+        normalize: "image", "mask" or "sample", see above.
+        mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
+        eps: of "charbonnier", in the unit of the images.
+        delta: of "huber", in the unit of the images.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``HoleValid(hole, valid)``: two scalars, float32, float64 if an input is float64.
+
+    Differentiable in `pred` and `target` (l1: subgradient 0 where they are equal), twice. If `mask` requires a
+    gradient the differentiable reference runs instead of a kernel. For the l1 gradient 2 bits an element are kept.
+
+    Raises:
+        TypeError: an argument is no tensor or has a dtype not listed above.
+        ValueError: shapes or devices disagree, or an option is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018 (6 * hole + valid, both
+    divided by the element count of the whole image).
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> pred, target = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+        >>> mask = torch.ones(1, 1, 4, 4)
+        >>> mask[..., 0] = 0
+        >>> ik.hole_valid_loss(pred, target, mask)
+        HoleValid(hole=tensor(0.2500), valid=tensor(0.7500))
+    """
+    _checks.check_images(pred, target)
+    mask = _checks.check_mask(mask, pred)
+    _checks.check_choice("penalty", penalty, _checks.PENALTIES)
+    _checks.check_choice("normalize", normalize, _checks.NORMALIZATIONS)
+    _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
+    param = 0.0
+    if penalty == "charbonnier":
+        param = _checks.check_positive("eps", eps)
+    elif penalty == "huber":
+        param = _checks.check_positive("delta", delta)
+    if mask.requires_grad and torch.is_grad_enabled() and backend is None:
+        backend = "reference"
+    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    if chosen == "reference":
+        return HoleValid(
+            *reference.hole_valid(
+                pred, target, mask, penalty=penalty, param=param, normalize=normalize, mask_is=mask_is
+            )
+        )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
+        )
+    grad = _pixel.needs_grad(pred, target)
+    hole, valid = _op(
+        chosen,
+        grad,
+        pred,
+        target,
+        mask,
+        penalty,
+        param,
+        normalize,
+        mask_is == "hole",
+        grad and penalty == "l1",
+    )
+    return HoleValid(hole, valid)

@@ -1,0 +1,330 @@
+"""Masked pixel losses: L1, MSE, Charbonnier and Huber, one kernel family with the penalty as a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import masked_l1 as reference
+from . import _checks, _pixel
+
+_IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype"
+
+
+def _fake(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    penalty: str,
+    param: float,
+    reduction: str,
+    normalize: str,
+    save_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _pixel.accumulate(pred, target)
+    signs = _pixel.fake_signs(pred, save_signs)
+    if reduction == "none":
+        out = _pixel.empty_image(pred, pred.shape, _pixel.is_channels_last(pred), dtype)
+        return out, pred.new_empty(0, dtype=dtype), signs
+    return pred.new_empty((), dtype=dtype), pred.new_empty((pred.shape[0], 1), dtype=dtype), signs
+
+
+def _backward_fake(
+    grad: Tensor,
+    scale: Tensor,
+    signs: Tensor | None,
+    mask: Tensor | None,
+    pred: Tensor | None,
+    target: Tensor | None,
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    penalty: str,
+    param: float,
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    return _pixel.fake_gradients(
+        grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, mask, penalty, param = inputs[:5]
+    ctx.param = param
+    _pixel.save_for_backward(ctx, pred, target, mask, penalty, output[1], output[2])
+
+
+def _backward(ctx: Any, op: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None
+    scale, mask, first, second = ctx.saved_tensors
+    need_pred, need_target = ctx.needs_input_grad[:2]
+    l1 = ctx.penalty == "l1"
+    signs, pred, target = (first, None, None) if l1 else (None, first, second)
+    if torch.is_grad_enabled():
+        size, channels_last, pred_dtype, target_dtype = ctx.image
+        coefficient = grad * scale[:, :, None, None] if grad.ndim == 0 else grad
+        if l1:
+            # Constant almost everywhere, so the second derivative by pred and target is zero.
+            value = coefficient * _pixel.unpack_signs(signs, size, channels_last, scale.dtype)
+            value = value if mask is None else value * mask.to(value.dtype)
+        else:
+            value = reference.masked_loss_grad(pred, target, mask, coefficient, ctx.penalty, ctx.param)
+        return value.to(pred_dtype) if need_pred else None, -value.to(target_dtype) if need_target else None
+    grad_pred, grad_target = op(
+        grad, scale, signs, mask, pred, target, *ctx.image, ctx.penalty, ctx.param, need_pred, need_target
+    )
+    return grad_pred if need_pred else None, grad_target if need_target else None
+
+
+_op = _library.Op(
+    "masked_l1",
+    schema="(Tensor pred, Tensor target, Tensor? mask, str penalty, float param, str reduction, "
+    "str normalize, bool save_signs) -> (Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor grad, Tensor scale, Tensor? signs, Tensor? mask, Tensor? pred, Tensor? target, "
+    f"{_IMAGE}, str penalty, float param, bool need_pred, bool need_target) -> (Tensor, Tensor)",
+    outputs=1,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+)
+
+
+def _masked_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    penalty: str,
+    param: float,
+    reduction: str,
+    normalize: str,
+    process_group: Any,
+    backend: str | None,
+) -> Tensor:
+    _checks.check_images(pred, target)
+    if mask is not None:
+        mask = _checks.check_mask(mask, pred)
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.check_choice("normalize", normalize, _checks.NORMALIZATIONS)
+    if process_group is not None:
+        if reduction != "mean":
+            raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
+        return _global_mean(pred, target, mask, penalty, param, normalize, process_group, backend)
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled() and backend is None:
+        backend = "reference"
+    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    if chosen == "reference":
+        return reference.masked_loss(
+            pred, target, mask, penalty=penalty, param=param, reduction=reduction, normalize=normalize
+        )
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
+        )
+    grad = _pixel.needs_grad(pred, target)
+    out: Tensor = _op(
+        chosen, grad, pred, target, mask, penalty, param, reduction, normalize, grad and penalty == "l1"
+    )
+    return out
+
+
+def _global_mean(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    penalty: str,
+    param: float,
+    normalize: str,
+    process_group: Any,
+    backend: str | None,
+) -> Tensor:
+    samples = torch.tensor(float(pred.shape[0]), dtype=torch.float64, device=pred.device)
+    if normalize == "sample":
+        local = _masked_loss(pred, target, mask, penalty, param, "mean", "sample", None, backend)
+        factor = samples * _pixel.global_factor(samples, process_group)
+    else:
+        local = _masked_loss(pred, target, mask, penalty, param, "sum", normalize, None, backend)
+        if mask is None or normalize == "image":
+            count = samples * float(pred[0].numel() if pred.shape[0] else 0)
+        else:
+            count = mask.detach().expand_as(pred).sum(dtype=torch.float64)
+        factor = _pixel.global_factor(count, process_group)
+    return local * factor.to(local.dtype)
+
+
+def masked_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalize: str = "mask",
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted mean absolute difference of two images.
+
+    ``sum(mask * |pred - target|) / D``, where D is the summed mask, broadcast over the channels
+    (``normalize="mask"``), the number of elements of `pred` (``"image"``), or the summed mask of each sample,
+    followed by the mean over all N samples (``"sample"``). Where D is 0 (nothing counted, or an empty batch) the
+    loss and its gradient are 0, never NaN.
+
+    Args:
+        pred: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides. NCHW and channels_last are
+            read in place, other strides through a copy.
+        target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
+        mask: weights, 1 = counted, 0 = ignored: (N, 1, H, W), (1, 1, H, W), (H, W), (N, C, H, W) or any 4-D shape
+            that broadcasts; floating, bool or uint8 (not divided by 255), expected non-negative. Where it is
+            exactly 0, NaN and Inf in `pred` and `target` are ignored. None counts everything.
+        reduction: "mean"; "sum", the weighted sum whatever `normalize` says; "none", the weighted map.
+        normalize: "mask", "image" or "sample", see above.
+        process_group: a torch.distributed group: D is summed over its ranks (one scalar all-reduce) and the
+            result scaled such that the gradient average of DDP is the gradient of the global mean. The mean of
+            the returned values over the ranks is that global mean. Needs ``reduction="mean"``.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
+
+    Differentiable in `pred` and `target` (subgradient 0 where they are equal), twice. If `mask` requires a
+    gradient the differentiable reference runs instead of a kernel. For the gradient 2 bits an element are kept.
+
+    Raises:
+        TypeError: an argument is no tensor or has a dtype not listed above.
+        ValueError: shapes or devices disagree, or an option is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    The region means of mmagic's ``masked_l1``; ``normalize="image"`` is the form of Liu et al., "Image Inpainting
+    for Irregular Holes Using Partial Convolutions", 2018.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> pred, target = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+        >>> mask = torch.zeros(1, 1, 4, 4)
+        >>> mask[..., :2] = 1
+        >>> ik.masked_l1_loss(pred, target, mask)
+        tensor(1.)
+        >>> ik.masked_l1_loss(pred, target, mask, normalize="image")
+        tensor(0.5000)
+    """
+    return _masked_loss(pred, target, mask, "l1", 0.0, reduction, normalize, process_group, backend)
+
+
+def masked_mse_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalize: str = "mask",
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted mean squared difference of two images, ``sum(mask * (pred - target)^2) / D``.
+
+    Args:
+        pred: images (N, C, H, W), as in `masked_l1_loss`.
+        target: as `pred`.
+        mask: weights, as in `masked_l1_loss`.
+        reduction: "mean", "sum" or "none".
+        normalize: the denominator D: "mask", "image" or "sample".
+        process_group: for a mean over all ranks, as in `masked_l1_loss`.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
+
+    Differentiable in `pred` and `target`, twice; keeps references to both. Raises as `masked_l1_loss`.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> ik.masked_mse_loss(torch.full((1, 3, 4, 4), 3.0), torch.ones(1, 3, 4, 4))
+        tensor(4.)
+    """
+    return _masked_loss(pred, target, mask, "l2", 0.0, reduction, normalize, process_group, backend)
+
+
+def masked_charbonnier_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-3,
+    reduction: str = "mean",
+    normalize: str = "mask",
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted mean Charbonnier penalty, ``sum(mask * sqrt((pred - target)^2 + eps^2)) / D``.
+
+    Args:
+        pred: images (N, C, H, W), as in `masked_l1_loss`.
+        target: as `pred`.
+        mask: weights, as in `masked_l1_loss`.
+        eps: half-width of the smooth region, in the unit of the images; squared inside the root.
+        reduction: "mean", "sum" or "none".
+        normalize: the denominator D: "mask", "image" or "sample".
+        process_group: for a mean over all ranks, as in `masked_l1_loss`.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
+
+    Differentiable in `pred` and `target`, twice; keeps references to both. Raises as `masked_l1_loss`, and
+    ValueError for an `eps` whose square float32 cannot hold.
+
+    Charbonnier et al., 1994, as used by Lai et al., "Deep Laplacian Pyramid Networks", 2017.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> image = torch.ones(1, 3, 4, 4)
+        >>> ik.masked_charbonnier_loss(image, image)
+        tensor(0.0010)
+    """
+    eps = _checks.check_positive("eps", eps)
+    return _masked_loss(pred, target, mask, "charbonnier", eps, reduction, normalize, process_group, backend)
+
+
+def masked_huber_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    delta: float = 1.0,
+    reduction: str = "mean",
+    normalize: str = "mask",
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted mean Huber penalty: ``d^2 / 2`` up to |d| = delta, ``delta * (|d| - delta / 2)`` beyond.
+
+    Args:
+        pred: images (N, C, H, W), as in `masked_l1_loss`.
+        target: as `pred`.
+        mask: weights, as in `masked_l1_loss`.
+        delta: where the penalty turns from quadratic to linear, in the unit of the images.
+        reduction: "mean", "sum" or "none".
+        normalize: the denominator D: "mask", "image" or "sample".
+        process_group: for a mean over all ranks, as in `masked_l1_loss`.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
+
+    Differentiable in `pred` and `target`, twice; keeps references to both. Raises as `masked_l1_loss`.
+
+    Huber, "Robust Estimation of a Location Parameter", 1964, scaled as ``torch.nn.functional.huber_loss``.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> ik.masked_huber_loss(torch.full((1, 3, 4, 4), 3.0), torch.zeros(1, 3, 4, 4))
+        tensor(2.5000)
+    """
+    delta = _checks.check_positive("delta", delta)
+    return _masked_loss(pred, target, mask, "huber", delta, reduction, normalize, process_group, backend)
