@@ -1,0 +1,137 @@
+// Conversion between storage types and the accumulation type, a run of elements at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/vec.h"
+
+namespace ik {
+
+enum class Dtype : int { f32, f64, f16, bf16, boolean, u8 };
+
+static inline int64_t dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::f16 || dtype == Dtype::bf16 ? 2 : 1;
+}
+
+namespace IK_ISA {
+
+IK_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+IK_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+IK_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Scaling by 2^112 moves the exponent and normalises subnormals in one multiplication.
+  const float value = bits_to_float(magnitude << 13) * 5.192296858534828e33f;
+  return bits_to_float(sign | float_to_bits(value));
+}
+
+IK_INLINE uint16_t float_to_half(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to Inf
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 aligns the mantissa so that the float adder rounds to nearest even.
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u));
+  }
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+IK_INLINE uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t rounded = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  return x != x ? static_cast<uint16_t>(0x7fc0u) : rounded;
+}
+
+// dst[i] = src[i], i < n.
+template <typename T>
+static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
+  int64_t i = 0;
+  switch (dtype) {
+    case Dtype::f32: {
+      const float* s = static_cast<const float*>(src);
+      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
+      break;
+    }
+    case Dtype::f64: {
+      const double* s = static_cast<const double*>(src);
+      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
+      break;
+    }
+    case Dtype::f16: {
+      const uint16_t* s = static_cast<const uint16_t*>(src);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8) {
+          const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i));
+          _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
+        }
+      }
+#endif
+      for (; i < n; ++i) dst[i] = static_cast<T>(half_to_float(s[i]));
+      break;
+    }
+    case Dtype::bf16: {
+      const uint16_t* s = static_cast<const uint16_t*>(src);
+      for (; i < n; ++i) dst[i] = static_cast<T>(bits_to_float(static_cast<uint32_t>(s[i]) << 16));
+      break;
+    }
+    default: {  // bool and uint8 are plain weights
+      const uint8_t* s = static_cast<const uint8_t*>(src);
+      for (; i < n; ++i) dst[i] = static_cast<T>(static_cast<int>(s[i]));
+    }
+  }
+}
+
+// dst[i] = src[i] rounded to nearest even; dst is f16, bf16, f32 or f64.
+template <typename T>
+static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
+  int64_t i = 0;
+  switch (dtype) {
+    case Dtype::f32: {
+      float* d = static_cast<float*>(dst);
+      for (; i < n; ++i) d[i] = static_cast<float>(src[i]);
+      break;
+    }
+    case Dtype::f64: {
+      double* d = static_cast<double*>(dst);
+      for (; i < n; ++i) d[i] = static_cast<double>(src[i]);
+      break;
+    }
+    case Dtype::f16: {
+      uint16_t* d = static_cast<uint16_t*>(dst);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8) {
+          const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i), h);
+        }
+      }
+#endif
+      for (; i < n; ++i) d[i] = float_to_half(static_cast<float>(src[i]));
+      break;
+    }
+    default: {
+      uint16_t* d = static_cast<uint16_t*>(dst);
+      for (; i < n; ++i) d[i] = float_to_bfloat16(static_cast<float>(src[i]));
+    }
+  }
+}
+
+}  // namespace IK_ISA
+}  // namespace ik

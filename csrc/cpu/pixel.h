@@ -1,0 +1,61 @@
+// Interface between the pixel-loss kernels (pixel.cpp, one build per instruction set) and the registrations of
+// masked_l1 and hole_valid.
+#pragma once
+
+#include <cstdint>
+
+#include "common/pixel.h"
+#include "common/pixel_shape.h"
+#include "cpu/isa.h"
+
+namespace ik {
+
+enum class Dtype : int;
+
+struct PixelCall {
+  PixelShape shape;
+  Penalty penalty = Penalty::l1;
+  double param = 0;
+  int regions = 1;            // 2: (hole, valid)
+  bool mask_is_hole = false;  // regions == 2: the mask holds the first region's weight
+  bool wide = false;          // accumulate in double
+
+  const void* pred = nullptr;    // [N, segments, length]
+  const void* target = nullptr;  // [N, segments, length]
+  const void* mask = nullptr;
+  Dtype pred_dtype{}, target_dtype{}, mask_dtype{};
+  uint8_t* signs = nullptr;  // [N * segments, groups, 2]; written forward, read backward (l1)
+
+  // Forward.
+  double* partials = nullptr;  // [units, 4]: sum and weight of the first, then of the second region
+  void* map = nullptr;         // [N, segments, length] float or double: reduction="none"
+
+  // Backward.
+  const double* coefficient = nullptr;  // [N, regions]: grad * scale
+  const void* grad_map = nullptr;       // [N, segments, length] float or double: reduction="none"
+  void* grad_pred = nullptr;
+  void* grad_target = nullptr;
+
+  // A unit is up to 4 segments of one sample over one chunk of elements: a mask shared by the channels is then
+  // read from memory once. Fixed by the shape alone, so that results do not depend on the number of threads.
+  static constexpr int64_t chunk = 8192;
+  static constexpr int64_t unit_segments = 4;
+  int64_t chunks() const { return (shape.length + chunk - 1) / chunk; }
+  int64_t segment_groups() const { return (shape.segments + unit_segments - 1) / unit_segments; }
+  int64_t units() const { return shape.samples * segment_groups() * chunks(); }
+};
+
+using PixelKernel = void (*)(const PixelCall& call, int64_t unit_begin, int64_t unit_end);
+struct PixelKernels {
+  PixelKernel forward;
+  PixelKernel backward;
+};
+
+}  // namespace ik
+
+IK_DECLARE_PER_ISA(PixelKernels, pixel_kernels)
+namespace ik {
+namespace generic {
+extern const PixelKernels pixel_kernels_wide;
+}
+}  // namespace ik

@@ -1,0 +1,208 @@
+// From torch tensors to PixelCall, and the parallel loops: what the registrations of masked_l1 and hole_valid share.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "common/op_args.h"
+#include "cpu/convert.h"
+#include "cpu/pixel.h"
+
+namespace ik {
+
+static inline Dtype dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Bool:
+      return Dtype::boolean;
+    default:
+      STD_TORCH_CHECK(type == ScalarType::Byte, "unsupported dtype of pred, target or mask");
+      return Dtype::u8;
+  }
+}
+
+// A thread takes at least this many elements: below it waking the second one costs more than it gives.
+constexpr int64_t kGrainElements = 32768;
+
+static inline const PixelKernels& kernels_for(const PixelCall& call) {
+  return call.wide ? generic::pixel_kernels_wide : IK_PICK_ISA(pixel_kernels);
+}
+
+static inline void run_units(const PixelCall& call, PixelKernel kernel) {
+  const int64_t units = call.units();
+  const int64_t elements = call.shape.numel() / (units > 0 ? units : 1);
+  const int64_t grain = kGrainElements / (elements > 0 ? elements : 1) + 1;
+  if (units <= grain) return kernel(call, 0, units);
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+// The tensors of one call; `ready` keeps copies alive that a layout change made.
+struct PixelTensors {
+  PixelCall call;
+  std::vector<int64_t> size;
+  bool channels_last = false;
+  ScalarType dtype = ScalarType::Float;  // of losses and sums
+  std::vector<Tensor> ready;
+
+  const void* add(const Tensor& tensor, bool image) {
+    ready.push_back(image ? in_layout(tensor, channels_last) : tensor);
+    return ready.back().const_data_ptr();
+  }
+
+  void set_images(const std::optional<Tensor>& pred, const std::optional<Tensor>& target) {
+    if (pred.has_value()) call.pred = add(*pred, true);
+    if (target.has_value()) call.target = add(*target, true);
+  }
+
+  void set_mask(const std::optional<Tensor>& mask) {
+    if (!mask.has_value()) return;
+    call.mask_dtype = dtype_code(mask->scalar_type());
+    call.mask = add(prepare_mask(*mask, size, channels_last, call.shape), false);
+  }
+
+  void set_types(ScalarType pred, ScalarType target) {
+    call.pred_dtype = dtype_code(pred);
+    call.target_dtype = dtype_code(target);
+    dtype = accumulate_type(pred, target);
+    call.wide = dtype == ScalarType::Double;
+  }
+};
+
+static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& target, const std::optional<Tensor>& mask,
+                                           const std::string& penalty, double param) {
+  STD_TORCH_CHECK(pred.dim() == 4, "pred must have 4 dimensions (N, C, H, W)");
+  PixelTensors t;
+  t.size.assign(pred.sizes().begin(), pred.sizes().end());
+  STD_TORCH_CHECK(std::equal(t.size.begin(), t.size.end(), target.sizes().begin(), target.sizes().end()),
+                  "target must have the shape of pred");
+  t.channels_last = !pred.is_contiguous() && is_channels_last(pred);
+  t.call.shape = pixel_shape(t.size, t.channels_last);
+  t.call.penalty = parse_penalty(penalty);
+  t.call.param = param;
+  t.set_types(pred.scalar_type(), target.scalar_type());
+  t.set_images(pred, target);
+  t.set_mask(mask);
+  return t;
+}
+
+static inline PixelTensors backward_tensors(const std::optional<Tensor>& pred, const std::optional<Tensor>& target,
+                                            const std::optional<Tensor>& mask, const std::optional<Tensor>& signs,
+                                            const std::vector<int64_t>& size, bool channels_last,
+                                            ScalarType pred_dtype, ScalarType target_dtype,
+                                            const std::string& penalty, double param) {
+  PixelTensors t;
+  t.size = size;
+  t.channels_last = channels_last;
+  t.call.shape = pixel_shape(size, channels_last);
+  t.call.penalty = parse_penalty(penalty);
+  t.call.param = param;
+  t.set_types(pred_dtype, target_dtype);
+  t.set_images(pred, target);
+  t.set_mask(mask);
+  if (signs.has_value()) t.call.signs = static_cast<uint8_t*>(signs->data_ptr());
+  STD_TORCH_CHECK((t.call.penalty == Penalty::l1 ? t.call.signs != nullptr || t.call.shape.numel() == 0
+                                                 : pred.has_value() && target.has_value()),
+                  "the backward lacks what the forward saves for this penalty");
+  return t;
+}
+
+static inline Tensor make_signs(PixelTensors& t, const Tensor& like, bool save_signs) {
+  Tensor signs = empty_1d(like, save_signs ? t.call.shape.sign_bytes() : 0, ScalarType::Byte);
+  if (save_signs) t.call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  return signs;
+}
+
+template <typename T>
+static void write_scale(const std::vector<double>& values, Tensor& scale) {
+  T* out = static_cast<T*>(scale.mutable_data_ptr());
+  for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<T>(values[i]);
+}
+
+static inline void write_scalar(double value, bool wide, Tensor& out) {
+  if (wide) {
+    *static_cast<double*>(out.mutable_data_ptr()) = value;
+  } else {
+    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  }
+}
+
+// Runs the forward kernel, writes the losses of the regions and `scale` [N, regions].
+static inline void reduce(PixelTensors& t, Normalize normalize, Tensor* losses, Tensor& scale) {
+  PixelCall& call = t.call;
+  const int64_t units = call.units();
+  std::unique_ptr<double[]> partials(new double[static_cast<size_t>(4 * units)]);
+  call.partials = partials.get();
+  run_units(call, kernels_for(call).forward);
+
+  const int64_t samples = call.shape.samples;
+  const int64_t per_sample = samples > 0 ? units / samples : 0;
+  const double numel = static_cast<double>(call.shape.numel());
+  std::vector<double> sums(static_cast<size_t>(samples * call.regions));
+  std::vector<double> scales(sums.size());
+  for (int r = 0; r < call.regions; ++r) {
+    double weight = 0;
+    for (int64_t n = 0; n < samples; ++n) {
+      double sum = 0;
+      double weight_n = 0;
+      for (int64_t u = n * per_sample; u < (n + 1) * per_sample; ++u) {
+        sum += partials[4 * u + 2 * r];
+        weight_n += partials[4 * u + 2 * r + 1];
+      }
+      sums[n * call.regions + r] = sum;
+      scales[n * call.regions + r] = weight_n;
+      weight += weight_n;
+    }
+    double loss = 0;
+    for (int64_t n = 0; n < samples; ++n) {
+      double& value = scales[n * call.regions + r];
+      value = sample_scale(normalize, value, weight, numel, static_cast<double>(samples));
+      loss += value * sums[n * call.regions + r];
+    }
+    write_scalar(loss, call.wide, losses[r]);
+  }
+  call.wide ? write_scale<double>(scales, scale) : write_scale<float>(scales, scale);
+}
+
+static inline double scalar_value(const Tensor& t) {
+  double value;
+  generic::convert_to<double>(dtype_code(t.scalar_type()), t.const_data_ptr(), 1, &value);
+  return value;
+}
+
+// coefficient [N, regions] = grad of the region * scale; a missing gradient counts as 0.
+static inline std::vector<double> coefficients(const Tensor& scale, const std::vector<std::optional<Tensor>>& grads) {
+  const size_t regions = grads.size();
+  std::vector<double> out(static_cast<size_t>(scale.numel()));
+  generic::convert_to<double>(dtype_code(scale.scalar_type()), scale.const_data_ptr(), scale.numel(), out.data());
+  for (size_t r = 0; r < regions; ++r) {
+    const double grad = grads[r].has_value() ? scalar_value(*grads[r]) : 0.0;
+    for (size_t n = r; n < out.size(); n += regions) out[n] *= grad;
+  }
+  return out;
+}
+
+// Allocates the gradients asked for, runs the backward kernel.
+static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Tensor& like, ScalarType pred_dtype,
+                                                       ScalarType target_dtype, bool need_pred, bool need_target) {
+  auto make = [&](bool needed, ScalarType dtype) {
+    return needed ? empty_image(like, t.size, t.channels_last, dtype) : empty_1d(like, 0, dtype);
+  };
+  Tensor grad_pred = make(need_pred, pred_dtype);
+  Tensor grad_target = make(need_target, target_dtype);
+  if (need_pred) t.call.grad_pred = grad_pred.mutable_data_ptr();
+  if (need_target) t.call.grad_target = grad_target.mutable_data_ptr();
+  if (t.call.shape.numel() > 0) run_units(t.call, kernels_for(t.call).backward);
+  return {grad_pred, grad_target};
+}
+
+}  // namespace ik

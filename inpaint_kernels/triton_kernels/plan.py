@@ -1,0 +1,183 @@
+"""Host side shared by the Triton launchers of masked_l1 and hole_valid: layouts, masks, work split."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# (elements of the call, groups of 8 in a tile, warps). Chosen by reasoning alone: no GPU has measured them yet.
+TILES = ((1 << 20, 64, 2), (1 << 26, 128, 4), (1 << 63, 256, 8))
+MAX_STEPS = 4
+
+
+class Plan(NamedTuple):
+    """Work split of one call; the pixel kernels take its first nine fields in this order."""
+
+    length: int
+    groups: int
+    channels: int
+    tiles: int
+    chunks: int
+    WHOLE: bool
+    BLOCK_C: int
+    BLOCK_G: int
+    STEPS: int
+    samples: int
+    programs: int
+    warps: int
+
+
+class Mask(NamedTuple):
+    """A mask ready to be read in place."""
+
+    tensor: Tensor | None  # 2-D or 4-D
+    stride_n: int
+    stride_c: int
+    kind: str  # "none", "plane", "channel" or "interleaved", see `load_weight`
+
+
+NO_MASK = Mask(None, 0, 0, "none")
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """The layout the kernels work in: channels_last, unless the tensor is contiguous as NCHW too."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_layout(t: Tensor, channels_last: bool) -> Tensor:
+    """`t` dense in that layout, copied if it is not."""
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def empty_image(like: Tensor, size: Any, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """An image in NCHW or channels_last strides on `like`'s device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def prepare_mask(mask: Tensor | None, size: Any, channels_last: bool) -> Mask:
+    """Strides and kind of a mask (H, W) or (N|1, C|1, H, W); copied only if its plane is not dense."""
+    if mask is None:
+        return NO_MASK
+    _, c, h, w = size
+    if mask.ndim == 2:
+        if not mask.is_contiguous():
+            mask = mask.contiguous()
+        return Mask(mask, 0, 0, "interleaved" if channels_last else "plane")
+    sizes, strides = mask.shape, mask.stride()
+    stride_n = 0 if sizes[0] == 1 else strides[0]
+    stride_c = 0 if sizes[1] == 1 else strides[1]
+    # Distance of neighbouring pixels; a dense plane of a multi-channel mask under channels_last is interleaved.
+    pixel = c if channels_last and stride_c != 0 else 1
+    dense = (w == 1 or strides[3] == pixel) and (h == 1 or strides[2] == w * pixel)
+    if not dense or (pixel != 1 and stride_c != 1):
+        # Broadcast dimensions stay broadcast: only what is in memory is copied.
+        mask = mask[: 1 if stride_n == 0 else None, : 1 if stride_c == 0 else None]
+        mask = in_layout(mask, pixel != 1)
+        return prepare_mask(mask, size, channels_last)
+    if stride_c == 0:
+        return Mask(mask, stride_n, 0, "interleaved" if channels_last else "plane")
+    return Mask(mask, stride_n, stride_c, "plane" if channels_last else "channel")
+
+
+def make_plan(size: Any, channels_last: bool, mask: Mask, signs: bool, per_sample: bool) -> tuple[Plan, str]:
+    """Work split of a call on images of `size`, and the mask kind under that split.
+
+    With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart although
+    no mask does.
+    """
+    n, c, h, w = size
+    kind = mask.kind
+    if kind == "channel" and mask.stride_c == h * w and (not signs or h * w % 8 == 0):
+        kind = "flat"
+    plan = _plan(n, c, h * w, channels_last, kind, signs, per_sample)
+    return plan, "plane" if kind == "flat" else kind
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(a: int) -> int:
+    return 1 << (a - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    n: int, c: int, pixels: int, channels_last: bool, kind: str, signs: bool, per_sample: bool
+) -> Plan:
+    samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
+    if kind == "none" and not per_sample:
+        samples, channels = 1, samples * channels
+    if kind in ("none", "flat") and (not signs or length % 8 == 0):
+        channels, length = 1, channels * length
+    groups = _ceil_div(length, 8)
+    _, rows, warps = next(row for row in TILES if n * c * pixels <= row[0])
+    block_g = min(rows, _power_of_2(groups))
+    block_c = min(rows // block_g, _power_of_2(channels))
+    steps = 1
+    if block_c == 1:
+        # Evenly filled programs: 6 channels are two steps of 3, not 4 and 2.
+        steps = _ceil_div(channels, _ceil_div(channels, MAX_STEPS))
+    tiles = _ceil_div(groups, block_g)
+    chunks = _ceil_div(channels, block_c * steps)
+    return Plan(
+        length=length,
+        groups=groups,
+        channels=channels,
+        tiles=tiles,
+        chunks=chunks,
+        WHOLE=length % 8 == 0,
+        BLOCK_C=block_c,
+        BLOCK_G=block_g,
+        STEPS=steps,
+        samples=samples,
+        programs=samples * tiles * chunks,
+        warps=warps,
+    )
+
+
+def empty_signs(like: Tensor, size: Any, channels_last: bool) -> Tensor:
+    """Packed signs (uint8, 1-D), see `pack_signs`; the same size in both layouts."""
+    n, c, h, w = size
+    allocated = 2 * n * c * ((h * w + 7) // 8)
+    if channels_last and h * w % 8:
+        # Whole samples need less padding than planes: the rest of the buffer is not written.
+        return torch.zeros(allocated, dtype=torch.uint8, device=like.device)
+    return torch.empty(allocated, dtype=torch.uint8, device=like.device)
+
+
+def no_signs(like: Tensor) -> Tensor:
+    """What an op returns when nothing is saved."""
+    return torch.empty(0, dtype=torch.uint8, device=like.device)
+
+
+def empty_gradients(
+    like: Tensor,
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """Buffers of (grad_pred, grad_target) [N, C, H, W]; one that is not needed is empty."""
+    return (
+        empty_image(like, size, channels_last, pred_dtype)
+        if need_pred
+        else torch.empty(0, dtype=pred_dtype, device=like.device),
+        empty_image(like, size, channels_last, target_dtype)
+        if need_target
+        else torch.empty(0, dtype=target_dtype, device=like.device),
+    )
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the GPU of `t` current; free where it already is."""
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(t)
