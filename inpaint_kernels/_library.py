@@ -127,9 +127,7 @@ def _lazy_triton(module: str, function: str) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         if not found:
-            found.append(
-                getattr(importlib.import_module(f"{__package__}.triton_kernels.{module}"), function)
-            )
+            found.append(getattr(importlib.import_module(f"{__package__}.triton_kernels.{module}"), function))
         return found[0](*args)
 
     return kernel

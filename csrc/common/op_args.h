@@ -127,7 +127,8 @@ static inline Tensor prepare_mask(const Tensor& mask, const std::vector<int64_t>
       return ready;
     }
     if (stride_c != 0 && channels_last) {
-      const bool dense = stride_c == 1 && (W == 1 || stride_w == mask_c) && (H == 1 || stride_h == W * mask_c);
+      const bool dense =
+          stride_c == 1 && (W == 1 || stride_w == mask_c) && (H == 1 || stride_h == W * mask_c);
       if (dense) {
         shape.mask_stride_n = stride_n;
         return ready;

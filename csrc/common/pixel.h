@@ -59,8 +59,9 @@ IK_HD T penalty_grad(T d, T param) {
   }
 }
 
-// Two bits an element: bit 0 = positive, bit 8 = negative, neither = tie, NaN (torch.sign(NaN) is 0) or masked
-// out. Shifted left by the element's place in its group of 8, the bits of a group add up to one 16-bit word.
+// Two bits an element: bit 0 = positive, bit 8 = negative, neither = tie, NaN (torch.sign(NaN) is 0) or
+// masked out. Shifted left by the element's place in its group of 8, the bits of a group add up to one 16-bit
+// word.
 template <typename T>
 IK_HD uint32_t sign_bits(T d) {
   return (d > T(0) ? 1u : 0u) | (d < T(0) ? 256u : 0u);
@@ -74,8 +75,8 @@ IK_HD T apply_sign(uint32_t word, int place, T coefficient) {
   return positive ? coefficient : (negative ? -coefficient : T(0));
 }
 
-// d loss / d S_n. `weight_n` and `weight` are the summed weights (broadcast over channels) of the sample and of
-// the batch. Nothing counted means loss 0 and gradient 0, never 0/0.
+// d loss / d S_n. `weight_n` and `weight` are the summed weights (broadcast over channels) of the sample and
+// of the batch. Nothing counted means loss 0 and gradient 0, never 0/0.
 IK_HD double sample_scale(Normalize normalize, double weight_n, double weight, double numel, double samples) {
   double denominator = 1.0;
   if (normalize == Normalize::image) denominator = numel;

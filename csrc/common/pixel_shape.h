@@ -5,9 +5,9 @@
 
 namespace ik {
 
-// Memory view of one call. A segment is a run of `length` consecutive elements: a channel plane in NCHW, a whole
-// sample in channels_last. Element i of segment (n, c) reads the mask at
-// mask + n * mask_stride_n + c * mask_stride_c + i / mask_repeat.
+// Memory view of one call. A segment is a run of `length` consecutive elements: a channel plane in NCHW, a
+// whole sample in channels_last. Element i of segment (n, c) reads the mask at mask + n * mask_stride_n + c *
+// mask_stride_c + i / mask_repeat.
 struct PixelShape {
   int64_t samples = 0;   // N
   int64_t segments = 0;  // per sample: C in NCHW, 1 in channels_last

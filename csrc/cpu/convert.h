@@ -12,7 +12,10 @@ namespace ik {
 enum class Dtype : int { f32, f64, f16, bf16, boolean, u8 };
 
 static inline int64_t dtype_bytes(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::f16 || dtype == Dtype::bf16 ? 2 : 1;
+  return dtype == Dtype::f64                           ? 8
+         : dtype == Dtype::f32                         ? 4
+         : dtype == Dtype::f16 || dtype == Dtype::bf16 ? 2
+                                                       : 1;
 }
 
 namespace IK_ISA {

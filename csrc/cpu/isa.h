@@ -18,8 +18,10 @@
   }
 
 #if defined(__x86_64__)
-#define IK_PICK_ISA(name) \
-  (ik::cpu_isa() == ik::Isa::avx512 ? ik::avx512::name : ik::cpu_isa() == ik::Isa::avx2 ? ik::avx2::name : ik::generic::name)
+#define IK_PICK_ISA(name)                              \
+  (ik::cpu_isa() == ik::Isa::avx512 ? ik::avx512::name \
+   : ik::cpu_isa() == ik::Isa::avx2 ? ik::avx2::name   \
+                                    : ik::generic::name)
 #else
 #define IK_PICK_ISA(name) (ik::generic::name)
 #endif

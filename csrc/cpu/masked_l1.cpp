@@ -8,12 +8,12 @@
 namespace ik {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> masked_l1(
-    const Tensor& pred,                 // [N, C, H, W]
-    const Tensor& target,               // [N, C, H, W]
-    const std::optional<Tensor>& mask,  // broadcasts to [N, C, H, W]
-    const std::string& penalty, double param, const std::string& reduction, const std::string& normalize,
-    bool save_signs) {
+std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                 // [N, C, H, W]
+                                             const Tensor& target,               // [N, C, H, W]
+                                             const std::optional<Tensor>& mask,  // broadcasts to [N, C, H, W]
+                                             const std::string& penalty, double param,
+                                             const std::string& reduction, const std::string& normalize,
+                                             bool save_signs) {
   PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
   Tensor signs = make_signs(t, pred, save_signs);
   if (reduction == "none") {
@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(
 }
 
 std::tuple<Tensor, Tensor> masked_l1_backward(
-    const Tensor& grad,                 // [] or [N, C, H, W]
-    const Tensor& scale,                // [N, 1]
+    const Tensor& grad,   // [] or [N, C, H, W]
+    const Tensor& scale,  // [N, 1]
     const std::optional<Tensor>& signs, const std::optional<Tensor>& mask, const std::optional<Tensor>& pred,
     const std::optional<Tensor>& target, const std::vector<int64_t>& size, bool channels_last,
     ScalarType pred_dtype, ScalarType target_dtype, const std::string& penalty, double param, bool need_pred,

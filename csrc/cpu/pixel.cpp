@@ -1,9 +1,9 @@
 // CPU kernels of the pixel losses (masked_l1, hole_valid).
 //
-// Forward: every unit (see pixel.h) adds up weight * penalty(pred - target) and the weights of one or two regions,
-// and packs the signs of the differences for l1. Backward: coefficient * weight * penalty'(d), from the signs for
-// l1 and from pred and target otherwise. float32 is read in place; other types go through L1-resident buffers.
-// Bytes an element, float32 and l1: forward 8.25 + mask, backward 4.25 + mask.
+// Forward: every unit (see pixel.h) adds up weight * penalty(pred - target) and the weights of one or two
+// regions, and packs the signs of the differences for l1. Backward: coefficient * weight * penalty'(d), from
+// the signs for l1 and from pred and target otherwise. float32 is read in place; other types go through
+// L1-resident buffers. Bytes an element, float32 and l1: forward 8.25 + mask, backward 4.25 + mask.
 #include "cpu/pixel.h"
 
 #include <type_traits>
@@ -57,7 +57,8 @@ struct ForwardRun {
 
 // One step on a vector (V = Vec<T>) or on a single element (V = T) of a run.
 template <Penalty P, Weights W, bool MAP, typename V>
-IK_INLINE V forward_step(V pred, V target, V mask, V one, V param, bool mask_is_hole, V* sums, V* weights, V& out) {
+IK_INLINE V forward_step(V pred, V target, V mask, V one, V param, bool mask_is_hole, V* sums, V* weights,
+                         V& out) {
   V d = pred - target;
   if constexpr (W == Weights::mask) d = select_zero_(mask, d);
   const V value = penalty_value<P>(d, param);
@@ -104,9 +105,9 @@ void forward_run(const ForwardRun<T>& run, Totals& totals) {
     uint32_t word = 0;
     for (int64_t at = i; at < end; ++at) {
       T out;
-      const T d = forward_step<P, W, MAP>(run.pred[at], run.target[at],
-                                          W == Weights::none ? T(1) : run.weight[at], T(1), run.param,
-                                          run.mask_is_hole, tail_sums, tail_weights, out);
+      const T d =
+          forward_step<P, W, MAP>(run.pred[at], run.target[at], W == Weights::none ? T(1) : run.weight[at],
+                                  T(1), run.param, run.mask_is_hole, tail_sums, tail_weights, out);
       if constexpr (MAP) run.map[at] = out;
       if constexpr (SIGNS) word |= sign_bits(d) << (at - i);
     }
@@ -161,7 +162,8 @@ void backward_run(const BackwardRun<T>& run) {
   int64_t i = 0;
   for (; i + V::lanes <= run.n; i += V::lanes) {
     const V mask = W == Weights::none ? one : V::load(run.weight + i);
-    const V c = backward_coefficient<W>(MAP ? V::load(run.grad + i) : first, second, mask, one, run.mask_is_hole);
+    const V c =
+        backward_coefficient<W>(MAP ? V::load(run.grad + i) : first, second, mask, one, run.mask_is_hole);
     V out;
     if constexpr (P == Penalty::l1) {
       uint32_t positive = 0;
@@ -185,8 +187,8 @@ void backward_run(const BackwardRun<T>& run) {
   }
   for (; i < run.n; ++i) {
     const T mask = W == Weights::none ? T(1) : run.weight[i];
-    const T c = backward_coefficient<W>(MAP ? run.grad[i] : run.coefficient[0], run.coefficient[1], mask, T(1),
-                                        run.mask_is_hole);
+    const T c = backward_coefficient<W>(MAP ? run.grad[i] : run.coefficient[0], run.coefficient[1], mask,
+                                        T(1), run.mask_is_hole);
     T out;
     if constexpr (P == Penalty::l1) {
       const int64_t group = i / 8;
@@ -277,14 +279,16 @@ const T* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, T* buff
 
 // Mask values of elements start .. start + n of segment (sample, segment).
 template <typename T>
-const T* fetch_mask(const PixelCall& call, int64_t sample, int64_t segment, int64_t start, int64_t n, T* buffer) {
+const T* fetch_mask(const PixelCall& call, int64_t sample, int64_t segment, int64_t start, int64_t n,
+                    T* buffer) {
   const PixelShape& shape = call.shape;
   const int64_t base = sample * shape.mask_stride_n + segment * shape.mask_stride_c;
   const int64_t repeat = shape.mask_repeat;
   if (repeat == 1) return fetch(call.mask, call.mask_dtype, base + start, n, buffer);
   T pixels[kChunk];
   const int64_t first = start / repeat;
-  const T* value = fetch(call.mask, call.mask_dtype, base + first, (start + n - 1) / repeat - first + 1, pixels);
+  const T* value =
+      fetch(call.mask, call.mask_dtype, base + first, (start + n - 1) / repeat - first + 1, pixels);
   int64_t i = 0;
   int64_t place = start - first * repeat;
   while (i < n) {

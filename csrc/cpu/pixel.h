@@ -1,5 +1,5 @@
-// Interface between the pixel-loss kernels (pixel.cpp, one build per instruction set) and the registrations of
-// masked_l1 and hole_valid.
+// Interface between the pixel-loss kernels (pixel.cpp, one build per instruction set) and the registrations
+// of masked_l1 and hole_valid.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,9 @@ struct PixelCall {
   void* grad_pred = nullptr;
   void* grad_target = nullptr;
 
-  // A unit is up to 4 segments of one sample over one chunk of elements: a mask shared by the channels is then
-  // read from memory once. Fixed by the shape alone, so that results do not depend on the number of threads.
+  // A unit is up to 4 segments of one sample over one chunk of elements: a mask shared by the channels is
+  // then read from memory once. Fixed by the shape alone, so that results do not depend on the number of
+  // threads.
   static constexpr int64_t chunk = 8192;
   static constexpr int64_t unit_segments = 4;
   int64_t chunks() const { return (shape.length + chunk - 1) / chunk; }

@@ -1,4 +1,5 @@
-// From torch tensors to PixelCall, and the parallel loops: what the registrations of masked_l1 and hole_valid share.
+// From torch tensors to PixelCall, and the parallel loops: what the registrations of masked_l1 and hole_valid
+// share.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +43,7 @@ static inline void run_units(const PixelCall& call, PixelKernel kernel) {
   const int64_t elements = call.shape.numel() / (units > 0 ? units : 1);
   const int64_t grain = kGrainElements / (elements > 0 ? elements : 1) + 1;
   if (units <= grain) return kernel(call, 0, units);
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 // The tensors of one call; `ready` keeps copies alive that a layout change made.
@@ -78,8 +78,9 @@ struct PixelTensors {
   }
 };
 
-static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& target, const std::optional<Tensor>& mask,
-                                           const std::string& penalty, double param) {
+static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& target,
+                                           const std::optional<Tensor>& mask, const std::string& penalty,
+                                           double param) {
   STD_TORCH_CHECK(pred.dim() == 4, "pred must have 4 dimensions (N, C, H, W)");
   PixelTensors t;
   t.size.assign(pred.sizes().begin(), pred.sizes().end());
@@ -95,11 +96,10 @@ static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& tar
   return t;
 }
 
-static inline PixelTensors backward_tensors(const std::optional<Tensor>& pred, const std::optional<Tensor>& target,
-                                            const std::optional<Tensor>& mask, const std::optional<Tensor>& signs,
-                                            const std::vector<int64_t>& size, bool channels_last,
-                                            ScalarType pred_dtype, ScalarType target_dtype,
-                                            const std::string& penalty, double param) {
+static inline PixelTensors backward_tensors(
+    const std::optional<Tensor>& pred, const std::optional<Tensor>& target, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& signs, const std::vector<int64_t>& size, bool channels_last,
+    ScalarType pred_dtype, ScalarType target_dtype, const std::string& penalty, double param) {
   PixelTensors t;
   t.size = size;
   t.channels_last = channels_last;
@@ -180,10 +180,12 @@ static inline double scalar_value(const Tensor& t) {
 }
 
 // coefficient [N, regions] = grad of the region * scale; a missing gradient counts as 0.
-static inline std::vector<double> coefficients(const Tensor& scale, const std::vector<std::optional<Tensor>>& grads) {
+static inline std::vector<double> coefficients(const Tensor& scale,
+                                               const std::vector<std::optional<Tensor>>& grads) {
   const size_t regions = grads.size();
   std::vector<double> out(static_cast<size_t>(scale.numel()));
-  generic::convert_to<double>(dtype_code(scale.scalar_type()), scale.const_data_ptr(), scale.numel(), out.data());
+  generic::convert_to<double>(dtype_code(scale.scalar_type()), scale.const_data_ptr(), scale.numel(),
+                              out.data());
   for (size_t r = 0; r < regions; ++r) {
     const double grad = grads[r].has_value() ? scalar_value(*grads[r]) : 0.0;
     for (size_t n = r; n < out.size(); n += regions) out[n] *= grad;
@@ -192,8 +194,9 @@ static inline std::vector<double> coefficients(const Tensor& scale, const std::v
 }
 
 // Allocates the gradients asked for, runs the backward kernel.
-static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Tensor& like, ScalarType pred_dtype,
-                                                       ScalarType target_dtype, bool need_pred, bool need_target) {
+static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Tensor& like,
+                                                       ScalarType pred_dtype, ScalarType target_dtype,
+                                                       bool need_pred, bool need_target) {
   auto make = [&](bool needed, ScalarType dtype) {
     return needed ? empty_image(like, t.size, t.channels_last, dtype) : empty_1d(like, 0, dtype);
   };

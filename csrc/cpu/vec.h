@@ -1,6 +1,6 @@
-// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/*.cpp are compiled once per
-// set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler vectorises
-// (SSE2, NEON). Vec<double> is always such an array: float64 is for checking, not for speed.
+// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/*.cpp are compiled once
+// per set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler
+// vectorises (SSE2, NEON). Vec<double> is always such an array: float64 is for checking, not for speed.
 #pragma once
 
 #include <cmath>
@@ -76,12 +76,12 @@ struct Vec {
   }
 };
 
-#define IK_VEC_BINARY(name, expression)                                    \
-  template <typename T>                                                    \
-  IK_INLINE Vec<T> name(Vec<T> a, Vec<T> b) {                              \
-    Vec<T> r;                                                              \
-    for (int i = 0; i < Vec<T>::lanes; ++i) r.v[i] = expression;           \
-    return r;                                                              \
+#define IK_VEC_BINARY(name, expression)                          \
+  template <typename T>                                          \
+  IK_INLINE Vec<T> name(Vec<T> a, Vec<T> b) {                    \
+    Vec<T> r;                                                    \
+    for (int i = 0; i < Vec<T>::lanes; ++i) r.v[i] = expression; \
+    return r;                                                    \
   }
 IK_VEC_BINARY(operator+, a.v[i] + b.v[i])
 IK_VEC_BINARY(operator-, a.v[i] - b.v[i])

@@ -35,129 +35,126 @@ struct BackwardArgs {
   bool aligned;  // pred, target and both gradients allow whole vectors
 };
 
-// The sign words of this thread's vectors, shifted so that element k of a vector is place k.
+// The sign words of a stretch, shifted so that element k of a vector is place k.
 template <int E>
-IK_DEVICE void load_signs(const uint16_t* segment_signs, const Place& place, bool active, uint32_t (&word)[kVectors]) {
-  const uint16_t* tile = segment_signs + place.start / 8;
+IK_DEVICE void load_signs(const uint16_t* signs, const Tiling& tiling, const Stretch& s, uint32_t (&word)[kVectors]) {
+  const uint16_t* data = signs + s.segment * tiling.groups;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    const int64_t element = s.start + v * s.step;
     word[v] = 0;
-    const int offset = place.offset<E>(v);
-    if (active && offset < place.remaining) word[v] = static_cast<uint32_t>(tile[offset / 8]) >> (offset % 8);
+    if (s.valid<E>(v) > 0) word[v] = static_cast<uint32_t>(data[element / 8]) >> (element % 8);
   }
 }
 
 template <int E>
-IK_DEVICE void load_map_grad(const MapGrad& map, int64_t sample, int segment, const Place& place, int v,
-                             float (&values)[E]) {
-  const float* data = map.data + sample * map.stride_n + segment * map.stride_c;
-  const int64_t element = place.start + place.offset<E>(v);
+IK_DEVICE void load_map_grad(const MapGrad& map, const Stretch& s, int v, float (&values)[E]) {
+  const float* data = map.data + s.sample * map.stride_n + s.channel * map.stride_c;
+  const int64_t element = s.start + v * s.step;
+  const int valid = s.valid<E>(v);
   if (map.aligned) {
-    if (place.valid<E>(v) > 0) {
-      Pack<float, E> pack;
-      load_pack(data + element, pack);
-      unpack(pack, values);
-    }
-    return;
-  }
-  const int valid = place.valid<E>(v);
+    Pack<float, E> pack;
+    load_pack_if(valid > 0, data + element, pack);
+    unpack(pack, values);
+  } else {
 #pragma unroll
-  for (int k = 0; k < E; ++k) values[k] = k < valid ? data[(element + k) * map.stride] : 0.0f;
+    for (int k = 0; k < E; ++k) values[k] = k < valid ? data[(element + k) * map.stride] : 0.0f;
+  }
 }
 
-// d loss / d (penalty of this thread's elements), up to the gradient of the map.
-template <int R, int E>
-IK_DEVICE void load_coefficients(const BackwardArgs& args, const Place& place, int segment,
-                                 float (&coefficient)[kVectors][E]) {
-  float weight[R][kVectors][E];
-  float factor[R];
+// d loss / d penalty of every element of a stretch; for the map, its weights.
+template <Mode kMode, int E>
+IK_DEVICE void load_coefficients(const BackwardArgs& args, const Stretch& s, float (&coefficient)[kVectors][E]) {
+  constexpr int R = kRegions<kMode>;
+  float factor[2] = {1.0f, 0.0f};  // of the mask and of 1 - mask
+  if constexpr (kMode != Mode::map) {
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    factor[r] = 1.0f;
-    if (args.scale != nullptr) {
-      factor[r] = args.grad[r] == nullptr ? 0.0f : *args.grad[r] * args.scale[place.sample * R + r];
+    for (int r = 0; r < R; ++r) {
+      factor[r] = args.grad[r] == nullptr ? 0.0f : *args.grad[r] * args.scale[s.sample * R + r];
+    }
+    if (R == 2 && !args.mask_is_hole) {
+      const float hole = factor[0];
+      factor[0] = factor[1];
+      factor[1] = hole;
     }
   }
-  load_weights<R, E>(args.mask, args.mask_is_hole, place, segment, weight);
+  load_mask<E>(args.mask, s, coefficient);
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int k = 0; k < E; ++k) {
-      float total = 0.0f;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (weight[r][v][k] != 0.0f) total += factor[r] * weight[r][v][k];
-      }
-      coefficient[v][k] = total;
-    }
+  for (int i = 0; i < kVectors * E; ++i) {
+    const float w = coefficient[i / E][i % E];
+    float total = w == 0.0f ? 0.0f : factor[0] * w;
+    if constexpr (R == 2) total += w == 1.0f ? 0.0f : factor[1] * (1.0f - w);
+    coefficient[i / E][i % E] = total;
   }
+}
+
+template <Penalty kPenalty>
+IK_DEVICE float fast_penalty_grad(float d, float param) {
+#if defined(__CUDA_ARCH__)
+  // 2 ulp in two instructions; IEEE division and square root would cost several times the rest of the kernel.
+  if constexpr (kPenalty == Penalty::charbonnier) return d * rsqrtf(d * d + param * param);
+#endif
+  return penalty_grad<kPenalty>(d, param);
 }
 
 template <typename P, typename T, Mode kMode, bool kL1>
-__global__ void __launch_bounds__(kThreads) pixel_backward(const BackwardArgs args) {
-  constexpr bool kMap = kMode == Mode::map;
-  constexpr int R = kMode == Mode::two_regions ? 2 : 1;
-  constexpr int E = kElements<P, T, kMap>;
-  const Place place = locate<E>(args.tiling);
-  const int64_t length = args.tiling.length;
+__global__ void __launch_bounds__(kThreads, kBlocks) pixel_backward(const BackwardArgs args) {
+  constexpr int E = kElements<P, T, kMode>;
+  const Tiling& tiling = args.tiling;
+  const Place place = locate<E>(tiling);
 
   float coefficient[kVectors][E];
   for (int round = 0; round < place.rounds; ++round) {
-    const int first = place.first + round * place.row_step;
     [[maybe_unused]] uint32_t word[kUnroll][kVectors];
     [[maybe_unused]] Pack<P, E> pred[kUnroll][kVectors];
     [[maybe_unused]] Pack<T, E> target[kUnroll][kVectors];
+    if constexpr (kL1) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const bool active = first + u < place.last;
-      const int64_t segment = place.sample * args.tiling.segments + first + u;
-      if constexpr (kL1) {
-        load_signs<E>(args.signs + segment * args.tiling.groups, place, active, word[u]);
-      } else {
-        load_values(static_cast<const P*>(args.pred) + segment * length, place, active, args.aligned, pred[u]);
-        load_values(static_cast<const T*>(args.target) + segment * length, place, active, args.aligned, target[u]);
+      for (int u = 0; u < kUnroll; ++u) {
+        load_signs<E>(args.signs, tiling, place.stretch<E>(tiling, round, u), word[u]);
       }
+    } else if (args.aligned) {
+      load_round<true>(args.pred, args.target, tiling, place, round, pred, target);
+    } else {
+      load_round<false>(args.pred, args.target, tiling, place, round, pred, target);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const bool active = first + u < place.last;
-      const int64_t offset = (place.sample * args.tiling.segments + first + u) * length + place.start;
-      if (!args.mask.shared ? active : (u == 0 && round == 0)) {
-        load_coefficients<R, E>(args, place, args.mask.shared ? 0 : first + u, coefficient);
-      }
-      if (!active) continue;
+      const Stretch s = place.stretch<E>(tiling, round, u);
+      if (!args.mask.shared || (round == 0 && u == 0)) load_coefficients<kMode, E>(args, s, coefficient);
+      if (s.left <= 0) continue;
       with_penalty<kL1>(args.penalty, [&](auto penalty) {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          [[maybe_unused]] float upstream[E] = {};
-          if constexpr (kMap) load_map_grad<E>(args.map, place.sample, first + u, place, v, upstream);
+          float out[E];
+          [[maybe_unused]] float upstream[E];
           [[maybe_unused]] float x[E];
           [[maybe_unused]] float y[E];
+          if constexpr (kMode == Mode::map) load_map_grad<E>(args.map, s, v, upstream);
           if constexpr (!kL1) {
             unpack(pred[u][v], x);
             unpack(target[u][v], y);
           }
-          float out[E];
 #pragma unroll
           for (int k = 0; k < E; ++k) {
             float factor = coefficient[v][k];
-            if constexpr (kMap) factor = select_zero_(factor, factor * upstream[k]);
+            if constexpr (kMode == Mode::map) factor = select_zero_(factor, factor * upstream[k]);
             if constexpr (kL1) {
               out[k] = apply_sign(word[u][v], k, factor);
             } else {
-              const float slope = penalty_grad<decltype(penalty)::value>(x[k] - y[k], args.param);
+              const float slope = fast_penalty_grad<decltype(penalty)::value>(x[k] - y[k], args.param);
               out[k] = select_zero_(coefficient[v][k], factor * slope);
             }
           }
-          const int valid = place.valid<E>(v);
-          const int64_t element = offset + place.offset<E>(v);
+          const int valid = s.valid<E>(v);
+          const int64_t offset = s.segment * tiling.length + s.start + v * s.step;
           if (args.grad_pred != nullptr) {
-            store_values(static_cast<P*>(args.grad_pred) + element, out, valid, args.aligned);
+            store_values(static_cast<P*>(args.grad_pred) + offset, out, valid, args.aligned);
           }
           if (args.grad_target != nullptr) {
 #pragma unroll
             for (int k = 0; k < E; ++k) out[k] = -out[k];
-            store_values(static_cast<T*>(args.grad_target) + element, out, valid, args.aligned);
+            store_values(static_cast<T*>(args.grad_target) + offset, out, valid, args.aligned);
           }
         }
       });

@@ -29,31 +29,30 @@ struct ForwardArgs {
   bool aligned;  // pred, target and map allow whole vectors
 };
 
-// Stores the sign words of this thread's elements of one segment. word[v] holds the bits of vector v at the low
-// places of a group. Called by all threads of a warp.
+// Stores the sign words of a stretch; word[v] has element k of vector v at place k. Called by whole warps.
 template <int E>
-IK_DEVICE void store_signs(uint16_t* segment_signs, const Place& place, bool active, const uint32_t (&word)[kVectors]) {
+IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Stretch& s, int lane,
+                           const uint32_t (&word)[kVectors]) {
   static_assert(kVectors == 2, "the exchange below pairs two vectors");
-  uint16_t* tile = segment_signs + place.start / 8;
+  uint16_t* data = signs + s.segment * tiling.groups;
   if constexpr (E == 8) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (active && place.valid<E>(v) > 0) tile[v * place.lanes + place.lane] = static_cast<uint16_t>(word[v]);
+      if (s.valid<E>(v) > 0) data[(s.start + v * s.step) / 8] = static_cast<uint16_t>(word[v]);
     }
   } else {
-    // Two neighbouring lanes share each group of 8: the even one completes and stores vector 0, the odd one
-    // vector 1, so that all lanes store and one shuffle serves both.
-    const int odd = place.lane & 1;
-    const uint32_t give = odd ? word[0] : word[1];
-    const uint32_t take = __shfl_xor_sync(0xffffffffu, give, 1);
-    const uint32_t whole = odd ? (take | word[1] << 4) : (word[0] | take << 4);
-    const int offset = (odd * place.lanes + (place.lane & ~1)) * E;
-    if (active && offset < place.remaining) tile[offset / 8] = static_cast<uint16_t>(whole);
+    // Two neighbouring lanes share every group of 8. The even lane completes and stores vector 0, the odd one
+    // vector 1: one shuffle serves both, and all lanes store.
+    const bool odd = lane % 2 == 1;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? word[0] : word[1], 1);
+    const uint32_t whole = odd ? (other | word[1] << 4) : (word[0] | other << 4);
+    const int offset = odd ? s.step - E : 0;  // of the group's first element, from `start`
+    if (s.left > offset) data[(s.start + offset) / 8] = static_cast<uint16_t>(whole);
   }
 }
 
 template <int R>
-IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], Partial<R>* partials) {
+IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bool swap, Partial<R>* partials) {
   __shared__ float warp_sums[kThreads / kWarp][2 * R];
   float value[2 * R];
 #pragma unroll
@@ -81,52 +80,66 @@ IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], Pa
   Partial<R> partial;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    partial.sum[r] = value[r];
-    partial.weight[r] = value[R + r];
+    partial.sum[r] = swap ? value[R - 1 - r] : value[r];
+    partial.weight[r] = swap ? value[2 * R - 1 - r] : value[R + r];
   }
   partials[blockIdx.x] = partial;
 }
 
-template <typename P, typename T, Mode kMode, bool kL1>
-__global__ void __launch_bounds__(kThreads) pixel_forward(const ForwardArgs args) {
-  constexpr bool kMap = kMode == Mode::map;
-  constexpr int R = kMode == Mode::two_regions ? 2 : 1;
-  constexpr int E = kElements<P, T, kMap>;
-  const Place place = locate<E>(args.tiling);
-  const int64_t length = args.tiling.length;
+template <Penalty kPenalty>
+IK_DEVICE float fast_penalty(float d, float param) {
+#if defined(__CUDA_ARCH__)
+  // One instruction, 1 ulp; the IEEE square root costs as much as all the rest.
+  if constexpr (kPenalty == Penalty::charbonnier) {
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(d * d + param * param));
+    return root;
+  }
+#endif
+  return penalty_value<kPenalty>(d, param);
+}
 
-  float weight[R][kVectors][E];
-  float weight_sum[R] = {};
-  float sum[R] = {};
+template <typename P, typename T, Mode kMode, bool kL1>
+__global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const ForwardArgs args) {
+  constexpr int R = kRegions<kMode>;
+  constexpr int E = kElements<P, T, kMode>;
+  const Tiling& tiling = args.tiling;
+  const Place place = locate<E>(tiling);
+
+  // Regions in the order (mask, 1 - mask) until the end; 1 - mask is cheaper to compute again than to keep.
+  float weight[kVectors][E];
+  float weight_sum[R] = {};  // of one stretch
   float total_weight[R] = {};
+  float sum[R] = {};
   for (int round = 0; round < place.rounds; ++round) {
-    const int first = place.first + round * place.row_step;
-    [[maybe_unused]] Pack<P, E> pred[kUnroll][kVectors];
-    [[maybe_unused]] Pack<T, E> target[kUnroll][kVectors];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const bool active = first + u < place.last;
-      const int64_t offset = (place.sample * args.tiling.segments + first + u) * length;
-      load_values(static_cast<const P*>(args.pred) + offset, place, active, args.aligned, pred[u]);
-      load_values(static_cast<const T*>(args.target) + offset, place, active, args.aligned, target[u]);
+    Pack<P, E> pred[kUnroll][kVectors];
+    Pack<T, E> target[kUnroll][kVectors];
+    if (args.aligned) {
+      load_round<true>(args.pred, args.target, tiling, place, round, pred, target);
+    } else {
+      load_round<false>(args.pred, args.target, tiling, place, round, pred, target);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const bool active = first + u < place.last;
-      const int64_t segment = place.sample * args.tiling.segments + first + u;
-      // After the loads of the images, so that waiting for the mask overlaps with them.
-      if (!args.mask.shared ? active : (u == 0 && round == 0)) {
-        load_weights<R, E>(args.mask, args.mask_is_hole, place, args.mask.shared ? 0 : first + u, weight);
+      const Stretch s = place.stretch<E>(tiling, round, u);
+      // After the loads of the images: waiting for the mask overlaps with them.
+      if (!args.mask.shared || (round == 0 && u == 0)) {
+        load_mask<E>(args.mask, s, weight);
+        weight_sum[0] = 0.0f;
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          weight_sum[r] = 0.0f;
+        for (int i = 0; i < kVectors * E; ++i) weight_sum[0] += weight[i / E][i % E];
+        if constexpr (R == 2) {
+          weight_sum[1] = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kVectors * E; ++i) weight_sum[r] += weight[r][i / E][i % E];
+          for (int i = 0; i < kVectors * E; ++i) {
+            weight_sum[1] += i % E < s.valid<E>(i / E) ? 1.0f - weight[i / E][i % E] : 0.0f;
+          }
         }
       }
       uint32_t word[kVectors] = {};
-      if (active) {
+      if (s.left > 0) {
         with_penalty<kL1>(args.penalty, [&](auto penalty) {
+          constexpr Penalty kPenalty = decltype(penalty)::value;
 #pragma unroll
           for (int v = 0; v < kVectors; ++v) {
             float x[E];
@@ -136,25 +149,26 @@ __global__ void __launch_bounds__(kThreads) pixel_forward(const ForwardArgs args
             unpack(target[u][v], y);
 #pragma unroll
             for (int k = 0; k < E; ++k) {
+              const float w = weight[v][k];
               float d = x[k] - y[k];
               // One region: d = 0 where nothing is counted, so neither value nor sign sees a NaN there.
-              if constexpr (R == 1) d = select_zero_(weight[0][v][k], d);
+              if constexpr (R == 1) d = select_zero_(w, d);
               if constexpr (kL1) word[v] |= sign_bits(d) << k;
-              const float value = penalty_value<decltype(penalty)::value>(d, args.param);
-              if constexpr (kMap) {
-                out[k] = weight[0][v][k] * value;
+              float value = fast_penalty<kPenalty>(d, args.param);
+              if constexpr (kMode == Mode::map) {
+                out[k] = w * value;
               } else if constexpr (R == 1) {
-                sum[0] += weight[0][v][k] * value;
+                sum[0] += w * value;
               } else {
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                  if (weight[r][v][k] != 0.0f) sum[r] += weight[r][v][k] * value;
-                }
+                // Only this penalty is not 0 beyond the segment's end, where 1 - mask is 1.
+                if constexpr (kPenalty == Penalty::charbonnier) value = k < s.valid<E>(v) ? value : 0.0f;
+                if (w != 0.0f) sum[0] += w * value;
+                if (w != 1.0f) sum[1] += (1.0f - w) * value;
               }
             }
-            if constexpr (kMap) {
-              float* row = args.map + segment * length + place.start;
-              store_values(row + place.offset<E>(v), out, place.valid<E>(v), args.aligned);
+            if constexpr (kMode == Mode::map) {
+              float* map = args.map + s.segment * tiling.length + s.start + v * s.step;
+              store_values(map, out, s.valid<E>(v), args.aligned);
             }
           }
         });
@@ -162,14 +176,16 @@ __global__ void __launch_bounds__(kThreads) pixel_forward(const ForwardArgs args
         for (int r = 0; r < R; ++r) total_weight[r] += weight_sum[r];
       }
       if constexpr (kL1) {
-        if (args.signs != nullptr) {
-          store_signs<E>(args.signs + segment * args.tiling.groups, place, active, word);
-        }
+        if (args.signs != nullptr) store_signs<E>(args.signs, tiling, s, place.lane, word);
       }
     }
   }
-  if constexpr (!kMap) store_partial<R>(sum, total_weight, static_cast<Partial<R>*>(args.partials));
+  if constexpr (kMode != Mode::map) {
+    store_partial<R>(sum, total_weight, R == 2 && !args.mask_is_hole, static_cast<Partial<R>*>(args.partials));
+  }
 }
+
+constexpr int kFinalThreads = 1024;
 
 struct FinalArgs {
   const void* partials;  // Partial<R> [samples, tiles]

@@ -61,17 +61,17 @@ IK_DEVICE void load_streaming(const void* address, uint32_t* words) {
 #endif
 }
 
-// Address must be aligned to the pack (to 16 bytes for larger ones).
+// One pack if `wanted`, else zeros. The address must be aligned to the pack, to 16 bytes for larger ones.
 template <typename T, int E>
-IK_DEVICE void load_pack(const T* address, Pack<T, E>& pack) {
+IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   constexpr int kBytes = Pack<T, E>::kBytes;
-  if constexpr (kBytes <= 16) {
-    load_streaming<kBytes>(address, pack.words);
-  } else {
+  constexpr int kPiece = kBytes < 16 ? kBytes : 16;
 #pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i) {
-      load_streaming<16>(reinterpret_cast<const char*>(address) + 16 * i, pack.words + 4 * i);
-    }
+  for (int i = 0; i < Pack<T, E>::kWords; ++i) pack.words[i] = 0;
+  if (!wanted) return;
+#pragma unroll
+  for (int i = 0; i < kBytes / kPiece; ++i) {
+    load_streaming<kPiece>(reinterpret_cast<const char*>(address) + kPiece * i, pack.words + kPiece / 4 * i);
   }
 }
 
@@ -105,13 +105,9 @@ IK_DEVICE void unpack(const Pack<T, E>& pack, float (&values)[E]) {
     } else if constexpr (std::is_same_v<T, Half>) {
       const auto bits = static_cast<uint16_t>(pack.words[k / 2] >> (16 * (k % 2)));
       values[k] = static_cast<float>(Half(bits, Half::from_bits()));
-    } else if constexpr (std::is_same_v<T, uint8_t>) {
-      values[k] = static_cast<float>((pack.words[k / 4] >> (8 * (k % 4))) & 0xffu);
     } else {
-      static_assert(std::is_same_v<T, double>, "unknown element type");
-      double value;
-      memcpy(&value, &pack.words[2 * k], 8);
-      values[k] = static_cast<float>(value);
+      static_assert(std::is_same_v<T, uint8_t>, "unknown element type");
+      values[k] = static_cast<float>((pack.words[k / 4] >> (8 * (k % 4))) & 0xffu);
     }
   }
 }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference.masked_l1 import accumulate_dtype
+from ..reference.masked_l1 import accumulate_dtype, masked_loss_grad
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -52,6 +52,16 @@ def needs_grad(pred: Tensor, target: Tensor) -> bool:
     return torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
 
 
+class Saved(NamedTuple):
+    """What a forward kept, in the order of the backward schemas: signs for l1, else pred and target."""
+
+    scale: Tensor
+    signs: Tensor | None
+    mask: Tensor | None
+    pred: Tensor | None
+    target: Tensor | None
+
+
 def save_for_backward(
     ctx: Any, pred: Tensor, target: Tensor, mask: Tensor | None, penalty: str, scale: Tensor, signs: Tensor
 ) -> None:
@@ -60,6 +70,31 @@ def save_for_backward(
     ctx.save_for_backward(scale, mask, *kept)
     ctx.penalty = penalty
     ctx.image = (pred.shape, is_channels_last(pred), pred.dtype, target.dtype)
+
+
+def saved(ctx: Any) -> Saved:
+    """The tensors of `save_for_backward`, pred and target connected to the graph."""
+    scale, mask, first, second = ctx.saved_tensors
+    if ctx.penalty == "l1":
+        return Saved(scale, first, mask, None, None)
+    return Saved(scale, None, mask, first, second)
+
+
+def gradient_formula(ctx: Any, kept: Saved, coefficient: Tensor, weight: Tensor | None) -> Tensor:
+    """coefficient * weight * penalty'(d) as a differentiable expression, for `create_graph=True`."""
+    if kept.pred is not None and kept.target is not None:
+        return masked_loss_grad(kept.pred, kept.target, weight, coefficient, ctx.penalty, ctx.param)
+    assert kept.signs is not None
+    # l1 is constant almost everywhere: its second derivative by pred and target is zero.
+    size, channels_last = ctx.image[:2]
+    value = coefficient * unpack_signs(kept.signs, size, channels_last, kept.scale.dtype)
+    return value if weight is None else value * weight.to(value.dtype)
+
+
+def as_gradients(ctx: Any, value: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_pred, grad_target) from the gradient by the difference."""
+    _, _, pred_dtype, target_dtype = ctx.image
+    return value.to(pred_dtype) if needs[0] else None, -value.to(target_dtype) if needs[1] else None
 
 
 def unpack_signs(signs: Tensor, size: Any, channels_last: bool, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import hole_valid as reference
-from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pixel
 from .masked_l1 import _IMAGE
 
@@ -58,9 +57,7 @@ def _backward_fake(
     need_pred: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(
-        scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
-    )
+    return _pixel.fake_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -74,41 +71,29 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_hole is None and grad_valid is None:
         return None, None
-    scale, mask, first, second = ctx.saved_tensors
-    need_pred, need_target = ctx.needs_input_grad[:2]
-    l1 = ctx.penalty == "l1"
-    signs, pred, target = (first, None, None) if l1 else (None, first, second)
+    kept = _pixel.saved(ctx)
+    needs = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():
-        size, channels_last, pred_dtype, target_dtype = ctx.image
-        valid = mask.to(scale.dtype)
-        hole, valid = (valid, 1 - valid) if ctx.mask_is_hole else (1 - valid, valid)
-        value = torch.zeros((), dtype=scale.dtype, device=scale.device)
-        for grad, weight, column in ((grad_hole, hole, 0), (grad_valid, valid, 1)):
-            if grad is None:
-                continue
-            coefficient = grad * scale[:, column, None, None, None]
-            if l1:
-                sign = _pixel.unpack_signs(signs, size, channels_last, scale.dtype)
-                value = value + coefficient * weight * sign
-            else:
-                value = value + masked_loss_grad(pred, target, weight, coefficient, ctx.penalty, ctx.param)
-        return value.to(pred_dtype) if need_pred else None, -value.to(target_dtype) if need_target else None
+        assert kept.mask is not None
+        mask = kept.mask.to(kept.scale.dtype)
+        hole, valid = (mask, 1 - mask) if ctx.mask_is_hole else (1 - mask, mask)
+        value = kept.scale.new_zeros(())
+        for column, (grad, weight) in enumerate(((grad_hole, hole), (grad_valid, valid))):
+            if grad is not None:
+                coefficient = grad * kept.scale[:, column, None, None, None]
+                value = value + _pixel.gradient_formula(ctx, kept, coefficient, weight)
+        return _pixel.as_gradients(ctx, value, needs)
     grad_pred, grad_target = op(
         grad_hole,
         grad_valid,
-        scale,
-        signs,
-        mask,
-        pred,
-        target,
+        *kept,
         *ctx.image,
         ctx.penalty,
         ctx.param,
         ctx.mask_is_hole,
-        need_pred,
-        need_target,
+        *needs,
     )
-    return grad_pred if need_pred else None, grad_target if need_target else None
+    return grad_pred if needs[0] else None, grad_target if needs[1] else None
 
 
 _op = _library.Op(

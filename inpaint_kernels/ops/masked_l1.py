@@ -48,9 +48,7 @@ def _backward_fake(
     need_pred: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(
-        grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
-    )
+    return _pixel.fake_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -62,24 +60,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, op: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None
-    scale, mask, first, second = ctx.saved_tensors
-    need_pred, need_target = ctx.needs_input_grad[:2]
-    l1 = ctx.penalty == "l1"
-    signs, pred, target = (first, None, None) if l1 else (None, first, second)
+    kept = _pixel.saved(ctx)
+    needs = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():
-        size, channels_last, pred_dtype, target_dtype = ctx.image
-        coefficient = grad * scale[:, :, None, None] if grad.ndim == 0 else grad
-        if l1:
-            # Constant almost everywhere, so the second derivative by pred and target is zero.
-            value = coefficient * _pixel.unpack_signs(signs, size, channels_last, scale.dtype)
-            value = value if mask is None else value * mask.to(value.dtype)
-        else:
-            value = reference.masked_loss_grad(pred, target, mask, coefficient, ctx.penalty, ctx.param)
-        return value.to(pred_dtype) if need_pred else None, -value.to(target_dtype) if need_target else None
+        coefficient = grad * kept.scale[:, :, None, None] if grad.ndim == 0 else grad
+        return _pixel.as_gradients(ctx, _pixel.gradient_formula(ctx, kept, coefficient, kept.mask), needs)
     grad_pred, grad_target = op(
-        grad, scale, signs, mask, pred, target, *ctx.image, ctx.penalty, ctx.param, need_pred, need_target
+        grad,
+        *kept,
+        *ctx.image,
+        ctx.penalty,
+        ctx.param,
+        *needs,
     )
-    return grad_pred if need_pred else None, grad_target if need_target else None
+    return grad_pred if needs[0] else None, grad_target if needs[1] else None
 
 
 _op = _library.Op(
@@ -200,8 +194,8 @@ def masked_l1_loss(
         ValueError: shapes or devices disagree, or an option is unknown.
         RuntimeError: the `backend` asked for cannot run, with the reason.
 
-    The region means of mmagic's ``masked_l1``; ``normalize="image"`` is the form of Liu et al., "Image Inpainting
-    for Irregular Holes Using Partial Convolutions", 2018.
+    The region means of mmagic's ``masked_l1``; ``normalize="image"`` is the form of Liu et al., "Image
+    Inpainting for Irregular Holes Using Partial Convolutions", 2018.
 
     Example:
         >>> import torch, inpaint_kernels as ik

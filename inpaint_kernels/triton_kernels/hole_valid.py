@@ -2,7 +2,7 @@
 
     d = pred - target;  v = mask (or 1 - mask), h = 1 - v
     hole = sum_n scale_n0 * sum h * penalty(d),  valid = sum_n scale_n1 * sum v * penalty(d)
-    grad_pred = (grad_hole * scale_n0 * h + grad_valid * scale_n1 * v) * penalty'(d),  grad_target = -grad_pred
+    grad_pred = (grad_hole * scale_n0 * h + grad_valid * scale_n1 * v) * penalty'(d), grad_target = -grad_pred
 
 An element counts in a region only where its weight there is not exactly 0 (select, not only multiply).
 Saved for backward: l1 keeps 2 sign bits an element (of every element: each lies in some region), the other
@@ -20,8 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pixel, plan
-from .pixel import apply_signs, load_weight, pack_signs, penalty_grad, penalty_value
-from .pixel import program_place, step_start, tile_rows
+from .pixel import (
+    apply_signs,
+    load_weight,
+    pack_signs,
+    penalty_grad,
+    penalty_value,
+    program_place,
+    step_start,
+    tile_rows,
+)
 
 _SIZES = ["length", "groups", "channels", "tiles", "chunks"]
 
@@ -50,14 +58,14 @@ def forward_kernel(
     channels,
     tiles,
     chunks,
-    mask_stride_n,
-    mask_stride_c,
+    stride_n,
+    stride_c,
     sums_stride,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
     HOLE: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     SIGNS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -67,27 +75,26 @@ def forward_kernel(
     WIDTH: tl.constexpr,
 ):
     sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
-    row_c, row_p, group, element, row_inside, inside = tile_rows(
-        length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH
-    )
+    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    row_c, row_p, row_inside = rows
     hole_sum = tl.zeros(element.shape, tl.float32)
     valid_sum = tl.zeros(element.shape, tl.float32)
     hole_weight = tl.zeros(element.shape, tl.float32)
     valid_weight = tl.zeros(element.shape, tl.float32)
     if MASK != "channel":
         weight = load_weight(
-            mask_ptr, mask_stride_n, mask_stride_c, sample, first, tile, row_c, row_p, row_inside, inside,
-            MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
         )
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
-        group_start, element_start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        group_start, element_start = step_start(
+            length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G
+        )
         valid_c = row_c < channels - channel
         exists = inside & valid_c
         if MASK == "channel":
             weight = load_weight(
-                mask_ptr, mask_stride_n, mask_stride_c, sample, channel, tile, row_c, row_p, row_inside, exists,
-                MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
             )
         hole, valid = region_weights(weight, HOLE)
         pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
@@ -103,7 +110,7 @@ def forward_kernel(
             first_row = row_p % (8 // WIDTH) == 0
             tl.store(
                 signs_ptr + group_start + group,
-                pack_signs(d, exists, WIDTH),
+                pack_signs(d, exists),
                 mask=row_inside & valid_c & first_row,
             )
     program = tl.program_id(0)
@@ -132,15 +139,15 @@ def backward_kernel(
     channels,
     tiles,
     chunks,
-    mask_stride_n,
-    mask_stride_c,
+    stride_n,
+    stride_c,
     scale_stride_n,
     scale_stride_region,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
     HOLE: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -148,9 +155,8 @@ def backward_kernel(
     WIDTH: tl.constexpr,
 ):
     sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
-    row_c, row_p, group, element, row_inside, inside = tile_rows(
-        length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH
-    )
+    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    row_c, _, row_inside = rows
     scale_ptr += sample * scale_stride_n
     if grad_hole_ptr is not None:
         factor_hole = tl.load(grad_hole_ptr).to(tl.float32) * tl.load(scale_ptr)
@@ -158,18 +164,18 @@ def backward_kernel(
         factor_valid = tl.load(grad_valid_ptr).to(tl.float32) * tl.load(scale_ptr + scale_stride_region)
     if MASK != "channel":
         weight = load_weight(
-            mask_ptr, mask_stride_n, mask_stride_c, sample, first, tile, row_c, row_p, row_inside, inside,
-            MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
         )
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
-        group_start, element_start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        group_start, element_start = step_start(
+            length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G
+        )
         valid_c = row_c < channels - channel
         exists = inside & valid_c
         if MASK == "channel":
             weight = load_weight(
-                mask_ptr, mask_stride_n, mask_stride_c, sample, channel, tile, row_c, row_p, row_inside, exists,
-                MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
             )
         hole, valid = region_weights(weight, HOLE)
         coefficient = tl.zeros(element.shape, tl.float32)
@@ -182,17 +188,21 @@ def backward_kernel(
             counted = counted | (valid != 0)
         if PENALTY == "l1":
             word = tl.load(signs_ptr + group_start + group, mask=row_inside & valid_c, other=0)
-            value = apply_signs(word, coefficient, WIDTH)
+            value = apply_signs(word, coefficient)
         else:
             pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             # A NaN in a region that sends no gradient must not reach the other one's as 0 * NaN.
             value = tl.where(counted, coefficient * penalty_grad(pred - target, PENALTY, PARAM), 0.0)
         if grad_pred_ptr is not None:
-            tl.store(grad_pred_ptr + element_start + element, value.to(grad_pred_ptr.dtype.element_ty), mask=exists)
+            tl.store(
+                grad_pred_ptr + element_start + element, value.to(grad_pred_ptr.dtype.element_ty), mask=exists
+            )
         if grad_target_ptr is not None:
             tl.store(
-                grad_target_ptr + element_start + element, (-value).to(grad_target_ptr.dtype.element_ty), mask=exists
+                grad_target_ptr + element_start + element,
+                (-value).to(grad_target_ptr.dtype.element_ty),
+                mask=exists,
             )
 
 
@@ -242,6 +252,7 @@ def forward(
             weights,
             save_signs,
             *work[5:9],
+            plan.loads_width(pred, target),
             num_warps=work.warps,
         )
         pixel.launch_finalise(
@@ -268,7 +279,7 @@ def backward(
     need_pred: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_pred, grad_target) of `ops/hole_valid.py`; a region whose gradient is None contributes nothing."""
+    """(grad_pred, grad_target) of `ops/hole_valid.py`; a region without gradient contributes nothing."""
     grad_pred, grad_target = plan.empty_gradients(
         scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
     )
@@ -300,6 +311,7 @@ def backward(
             kind,
             size[1] if kind == "interleaved" else 1,
             *work[5:9],
+            plan.stores_width(grad_pred, grad_target),
             num_warps=work.warps,
         )
     return grad_pred, grad_target

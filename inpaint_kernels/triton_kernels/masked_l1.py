@@ -6,8 +6,8 @@
 Saved for backward: l1 keeps 2 sign bits an element, the other penalties re-read pred and target.
 Forward: one streaming pass, each program stores the sums of its tile; then one small launch adds them up.
 `reduction="none"` stores w * penalty(d) instead and needs no second stage. Backward: one pass.
-Bytes an element (float32, C channels, float32 mask of one channel): forward 8 + 4/C, and 1/4 for the signs; l1
-backward 1/4 + 4/C read and 4 written for each gradient.
+Bytes an element (float32, C channels, float32 mask of one channel): forward 8 + 4/C, and 1/4 for the signs;
+l1 backward 1/4 + 4/C read and 4 written for each gradient.
 Work split and addressing: `pixel.py`.
 """
 
@@ -21,14 +21,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pixel, plan
-from .pixel import apply_signs, load_weight, pack_signs, penalty_grad, penalty_value
-from .pixel import program_place, step_start, tile_rows
+from .pixel import (
+    apply_signs,
+    load_weight,
+    pack_signs,
+    penalty_grad,
+    penalty_value,
+    program_place,
+    step_start,
+    tile_rows,
+)
 
-# Sizes that vary from call to call must not trigger a compilation each time they happen to be 1 or 16-divisible.
-_SIZES = ["length", "groups", "channels", "tiles", "chunks", "sums_stride", "scale_stride"]
+# A size that happens to be 1 or divisible by 16 must not cost another compilation.
+_SIZES = ["length", "groups", "channels", "tiles", "chunks"]
 
 
-@triton.jit(do_not_specialize=_SIZES[:-1])
+@triton.jit(do_not_specialize=[*_SIZES, "sums_stride"])
 def forward_kernel(
     pred_ptr,  # [samples, channels, length]
     target_ptr,  # [samples, channels, length]
@@ -40,13 +48,13 @@ def forward_kernel(
     channels,
     tiles,
     chunks,
-    mask_stride_n,
-    mask_stride_c,
+    stride_n,
+    stride_c,
     sums_stride,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     MAP: tl.constexpr,
     WEIGHTS: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -57,48 +65,47 @@ def forward_kernel(
     WIDTH: tl.constexpr,
 ):
     sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
-    row_c, row_p, group, element, row_inside, inside = tile_rows(
-        length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH
-    )
+    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    row_c, row_p, row_inside = rows
     loss_sum = tl.zeros(element.shape, tl.float32)
     weight_sum = tl.zeros(element.shape, tl.float32)
     if MASK == "plane" or MASK == "interleaved":
         weight = load_weight(
-            mask_ptr, mask_stride_n, mask_stride_c, sample, first, tile, row_c, row_p, row_inside, inside,
-            MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
         )
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
-        group_start, element_start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        group_start, element_start = step_start(
+            length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G
+        )
         valid_c = row_c < channels - channel
-        valid = inside & valid_c
+        exists = inside & valid_c
         if MASK == "channel":
             weight = load_weight(
-                mask_ptr, mask_stride_n, mask_stride_c, sample, channel, tile, row_c, row_p, row_inside, valid,
-                MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
             )
-        pred = tl.load(pred_ptr + element_start + element, mask=valid, other=0.0).to(tl.float32)
-        target = tl.load(target_ptr + element_start + element, mask=valid, other=0.0).to(tl.float32)
+        pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         d = pred - target
         value = penalty_value(d, PENALTY, PARAM)
         if MASK == "none":
-            counted = valid
-            value = tl.where(valid, value, 0.0)
+            counted = exists
+            value = tl.where(exists, value, 0.0)
         else:
             # Select, not only multiply: NaN and Inf under weight 0 do not count.
-            counted = valid & (weight != 0)
+            counted = exists & (weight != 0)
             value = tl.where(counted, weight * value, 0.0)
         if MAP:
-            tl.store(out_ptr + element_start + element, value, mask=valid)
+            tl.store(out_ptr + element_start + element, value, mask=exists)
         else:
             loss_sum += value
         if WEIGHTS:
-            weight_sum += tl.where(valid, weight, 0.0)
+            weight_sum += tl.where(exists, weight, 0.0)
         if SIGNS:
             first_row = row_p % (8 // WIDTH) == 0
             tl.store(
                 signs_ptr + group_start + group,
-                pack_signs(d, counted, WIDTH),
+                pack_signs(d, counted),
                 mask=row_inside & valid_c & first_row,
             )
     if not MAP:
@@ -108,7 +115,7 @@ def forward_kernel(
             tl.store(out_ptr + sums_stride + program, tl.sum(weight_sum))
 
 
-@triton.jit(do_not_specialize=_SIZES[:-2] + _SIZES[-1:])
+@triton.jit(do_not_specialize=[*_SIZES, "scale_stride"])
 def backward_kernel(
     grad_ptr,  # [], or MAP: [samples, channels, length]
     scale_ptr,  # [N, 1], or None
@@ -123,13 +130,13 @@ def backward_kernel(
     channels,
     tiles,
     chunks,
-    mask_stride_n,
-    mask_stride_c,
+    stride_n,
+    stride_c,
     scale_stride,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     MAP: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -138,9 +145,8 @@ def backward_kernel(
     WIDTH: tl.constexpr,
 ):
     sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
-    row_c, row_p, group, element, row_inside, inside = tile_rows(
-        length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH
-    )
+    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    row_c, _, row_inside = rows
     if MAP:
         coefficient = 1.0
     else:
@@ -149,38 +155,42 @@ def backward_kernel(
             coefficient *= tl.load(scale_ptr + sample * scale_stride)
     if MASK == "plane" or MASK == "interleaved":
         weight = load_weight(
-            mask_ptr, mask_stride_n, mask_stride_c, sample, first, tile, row_c, row_p, row_inside, inside,
-            MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
         )
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
-        group_start, element_start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        group_start, element_start = step_start(
+            length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G
+        )
         valid_c = row_c < channels - channel
-        valid = inside & valid_c
+        exists = inside & valid_c
         if MASK == "channel":
             weight = load_weight(
-                mask_ptr, mask_stride_n, mask_stride_c, sample, channel, tile, row_c, row_p, row_inside, valid,
-                MASK, MASK_CHANNELS, BLOCK_G, WIDTH,
+                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
             )
         value = tl.zeros(element.shape, tl.float32) + coefficient
         if MAP:
-            value *= tl.load(grad_ptr + element_start + element, mask=valid, other=0.0).to(tl.float32)
+            value *= tl.load(grad_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         if MASK != "none":
             value *= weight
         if PENALTY == "l1":
             word = tl.load(signs_ptr + group_start + group, mask=row_inside & valid_c, other=0)
-            value = apply_signs(word, value, WIDTH)
+            value = apply_signs(word, value)
         else:
-            pred = tl.load(pred_ptr + element_start + element, mask=valid, other=0.0).to(tl.float32)
-            target = tl.load(target_ptr + element_start + element, mask=valid, other=0.0).to(tl.float32)
+            pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
+            target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             value *= penalty_grad(pred - target, PENALTY, PARAM)
             if MASK != "none":
                 value = tl.where(weight != 0, value, 0.0)
         if grad_pred_ptr is not None:
-            tl.store(grad_pred_ptr + element_start + element, value.to(grad_pred_ptr.dtype.element_ty), mask=valid)
+            tl.store(
+                grad_pred_ptr + element_start + element, value.to(grad_pred_ptr.dtype.element_ty), mask=exists
+            )
         if grad_target_ptr is not None:
             tl.store(
-                grad_target_ptr + element_start + element, (-value).to(grad_target_ptr.dtype.element_ty), mask=valid
+                grad_target_ptr + element_start + element,
+                (-value).to(grad_target_ptr.dtype.element_ty),
+                mask=exists,
             )
 
 
@@ -241,6 +251,7 @@ def forward(
             weights,
             save_signs,
             *work[5:9],
+            plan.stores_width(out) if is_map else plan.loads_width(pred, target),
             num_warps=work.warps,
         )
         if not is_map:
@@ -303,6 +314,7 @@ def backward(
             size[1] if kind == "interleaved" else 1,
             is_map,
             *work[5:9],
+            plan.stores_width(grad_pred, grad_target),
             num_warps=work.warps,
         )
     return grad_pred, grad_target

@@ -1,10 +1,10 @@
 """Device code shared by the Triton kernels of masked_l1 and hole_valid: addressing, formulas, second stage.
 
-Work split (sizes in `plan.py`): memory is seen as samples of `channels` segments of `length` consecutive elements,
-each cut into groups of 8, the unit of the packed signs. A program owns BLOCK_G groups of STEPS * BLOCK_C channels of
-one sample, held as [ROWS, WIDTH] tiles: a row is what one thread moves at once, 16 bytes of float32 (WIDTH 4, two
-rows a group) or of half precision (WIDTH 8). A single-channel mask is loaded once and serves all channels of the
-program. BLOCK_C > 1 only where a plane is smaller than a tile.
+Work split (sizes in `plan.py`): memory is seen as samples of `channels` segments of `length` consecutive
+elements, each cut into groups of 8, the unit of the packed signs. A program owns BLOCK_G groups of
+STEPS * BLOCK_C channels of one sample, held as [ROWS, WIDTH] tiles: a row is what one thread moves at once,
+16 bytes of float32 (WIDTH 4, two rows a group) or of half precision (WIDTH 8). A single-channel mask is
+loaded once and serves all channels of the program. BLOCK_C > 1 only where a plane is smaller than a tile.
 
 Reductions: every program stores its sums, `finalise` adds them in float64 in a fixed order; no atomics.
 """
@@ -46,12 +46,13 @@ def penalty_grad(d, PENALTY: tl.constexpr, PARAM: tl.constexpr):
 
 
 @triton.jit
-def pack_signs(d, counted, WIDTH: tl.constexpr):
+def pack_signs(d, counted):
     """[ROWS, WIDTH] differences -> [ROWS, 1] int16, the word of the group of 8 a row belongs to.
 
     Bit k: d > 0, bit 8 + k: d < 0 of element k. NaN (torch.sign gives 0) and ties set neither.
     """
     ROWS: tl.constexpr = d.shape[0]
+    WIDTH: tl.constexpr = d.shape[1]
     FOLD: tl.constexpr = 8 // WIDTH
     place = tl.arange(0, ROWS)[:, None] % FOLD * WIDTH + tl.arange(0, WIDTH)[None, :]
     bits = tl.where(counted & (d > 0), 1 << place, 0) + tl.where(counted & (d < 0), 256 << place, 0)
@@ -63,8 +64,9 @@ def pack_signs(d, counted, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def apply_signs(word, value, WIDTH: tl.constexpr):
+def apply_signs(word, value):
     """[ROWS, 1] packed signs, [ROWS, WIDTH] value -> value, -value or 0."""
+    WIDTH: tl.constexpr = value.shape[1]
     FOLD: tl.constexpr = 8 // WIDTH
     place = tl.arange(0, value.shape[0])[:, None] % FOLD * WIDTH + tl.arange(0, WIDTH)[None, :]
     word = word.to(tl.int32)
@@ -75,7 +77,7 @@ def apply_signs(word, value, WIDTH: tl.constexpr):
 
 @triton.jit
 def program_place(tiles, chunks, BLOCK_C: tl.constexpr, STEPS: tl.constexpr):
-    """Sample, first channel and tile of this program. Chunks change fastest: they share a mask tile in the cache."""
+    """Sample, first channel and tile of a program; chunks change fastest because they share a mask tile."""
     program = tl.program_id(0)
     chunk = program % chunks
     tile = (program // chunks) % tiles
@@ -95,9 +97,9 @@ def tile_rows(
 ):
     """Where the elements of a tile are; a row is WIDTH neighbours.
 
-    Returns row_c, row_p [ROWS, 1]: channel of a row and its number in the plane; group [ROWS, 1], element
-    [ROWS, WIDTH]: offsets in memory; all four counted from the tile's first. Then row_inside [ROWS, 1] and
-    inside [ROWS, WIDTH]: rows that begin, elements that lie in the plane.
+    Returns rows = (channel, number in the plane, whether it begins in the plane), each [ROWS, 1]; the offsets
+    in memory group [ROWS, 1] and element [ROWS, WIDTH]; inside [ROWS, WIDTH]: what lies in the plane.
+    Channels, numbers and offsets count from the tile's first.
     """
     FOLD: tl.constexpr = 8 // WIDTH
     row = tl.arange(0, BLOCK_C * BLOCK_G * FOLD)[:, None]
@@ -119,7 +121,7 @@ def tile_rows(
     else:
         row_inside = row_p * WIDTH < length - tile * (BLOCK_G * 8)
         inside = row_p * WIDTH + lane < length - tile * (BLOCK_G * 8)
-    return row_c, row_p, group, element, row_inside, inside
+    return (row_c, row_p, row_inside), group, element, inside
 
 
 @triton.jit
@@ -143,28 +145,28 @@ def load_weight(
     sample,
     channel,
     tile,
-    row_c,  # [ROWS, 1]
-    row_p,  # [ROWS, 1]
-    row_inside,  # [ROWS, 1]
+    rows,  # three [ROWS, 1], see `tile_rows`
     inside,  # [ROWS, WIDTH]
     MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
-    """Mask values of a tile in float32, 0 outside the plane: [ROWS, WIDTH], or [ROWS, 1] where rows share a value.
+    """Mask values of a tile in float32, 0 outside the plane; [ROWS, 1] where the elements of a row share one.
 
-    "plane": one value per position, whatever the channel. "channel": channels lie stride_c apart. "interleaved":
-    CHANNELS neighbours share one value (channels_last with a single-channel mask); CHANNELS is compile-time because
-    every element is divided by it.
+    "plane": one value per position, whatever the channel. "channel": channels lie stride_c apart.
+    "interleaved": CHANNELS neighbours share one value (channels_last with a single-channel mask); CHANNELS is
+    compile-time because every element is divided by it.
     """
+    WIDTH: tl.constexpr = inside.shape[1]
+    row_c, row_p, row_inside = rows
     start = tile * (BLOCK_G * 8)
     position = row_p * WIDTH + tl.arange(0, WIDTH)[None, :]
     pointer = mask_ptr + sample * stride_n
     if MASK == "interleaved":
         pixel = start // CHANNELS
         rest = (start - pixel * CHANNELS).to(tl.int32)
-        if CHANNELS % WIDTH == 0:
+        # Not `%`: Triton's interpreter has none of an int by a constexpr.
+        if CHANNELS // WIDTH * WIDTH == CHANNELS:
             weight = tl.load(pointer + pixel + (rest + row_p * WIDTH) // CHANNELS, mask=row_inside, other=0)
         else:
             weight = tl.load(pointer + pixel + (rest + position) // CHANNELS, mask=inside, other=0)
@@ -190,7 +192,7 @@ def finalise(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Adds the partial sums of one region (program) in float64; writes the loss and d loss / d S_n of every sample."""
+    """Adds the partial sums of one region (program); writes the loss and d loss / d S_n of every sample."""
     region = tl.program_id(0)
     regions = tl.num_programs(0)
     count = samples.to(tl.int64) * per_sample

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# (elements of the call, groups of 8 in a tile, warps). Chosen by reasoning alone: no GPU has measured them yet.
+# (elements of the call, groups of 8 in a tile, warps). Reasoned, not tuned: no GPU has measured them yet.
 TILES = ((1 << 20, 64, 2), (1 << 26, 128, 4), (1 << 63, 256, 8))
 MAX_STEPS = 4
 
@@ -71,7 +71,7 @@ def prepare_mask(mask: Tensor | None, size: Any, channels_last: bool) -> Mask:
     sizes, strides = mask.shape, mask.stride()
     stride_n = 0 if sizes[0] == 1 else strides[0]
     stride_c = 0 if sizes[1] == 1 else strides[1]
-    # Distance of neighbouring pixels; a dense plane of a multi-channel mask under channels_last is interleaved.
+    # Distance of neighbouring pixels: a multi-channel mask under channels_last is interleaved like the image.
     pixel = c if channels_last and stride_c != 0 else 1
     dense = (w == 1 or strides[3] == pixel) and (h == 1 or strides[2] == w * pixel)
     if not dense or (pixel != 1 and stride_c != 1):
@@ -87,8 +87,8 @@ def prepare_mask(mask: Tensor | None, size: Any, channels_last: bool) -> Mask:
 def make_plan(size: Any, channels_last: bool, mask: Mask, signs: bool, per_sample: bool) -> tuple[Plan, str]:
     """Work split of a call on images of `size`, and the mask kind under that split.
 
-    With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart although
-    no mask does.
+    With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart even
+    without a mask.
     """
     n, c, h, w = size
     kind = mask.kind
@@ -107,9 +107,7 @@ def _power_of_2(a: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    n: int, c: int, pixels: int, channels_last: bool, kind: str, signs: bool, per_sample: bool
-) -> Plan:
+def _plan(n: int, c: int, pixels: int, channels_last: bool, kind: str, signs: bool, per_sample: bool) -> Plan:
     samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
     if kind == "none" and not per_sample:
         samples, channels = 1, samples * channels
@@ -149,6 +147,19 @@ def empty_signs(like: Tensor, size: Any, channels_last: bool) -> Tensor:
         # Whole samples need less padding than planes: the rest of the buffer is not written.
         return torch.zeros(allocated, dtype=torch.uint8, device=like.device)
     return torch.empty(allocated, dtype=torch.uint8, device=like.device)
+
+
+def loads_width(pred: Tensor, target: Tensor) -> int:
+    """Elements of a row, see `pixel.py`, where images are only read: halves are read 16 bytes at once."""
+    return 4 if pred.dtype == torch.float32 and target.dtype == torch.float32 else 8
+
+
+def stores_width(*stored: Tensor) -> int:
+    """Elements of a row where images are written.
+
+    Triton writes at most 16 bytes of a row at once and would move longer rows through shared memory first.
+    """
+    return 4 if any(t.dtype == torch.float32 and t.numel() for t in stored) else 8
 
 
 def no_signs(like: Tensor) -> Tensor:

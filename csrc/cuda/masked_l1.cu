@@ -1,0 +1,72 @@
+// masked_l1 on CUDA: masked L1, MSE, Charbonnier and Huber losses.
+//
+//   forward   S_n = sum_i w_i penalty(pred_i - target_i), M_n = sum_i w_i over sample n (w broadcast over channels);
+//             loss = sum_n scale_n S_n, or the map w_i penalty(d_i) for reduction "none"
+//   backward  d loss / d pred_i = grad scale_n w_i penalty'(d_i), d loss / d target_i = minus that
+//
+// Saved for backward: l1 the signs of d (2 bits an element, 0 where w_i = 0) and scale; the others pred and target.
+// Bytes per element, fp32, mask [N, 1, H, W] fp32: forward 8 + 4/C + 1/4 (signs), backward l1 1/4 + 4/C + 4 a gradient,
+// other penalties 8 + 4/C + 4 a gradient. Work split: pixel.cuh. Two launches forward, one backward.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/pixel_launch.cuh"
+
+namespace ik::cuda {
+namespace {
+
+const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                  // [N, C, H, W]
+                                             const Tensor& target,                // [N, C, H, W]
+                                             const std::optional<Tensor>& mask,   // [H, W] or [N|1, C|1, H, W]
+                                             const std::string& penalty, double param, const std::string& reduction,
+                                             const std::string& normalize, bool save_signs) {
+  const bool mean = reduction == "mean";
+  STD_TORCH_CHECK(mean || reduction == "sum" || reduction == "none", "reduction: unknown value '", reduction, "'");
+  const ForwardCall call{pred,
+                         target,
+                         pointer(mask),
+                         parse_penalty(penalty),
+                         static_cast<float>(param),
+                         mean ? parse_normalize(normalize) : Normalize::sum,
+                         /*mask_is_hole=*/false,
+                         save_signs};
+  ForwardResult r = reduction == "none" ? run_forward<Mode::map>(call) : run_forward<Mode::one_region>(call);
+  return {r.loss[0], r.scale, r.signs};
+}
+
+std::tuple<Tensor, Tensor> masked_l1_backward(const Tensor& grad,                   // [] or [N, C, H, W]
+                                              const Tensor& scale,                  // [N, 1]
+                                              const std::optional<Tensor>& signs,   // [bytes]
+                                              const std::optional<Tensor>& mask,    // [H, W] or [N|1, C|1, H, W]
+                                              const std::optional<Tensor>& pred,    // [N, C, H, W]
+                                              const std::optional<Tensor>& target,  // [N, C, H, W]
+                                              const std::vector<int64_t>& size, bool channels_last,
+                                              ScalarType pred_dtype, ScalarType target_dtype,
+                                              const std::string& penalty, double param, bool need_pred,
+                                              bool need_target) {
+  const BackwardCall call{{&grad, nullptr},
+                          scale,
+                          pointer(signs),
+                          pointer(mask),
+                          pointer(pred),
+                          pointer(target),
+                          size,
+                          channels_last,
+                          pred_dtype,
+                          target_dtype,
+                          parse_penalty(penalty),
+                          static_cast<float>(param),
+                          /*mask_is_hole=*/false,
+                          need_pred,
+                          need_target};
+  return grad.dim() == 0 ? run_backward<Mode::one_region>(call) : run_backward<Mode::map>(call);
+}
+
+}  // namespace
+}  // namespace ik::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CUDA, m) {
+  m.impl("masked_l1_cuda", TORCH_BOX(&ik::cuda::masked_l1));
+  m.impl("masked_l1_backward_cuda", TORCH_BOX(&ik::cuda::masked_l1_backward));
+}
