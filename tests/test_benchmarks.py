@@ -1,0 +1,251 @@
+"""The benchmark tools: what they refuse to time, what they write, and what the tables make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("tqdm")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness, measure, report, run
+from benchmarks.harness import Benchmark, Bytes, Case, Formula, Refusal
+
+CPU = torch.device("cpu")
+TINY = Case((1, 3, 8, 8), quick=True)
+
+
+def mean_l1(case: Case, backend: str = "") -> Formula:
+    return lambda pred, target, mask: (((pred - target).abs() * mask).sum() / (3 * mask.sum()),)
+
+
+def tiny(fused: Callable[[Case, str], Formula] = mean_l1) -> Benchmark:
+    return Benchmark(
+        op="tiny",
+        cases=[TINY],
+        make_inputs=harness.image_inputs,
+        eager=mean_l1,
+        fused=fused,
+        minimum_bytes=lambda case: Bytes(8 * case.numel, 4 * case.numel),
+        tolerances={torch.float32: 1e-5},
+    )
+
+
+class WrongGradient(torch.autograd.Function):
+    """The right loss; the gradient is what `spoil` makes of the right one."""
+
+    @staticmethod
+    def forward(ctx, pred, target, mask, spoil):
+        ctx.save_for_backward(pred, target, mask)
+        ctx.spoil = spoil
+        return mean_l1(TINY)(pred, target, mask)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        pred, target, mask = ctx.saved_tensors
+        return ctx.spoil(grad * torch.sign(pred - target) * mask / (3 * mask.sum())), None, None, None
+
+
+def spoiled(spoil: Callable[[Tensor], Tensor]) -> Formula:
+    return lambda pred, target, mask: (WrongGradient.apply(pred, target, mask, spoil),)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def main(folder: Path, benchmark: Benchmark, *arguments: str) -> tuple[int, list[dict[str, str]]]:
+    command = ["--quick", "--threads", "1", "--default-heap", "--out", str(folder), *arguments]
+    status = run.main(command, {benchmark.op: benchmark})
+    files = list(folder.glob("*.csv"))
+    return status, run.read_rows(files[0]) if files else []
+
+
+def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
+    providers = ("--providers", "eager", "ik-cpu")
+    status, rows = main(tmp_path, tiny(), *providers)
+    assert status == 0
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        *[(provider, mode) for provider in ("eager", "ik-cpu") for mode in harness.MODES],
+        ("copy", "forward"),
+    ]
+    assert list(rows[0]) == list(run.COLUMNS)
+    for row in rows:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert row["torch"] == torch.__version__
+        assert row["threads"] == "1"
+        assert row["cuda"] == ""
+    full = rows[2]
+    assert float(full["gbps"]) == pytest.approx(12 * TINY.numel / float(full["p50_ms"]) / 1e6, rel=1e-4)
+    # |d| keeps d for its sign, the product keeps |d| and the mask, the quotient keeps both of its sides.
+    assert int(full["saved_bytes"]) >= TINY.numel * 4
+
+    status, again = main(tmp_path, tiny(), *providers)
+    assert status == 0
+    assert len(again) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (lambda pred, target, mask: (1.001 * mean_l1(TINY)(pred, target, mask)[0],), "float64 gives"),
+        (lambda pred, target, mask: (pred.sum() * float("nan"),), "float64 gives"),
+        (lambda pred, target, mask: mean_l1(TINY)(pred, target, mask) * 2, "2 terms, 1 expected"),
+        (spoiled(lambda grad: 1.001 * grad), "gradient of pred is off"),
+        (
+            spoiled(lambda grad: grad.clone().index_fill_(3, torch.tensor([3]), 0.0)),
+            "gradient of pred is off",
+        ),
+        (spoiled(lambda grad: torch.full_like(grad, float("nan"))), "gradient of pred is off"),
+        (lambda pred, target, mask: 1 / 0, "ZeroDivisionError"),
+    ],
+    ids=["loss", "nan", "terms", "gradient-scale", "gradient-column", "gradient-nan", "crash"],
+)
+def test_wrong_provider_is_not_timed(tmp_path, capsys, wrong, complaint):
+    path = tmp_path / f"{run.slug(CPU, 1)}.csv"
+    before = {
+        "op": "tiny",
+        "case": TINY.name,
+        "dtype": "float32",
+        "device": run.device_name(CPU),
+        "threads": 1,
+    }
+    run.write_rows(path, [{**before, "provider": "ik-cpu", "mode": mode} for mode in harness.MODES])
+
+    status, rows = main(tmp_path, tiny(lambda case, backend: wrong), "--providers", "eager", "ik-cpu")
+    assert status == 1
+    # The times of the run before are gone, too: the same name now stands for something wrong.
+    assert {row["provider"] for row in rows} == {"eager", "copy"}
+    printed = capsys.readouterr().out
+    assert "RED, not timed" in printed
+    assert complaint in printed
+
+
+@pytest.mark.slow
+def test_compiled_providers(tmp_path):
+    status, rows = main(tmp_path, dataclasses.replace(tiny(), rewrite=mean_l1))
+    assert status == 0
+    assert {"eager", "rewrite", "compile", "compile-rewrite"} < {row["provider"] for row in rows}
+
+
+def test_provider_that_cannot_run_is_left_out_and_fails_only_when_asked_for(tmp_path, capsys):
+    def fused(case: Case, backend: str) -> Formula:
+        raise RuntimeError("tiny: backend 'cpu' cannot run: no library")
+
+    benchmark = tiny(fused)
+    inputs = harness.image_inputs(TINY, CPU, torch.Generator().manual_seed(0))
+    refusal = harness.admit(benchmark, TINY, "ik-cpu", inputs)
+    assert isinstance(refusal, Refusal)
+    assert not refusal.red
+    assert main(tmp_path, benchmark, "--providers", "ik-cpu")[0] == 1
+    assert "left out: RuntimeError: tiny: backend 'cpu' cannot run: no library" in capsys.readouterr().out
+
+
+def test_command_line_errors_name_what_exists(capsys):
+    assert run.main(["nope"], {"tiny": tiny()}) == 1
+    assert "no benchmark of nope; there are: tiny" in capsys.readouterr().err
+    assert run.main(["--providers", "fastest"], {"tiny": tiny()}) == 1
+    assert "no provider fastest" in capsys.readouterr().err
+    assert run.main(["--dtypes", "float16"], {"tiny": tiny()}) == 1
+    assert "no such case" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", run.discover().values(), ids=lambda b: b.op)
+def test_formulas_of_every_benchmark_pass_its_gate(benchmark):
+    for case in {c.variant + c.dtype_name: c for c in benchmark.cases}.values():
+        small = dataclasses.replace(case, shape=(2, 3, 20, 36))
+        inputs = harness.image_inputs(small, CPU, torch.Generator().manual_seed(1))
+        names = [n for n in harness.providers(benchmark, small, CPU) if "compile" not in n and n != "ik-cpu"]
+        for name in (*names, "ik-reference"):
+            provider = harness.build(benchmark, small, name)
+            assert harness.gate(benchmark, small, provider, inputs) is None, (small.name, name)
+
+
+def test_saved_bytes_count_each_storage_once_and_inputs_apart():
+    x = torch.rand(1000, requires_grad=True)
+
+    # Both products keep the same intermediate, and one keeps the input.
+    def step(x: Tensor) -> Tensor:
+        y = x.exp()
+        return (y * y[:500].repeat(2) + y * x).sum()
+
+    memory = measure.measure_memory(step, {"x": x}, CPU)
+    assert memory.saved == 2 * 4000
+    assert memory.saved_with_inputs == 3 * 4000
+    assert x.grad is None
+    assert memory.peak["full"] is not None
+    assert memory.peak["full"] >= memory.saved
+
+
+def test_tensors_hidden_from_autograd_are_charged():
+    class Hides(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.hidden = x.clone()
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.ones_like(ctx.hidden)
+
+    x = torch.rand(100_000, requires_grad=True)
+    memory = measure.measure_memory(Hides.apply, {"x": x}, CPU)
+    assert 400_000 <= memory.saved < 401_000
+
+
+def row(provider: str, mode: str, ms: float, **changes: object) -> dict[str, object]:
+    return {
+        "op": "tiny", "case": "8x3x512x512 mask", "provider": provider, "mode": mode, "shape": "8x3x512x512",
+        "dtype": "float32", "p50_ms": ms, "p20_ms": ms, "p80_ms": ms, "gbps": 20.0, "copy_share": 0.875,
+        "saved_bytes": 1572864, "saved_with_inputs_bytes": 9961472, "device": "Some CPU", "threads": 2,
+        "torch": "2.13.0", "cuda": "", "commit": "abc1234567", "date": "2026-01-02",
+    } | changes  # fmt: skip
+
+
+def test_report_from_a_small_csv(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        row("eager", "full", 35.5, saved_bytes=176160768),
+        row("compile", "full", 7.0),
+        row("compile-rewrite", "full", 6.0, saved_bytes=0),
+        row("ik-cpu", "forward", 2.0),
+        row("ik-cpu", "backward", 3.0, copy_share=0.5),
+        row("ik-cpu", "full", 5.0),
+        row("copy", "forward", 1.0),
+    ]
+    small = {"case": "1x3x64x64 mask", "shape": "1x3x64x64"}
+    rows += [row(n, "full", ms, host_us=ms * 1e3, **small) for n, ms in (("eager", 0.045), ("ik-cpu", 0.05))]
+    results = tmp_path / "some-cpu.csv"
+    run.write_rows(results, rows)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:start -->\n")
+    assert text.endswith("<!-- bench:end -->\nafter\n")
+    assert "**Some CPU, 2 threads (torch 2.13.0, commit abc1234567, 2026-01-02)**, copy 20 GB/s" in text
+    assert (
+        "| `tiny` | 8x3x512x512 mask | float32 | 35.5 ms |  | 6.00 ms | **5.00 ms** | `cpu` | 7.1x | 1.20x "
+        "| 88 % / 50 % | 1.57 (9.96) / 176 (9.96) / 0 (9.96) |"
+    ) in text
+    # Slower is shown as slower, and bandwidth means nothing for what fits in the caches.
+    assert "| 45.0 µs |  |  | **50.0 µs** | `cpu` | 0.90x |  | - / - |" in text
+    assert (tmp_path / "some-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+    run.write_rows(results, [row("ik-cpu", "full", 4.0)])
+    assert report.main([*arguments, "--check"]) == 1
+    readme.write_text("no markers")
+    assert report.main(arguments) == 1
