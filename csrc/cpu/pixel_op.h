@@ -118,7 +118,12 @@ static inline PixelTensors backward_tensors(
 
 static inline Tensor make_signs(PixelTensors& t, const Tensor& like, bool save_signs) {
   Tensor signs = empty_1d(like, save_signs ? t.call.shape.sign_bytes() : 0, ScalarType::Byte);
-  if (save_signs) t.call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  if (save_signs) {
+    t.call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+    // channels_last may need fewer groups; an output left unwritten in part would differ between runs.
+    const int64_t used = 2 * t.call.shape.samples * t.call.shape.segments * t.call.shape.groups();
+    std::fill(t.call.signs + used, t.call.signs + signs.numel(), uint8_t(0));
+  }
   return signs;
 }
 

@@ -1,0 +1,182 @@
+"""What the compilers make of the Triton kernels on GPUs that are not there: no spills, few registers, wide loads.
+
+The launchers run on meta tensors and their launches are compiled ahead of time, so what is checked is what would
+run. Needs no GPU, but a process without TRITON_INTERPRET: interpreted kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import DTYPES, INTERPRETING
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+if INTERPRETING:
+    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
+
+from aot import Launch, Resources, compile_launch, record
+
+from inpaint_kernels.triton_kernels import hole_valid, masked_l1
+
+CAPABILITIES = (80, 90, 100)
+IMAGE = (8, 3, 512, 512)
+# 512 threads stay resident with it on every GPU listed; their loads in flight are enough to fill its memory bus.
+MAX_REGISTERS = 128
+
+
+class Case(NamedTuple):
+    """A call of one launcher."""
+
+    op: str  # "masked_l1" or "hole_valid"
+    penalty: str
+    dtypes: str = "f32/f32"  # pred / target
+    mask: torch.dtype | None = torch.float32
+    size: tuple[int, int, int, int] = IMAGE
+    channels_last: bool = False
+    backward: str = ""  # which gradients: "pred", "target" or "pred,target"
+    reduction: str = "mean"
+
+    def __str__(self) -> str:
+        mask = "nomask" if self.mask is None else str(self.mask).removeprefix("torch.")
+        layout = "channels_last" if self.channels_last else "x".join(map(str, self.size))
+        parts = [self.op, self.penalty, self.dtypes, mask, layout, self.reduction, self.backward]
+        return "-".join(filter(None, parts))
+
+
+# One case per code path of the kernels; sizes are divisible by 8 as those of real training are.
+CASES = [
+    Case("masked_l1", "l1"),
+    Case("masked_l1", "l1", "bf16/bf16", torch.bool),
+    Case("masked_l1", "l1", mask=None),
+    Case("masked_l1", "l1", channels_last=True),
+    # The largest tile, and the most channels in one program.
+    Case("masked_l1", "l1", size=(32, 4, 1024, 1024)),
+    # Planes smaller than a tile, and per-channel offsets into the mask.
+    Case("masked_l1", "charbonnier", "f16/f32", size=(64, 256, 8, 8)),
+    Case("masked_l1", "charbonnier", "f16/f32"),
+    Case("masked_l1", "l2", "f16/f16", reduction="none"),
+    Case("masked_l1", "l1", backward="pred"),
+    Case("masked_l1", "l1", "bf16/bf16", torch.bool, backward="pred"),
+    Case("masked_l1", "charbonnier", "f16/f32", backward="pred,target"),
+    Case("masked_l1", "huber", "bf16/bf16", torch.bool, backward="pred,target", reduction="none"),
+    Case("hole_valid", "l1"),
+    Case("hole_valid", "charbonnier", "bf16/bf16", torch.bool),
+    Case("hole_valid", "l1", "f16/f32", backward="pred"),
+    Case("hole_valid", "charbonnier", backward="pred"),
+]
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the launcher would launch."""
+    n, c, h, w = case.size
+    memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
+
+    def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    pred_dtype, target_dtype = (DTYPES[name] for name in case.dtypes.split("/"))
+    pred, target = (meta(case.size, d).to(memory_format=memory_format) for d in (pred_dtype, target_dtype))
+    mask = None if case.mask is None else meta((n, 1, h, w), case.mask)
+    is_map = case.reduction == "none"
+    l1 = case.penalty == "l1"
+    two_regions = case.op == "hole_valid"
+    if not case.backward:
+        if two_regions:
+            return record(
+                lambda: hole_valid.forward(pred, target, mask, case.penalty, 1e-3, "mask", False, l1)
+            )
+        return record(
+            lambda: masked_l1.forward(pred, target, mask, case.penalty, 1e-3, case.reduction, "mask", l1)
+        )
+    grad = meta(case.size if is_map else (), torch.float32)
+    scale = meta((0,) if is_map else (n, 2 if two_regions else 1), torch.float32)
+    saved: tuple[Any, ...] = (meta((2 * n * c * h * w // 8,), torch.uint8), mask, None, None)
+    if not l1:
+        saved = (None, mask, pred, target)
+    image = (case.size, case.channels_last, pred_dtype, target_dtype, case.penalty, 1e-3)
+    needed = ("pred" in case.backward, "target" in case.backward)
+    if two_regions:
+        return record(lambda: hole_valid.backward(grad, grad, scale, *saved, *image, False, *needed))
+    return record(lambda: masked_l1.backward(grad, scale, *saved, *image, *needed))
+
+
+def check_size(resources: Resources) -> None:
+    assert resources.spilled == 0
+    assert resources.registers <= MAX_REGISTERS
+
+
+def check_widths(launch: Launch, resources: Resources) -> None:
+    """Images, and a mask laid out like them, move 16 bytes at a time.
+
+    Only where float32 is stored beside a half-precision image (rows of 4) does the latter move 8 bytes at once.
+    """
+    arguments = launch.arguments
+    tile = arguments["BLOCK_C"] * arguments["BLOCK_G"] * 8 // (32 * launch.warps)
+    steps, row = arguments["STEPS"], arguments["WIDTH"]
+    masks = 0 if arguments["MASK"] == "interleaved" else 1
+    is_map = arguments.get("MAP", False)
+    moved = {
+        "pred_ptr": steps,
+        "target_ptr": steps,
+        "mask_ptr": masks,
+        "grad_ptr": steps if is_map else 0,
+        "grad_pred_ptr": steps,
+        "grad_target_ptr": steps,
+        "out_ptr": steps if is_map else 0,
+    }
+    expected = {"loads": Counter[int](), "stores": Counter[int]()}
+    stores_single = False
+    for name, times in moved.items():
+        tensor = arguments.get(name)
+        if tensor is None or times == 0:
+            continue
+        stored = name in ("grad_pred_ptr", "grad_target_ptr", "out_ptr")
+        stores_single |= stored and tensor.dtype == torch.float32
+        width = min(16, row * tensor.element_size())
+        expected["stores" if stored else "loads"][width] += tile * times * tensor.element_size()
+    assert row == 8 or stores_single or arguments["pred_ptr"].element_size() == 4
+    # Below 8 bytes: packed signs, single numbers, masks of one byte an element.
+    for direction, found in (("loads", resources.loads), ("stores", resources.stores)):
+        wide = {width: count for width, count in found.items() if width >= 8}
+        wanted = {width: count for width, count in expected[direction].items() if width >= 8}
+        assert wide == wanted, f"narrow {direction}: {dict(found)}, expected {wanted}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_spills_and_wide_accesses(case: Case, capability: int) -> None:
+    pixel_kernel, *finalise = launches(case)
+    assert len(finalise) == (0 if case.backward or case.reduction == "none" else 1)
+    resources = compile_launch(pixel_kernel, capability)
+    check_size(resources)
+    check_widths(pixel_kernel, resources)
+    for launch in finalise:
+        check_size(compile_launch(launch, capability))
+
+
+def test_a_size_changes_nothing_that_is_compiled() -> None:
+    """Odd numbers of samples, tiles and programs do not cost a compilation."""
+    first, second = (
+        [compile_launch(launch, 90) for launch in launches(Case("masked_l1", "l1", size=(n, 3, h, 512)))]
+        for n, h in ((8, 512), (11, 520))
+    )
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
+def test_check_fails_on_spills() -> None:
+    launch = launches(CASES[0])[0]
+    large = launch._replace(arguments=launch.arguments | {"BLOCK_G": 128, "STEPS": 2}, warps=1)
+    with pytest.raises(AssertionError, match="spilled"):
+        check_size(compile_launch(large, 90))
+
+
+def test_check_fails_on_narrow_loads() -> None:
+    launch = launches(CASES[0])[0]
+    resources = compile_launch(launch, 90, aligned=False)
+    check_size(resources)
+    with pytest.raises(AssertionError, match="narrow loads"):
+        check_widths(launch, resources)
