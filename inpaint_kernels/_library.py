@@ -25,23 +25,22 @@ class _Route:
     """One backend of one op: its forward and backward operators, and the eager autograd node over them."""
 
     def __init__(self, op: Op, backend: str) -> None:
-        self.forward = _define(f"{op.name}_{backend}", op.schema, op.fake)
-        self.backward = _define(f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake)
-        inputs = len(self.forward._schema.arguments)
+        self.forward = forward_op = _define(f"{op.name}_{backend}", op.schema, op.fake)
+        self.backward = backward_op = _define(
+            f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
+        )
+        inputs = len(forward_op._schema.arguments)
 
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            found = op.backward(ctx, self.backward, *grads[: op.outputs])
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            found = op.backward(ctx, backward_op, ctx.needs_input_grad, *grads[: op.outputs])
             return found + (None,) * (inputs - len(found))
 
-        def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[op.outputs :])
+            ctx.mark_non_differentiable(*_flatten(output[op.outputs :])[1])
             op.save(ctx, inputs, output)
 
-        torch.library.register_autograd(
-            self.forward._schema.name, backward, setup_context=setup, lib=_library
-        )
-        forward_op = self.forward
+        torch.library.register_autograd(forward_op._schema.name, backward, setup_context=setup, lib=_library)
 
         class Function(torch.autograd.Function):
             # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
@@ -57,7 +56,50 @@ class _Route:
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
                 return backward(ctx, *grads)
 
+        class ListFunction(torch.autograd.Function):
+            # Lists of tensors are invisible to autograd.Function: they travel flat, with their lengths in front.
+            @staticmethod
+            def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
+                ctx.lengths = lengths
+                return Function.forward(ctx, *_unflatten(lengths, flat))
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                needs = _unflatten(ctx.lengths, ctx.needs_input_grad[1:])
+                found = op.backward(ctx, backward_op, needs, *grads[: op.outputs])
+                given = _flatten(found)[1]
+                return (None, *given, *(None,) * (len(ctx.needs_input_grad) - 1 - len(given)))
+
         self.function = Function
+        self.list_function = ListFunction
+
+    def differentiable(self, *args: Any) -> Any:
+        """The differentiable outputs of an op with list arguments, connected to the graph."""
+        lengths, flat = _flatten(args)
+        return self.list_function.apply(lengths, *flat)
+
+
+def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:
+    """(lengths, flat): lists of tensors (or gradients) spliced in; length -1 marks what was no such list."""
+    lengths: list[int] = []
+    flat: list[Any] = []
+    for arg in args:
+        if isinstance(arg, list) and all(item is None or isinstance(item, Tensor) for item in arg):
+            lengths.append(len(arg))
+            flat += arg
+        else:
+            lengths.append(-1)
+            flat.append(arg)
+    return tuple(lengths), flat
+
+
+def _unflatten(lengths: tuple[int, ...], flat: tuple[Any, ...]) -> list[Any]:
+    args: list[Any] = []
+    at = 0
+    for length in lengths:
+        args.append(flat[at] if length < 0 else list(flat[at : at + length]))
+        at += 1 if length < 0 else length
+    return args
 
 
 class Op:
@@ -69,8 +111,10 @@ class Op:
         outputs: how many leading outputs are differentiable; the rest is what the backward needs.
         fake, backward_fake: the same functions on metadata alone.
         save: `save(ctx, inputs, output)` stores what the backward needs.
-        backward: `backward(ctx, op, *grads)` returns the gradients of the leading inputs. With grad mode on
-            (`create_graph=True`) it must use differentiable torch functions instead of `op`.
+        backward: `backward(ctx, op, needs, *grads)` returns the gradients of the leading inputs (a list for a list);
+            `needs` tells which are wanted, nested likewise. With grad mode on (`create_graph=True`) it must use
+            differentiable torch functions instead of `op`.
+        lists: whether an argument is a list of tensors.
         backends: those with kernels, besides `reference`.
     """
 
@@ -86,10 +130,12 @@ class Op:
         save: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
         backends: tuple[str, ...] = ("cpu", "triton", "cuda"),
+        lists: bool = False,
     ) -> None:
         self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
         self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
         self.backends = backends
+        self.lists = lists
         self.routes = {backend: _Route(self, backend) for backend in backends}
         if "triton" in backends:
             for suffix, function in (("", "forward"), ("_backward", "backward")):
@@ -108,7 +154,7 @@ class Op:
         if torch.compiler.is_compiling():
             output = route.forward(*args)
         elif needs_grad:
-            return route.function.apply(*args)
+            return route.differentiable(*args) if self.lists else route.function.apply(*args)
         else:
             with _below_autograd():
                 output = route.forward(*args)

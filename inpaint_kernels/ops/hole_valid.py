@@ -67,12 +67,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(
-    ctx: Any, op: Any, grad_hole: Tensor | None, grad_valid: Tensor | None
+    ctx: Any, op: Any, needs: Any, grad_hole: Tensor | None, grad_valid: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_hole is None and grad_valid is None:
         return None, None
     kept = _pixel.saved(ctx)
-    needs = ctx.needs_input_grad[:2]
+    needs = needs[:2]
     if torch.is_grad_enabled():
         assert kept.mask is not None
         mask = kept.mask.to(kept.scale.dtype)

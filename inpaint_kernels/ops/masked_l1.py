@@ -57,11 +57,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _pixel.save_for_backward(ctx, pred, target, mask, penalty, output[1], output[2])
 
 
-def _backward(ctx: Any, op: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None
     kept = _pixel.saved(ctx)
-    needs = ctx.needs_input_grad[:2]
+    needs = needs[:2]
     if torch.is_grad_enabled():
         coefficient = grad * kept.scale[:, :, None, None] if grad.ndim == 0 else grad
         return _pixel.as_gradients(ctx, _pixel.gradient_formula(ctx, kept, coefficient, kept.mask), needs)
