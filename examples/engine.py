@@ -1,0 +1,296 @@
+"""The training loop: steps, timing, validation, checkpoints, exact continuation."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import torch
+import torch.distributed as dist
+from data import Batch, InputError, Sampler
+from losses import Objective
+from model import PartialConvUNet
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARMUP_STEPS = 20
+# The rate falls with the step alone, so that a run does not depend on how long it was meant to be.
+DECAY_STEPS = 200
+HELD_OUT_CROPS = 16
+# The latest steps are timed; a long run would otherwise hold a CUDA event for each of its steps.
+SPANS = 2000
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int
+    batch: int
+    size: int
+    lr: float
+    seed: int
+    width: int
+    amp: str
+    normalize: str
+    save_every: int
+    data: str
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        return {"network": "PartialConvUNet", "width": self.width}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and its companions; ``group`` is None for a single process."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def average(self, values: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values /= self.size
+        return values
+
+
+def now(device: torch.device) -> Any:
+    """A point in time; an event on a GPU, so that timing never waits for the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass
+class Stopwatch:
+    """Spans between two ``now``; the median leaves out the first few, which only warm up."""
+
+    device: torch.device
+    spans: deque[tuple[Any, Any]] = field(default_factory=lambda: deque(maxlen=SPANS))
+
+    def median_ms(self) -> float:
+        spans = list(self.spans)[min(5, len(self.spans) // 2) :]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return float(statistics.median(start.elapsed_time(end) for start, end in spans))
+        return float(statistics.median((end - start) * 1e3 for start, end in spans))
+
+
+class Trainer:
+    """A network, its optimiser and an objective; ``train`` runs from ``step`` to ``settings.steps``."""
+
+    def __init__(self, settings: Settings, world: World, sampler: Sampler, objective: Objective) -> None:
+        self.settings, self.world, self.sampler, self.objective = settings, world, sampler, objective
+        torch.manual_seed(settings.seed)
+        self.net = PartialConvUNet(settings.width).to(world.device)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.lr)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
+        self.step = 0
+        self.history = torch.zeros(settings.steps, 3, dtype=torch.float64, device=world.device)
+        self.held_out: list[tuple[int, float]] = []
+        self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
+        self.saved_step: int | None = None
+        # False once the newest checkpoint in the output folder belongs to this run.
+        self.new_run = True
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything an exact continuation needs, as it is now; a copy."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return copy.deepcopy(
+            {
+                "step": self.step,
+                "architecture": self.settings.architecture,
+                "settings": self.state_settings(),
+                "model": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": rng,
+                "history": self.averaged_history().cpu(),
+                "held_out": self.held_out,
+            }
+        )
+
+    def state_settings(self) -> dict[str, Any]:
+        return vars(self.settings) | {"crops_per_step": self.settings.batch * self.world.size}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["step"] >= self.settings.steps:
+            raise InputError(
+                f"the checkpoint is at step {state['step']} already; ask for more than that with --steps"
+            )
+        try:
+            self.net.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
+            self.step = int(state["step"])
+            self.history[: self.step] = state["history"].to(self.history)
+            self.held_out = [(int(step), float(error)) for step, error in state["held_out"]]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the checkpoint does not fit this network: {reason}") from error
+
+    def averaged_history(self) -> Tensor:
+        """(total, hole, valid) of every step so far, averaged over the processes."""
+        return self.world.average(self.history[: self.step].clone())
+
+    # -- training -----------------------------------------------------------------------------
+
+    def train(self, label: str, out: Path | None) -> None:
+        """Runs the remaining steps; with ``out``, validates and writes checkpoints there."""
+        network = self._parallel()
+        with self._progress(label) as bar, self._batches() as batches:
+            if out is not None and self.step == 0:
+                self.validate()
+            for batch in batches:
+                self._one_step(network, batch)
+                self.step += 1
+                bar.update()
+                if self.step % 10 == 0 or self.step == self.settings.steps:
+                    total, hole, _ = self.history[self.step - 1].tolist()
+                    bar.set_postfix_str(f"loss {total:.4f}, hole {hole:.4f}")
+                if out is not None and self._is_due():
+                    self.validate()
+                    self._save(out)
+        self._check_finite()
+
+    def _one_step(self, network: torch.nn.Module, batch: Batch) -> None:
+        device = self.world.device
+        rate = self.settings.lr * min(1.0, (self.step + 1) / WARMUP_STEPS)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate / math.sqrt(1 + self.step / DECAY_STEPS)
+        start = now(device)
+        batch = batch.to(device)
+        with self._autocast():
+            output = network(batch.images * batch.masks, batch.masks)
+        # The loss is differentiated on its own, so that its backward can be timed apart from the network's.
+        pred = output.detach().requires_grad_()
+        loss_start = now(device)
+        terms = self.objective(pred, batch.images, batch.masks)
+        self.scaler.scale(terms.total).backward()
+        loss_end = now(device)
+        output.backward(pred.grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.history[self.step] = torch.stack([term.detach() for term in terms])
+        self.loss_watch.spans.append((loss_start, loss_end))
+        self.step_watch.spans.append((start, now(device)))
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Appends (step, mean absolute error inside the holes of the held-out crops)."""
+        if not self.world.leads:
+            return
+        batch = self.sampler.held_out(HELD_OUT_CROPS).to(self.world.device)
+        error = hole_error(self.fill(batch), batch)
+        self.held_out.append((self.step, error))
+
+    @torch.no_grad()
+    def fill(self, batch: Batch) -> Tensor:
+        """The network's pictures [N, 3, S, S] in [0, 1]."""
+        with self._autocast():
+            output = self.net(batch.images * batch.masks, batch.masks)
+        filled: Tensor = output.float().clamp(0, 1)
+        return filled
+
+    # -- details ------------------------------------------------------------------------------
+
+    def _parallel(self) -> torch.nn.Module:
+        if self.world.group is None:
+            return self.net
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(self.net, device_ids=devices, process_group=self.world.group)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AMP_DTYPES[self.settings.amp]
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=self.settings.amp != "off")
+
+    def _is_due(self) -> bool:
+        return self.step % self.settings.save_every == 0 or self.step == self.settings.steps
+
+    def _save(self, out: Path) -> None:
+        self._check_finite()
+        state = self.state()
+        if self.world.leads:
+            checkpoint.save(out, state, new_run=self.new_run)
+        self.new_run, self.saved_step = False, self.step
+
+    def _check_finite(self) -> None:
+        finite = self.averaged_history().isfinite().all(1)
+        if not bool(finite.all()):
+            step = int(finite.logical_not().nonzero()[0]) + 1
+            raise InputError(
+                f"the loss is not finite at step {step}; try a lower --lr (now {self.settings.lr:g})"
+            )
+
+    def _progress(self, label: str) -> tqdm[Any]:
+        # A log file gets a line every few seconds instead of ten a second.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.settings.steps,
+            initial=self.step,
+            desc=label,
+            unit="step",
+            mininterval=interval,
+            disable=not self.world.leads,
+        )
+
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """The remaining batches, each drawn while the step before it runs."""
+        pool = ThreadPoolExecutor(1)
+
+        def drawn() -> Iterator[Batch]:
+            coming = pool.submit(self.sampler.training, self.step)
+            for step in range(self.step, self.settings.steps):
+                batch = coming.result()
+                if step + 1 < self.settings.steps:
+                    coming = pool.submit(self.sampler.training, step + 1)
+                yield batch
+
+        try:
+            yield drawn()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def hole_error(filled: Tensor, batch: Batch) -> float:
+    """Mean absolute error inside the holes, over all crops."""
+    hole = 1 - batch.masks
+    count = (hole.sum() * filled.shape[1]).clamp(min=1)
+    return float((hole * (filled - batch.images).abs()).sum() / count)
+
+
+def mean_colour_fill(batch: Batch) -> Tensor:
+    """The yardstick: every hole filled with the mean colour of the known pixels of its crop."""
+    known = batch.masks.sum((2, 3), keepdim=True).clamp(min=1)
+    mean = (batch.images * batch.masks).sum((2, 3), keepdim=True) / known
+    return mean.expand_as(batch.images)

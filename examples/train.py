@@ -1,0 +1,312 @@
+"""Trains a small partial-convolution U-Net to fill holes, with the fused losses of inpaint_kernels.
+
+    python examples/train.py                                    # photographs shipped with scikit-image
+    python examples/train.py --images photos --masks holes      # your own
+    python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
+    torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
+
+The same seeded steps are then repeated with the eager formulas. Written to --out: ``pictures.png``,
+``curves.png``, ``report.json`` and ``checkpoint.pt`` (with ``checkpoint.previous.pt``, the one before).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import checkpoint
+import summary
+import torch
+import torch.distributed as dist
+from data import InputError, MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
+from engine import AMP_DTYPES, Settings, Trainer, World
+from losses import fused_backend, make_objective
+from model import PartialConvUNet
+
+SIZE_STEP = 2**PartialConvUNet.DEPTH
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def number(convert: Callable[[str], Any], least: float) -> Callable[[str], Any]:
+        def check(text: str) -> Any:
+            value = convert(text)
+            if not value >= least:
+                raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
+            return value
+
+        check.__name__ = convert.__name__
+        return check
+
+    parser = argparse.ArgumentParser(
+        description="Train an inpainting network with the fused losses, then repeat the steps with eager formulas."
+    )
+    add = parser.add_argument
+    add("--images", type=Path, metavar="DIR", help="photographs to train on (default: those in scikit-image)")
+    add(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="mask pictures, square, at least --size wide (default: brush strokes)",
+    )
+    add(
+        "--mask-files-mark",
+        choices=("hole", "valid"),
+        default="hole",
+        help="what white (>= 128) stands for in mask files (default: hole)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where results go (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from this checkpoint (default: the newest in --out), with the other options unchanged",
+    )
+    add(
+        "--steps",
+        type=number(int, 1),
+        default=400,
+        help="total steps, resumed ones included (default: %(default)s)",
+    )
+    add("--batch", type=number(int, 1), default=8, help="crops per step and process (default: %(default)s)")
+    add(
+        "--size",
+        type=number(int, SIZE_STEP),
+        default=128,
+        help=f"crop size, a multiple of {SIZE_STEP} (default: %(default)s)",
+    )
+    add("--width", type=number(int, 2), default=24, help="channels of the first level (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--amp",
+        choices=tuple(AMP_DTYPES),
+        default="off",
+        help="mixed precision; fp16 scales the loss (default: off)",
+    )
+    add(
+        "--normalize",
+        choices=("image", "mask"),
+        default="image",
+        help="divide losses by the image or by each region",
+    )
+    add(
+        "--backend",
+        choices=("reference", "cpu", "triton", "cuda"),
+        help="of the fused loss (default: by device)",
+    )
+    add("--save-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: %(default)s)")
+    add("--no-compare", action="store_true", help="do not repeat the steps with the eager formulas")
+    args = parser.parse_args(argv)
+    if args.size % SIZE_STEP:
+        parser.error(f"argument --size: must be a multiple of {SIZE_STEP}, got {args.size}")
+    return args
+
+
+def join_world(choice: str) -> World:
+    """The device of this process, and its group when started by torchrun."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    cuda = choice != "cpu" and torch.cuda.is_available()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cpu")
+    if cuda:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local} of this machine has no GPU: only {torch.cuda.device_count()} found"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return World(device, dist.get_rank(), size, dist.group.WORLD)
+
+
+def make_output_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot create the folder {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out: the folder {out} is not writable")
+
+
+def warn_of_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in sorted(set(now) - {"steps", "batch", "save_every"}):
+        if then.get(name) != now[name]:
+            change = f"{name.replace('_', ' ')} was {then.get(name)}, is {now[name]}"
+            print(f"note: {change}: the run goes on, but not exactly as it would have")
+
+
+class Job:
+    """One call of the program: everything between the options and the report."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.world = World(torch.device("cpu"))
+        self.trainer: Trainer | None = None
+        self.trained = False
+
+    def run(self) -> None:
+        args = self.args
+        try:
+            # Both are used late; a missing one should not cost the run its report.
+            import plots  # noqa: F401
+
+            import inpaint_kernels  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"{error}; install the package with what the demo needs: pip install '.[demo]'"
+            ) from error
+        if args.device != "cpu" and torch.cuda.is_available():
+            # An exact continuation needs the same convolution algorithms in both halves.
+            torch.backends.cudnn.deterministic = True
+        self.world = join_world(args.device)
+        self.backend = fused_backend(self.world.device, args.backend)
+        make_output_folder(args.out)
+        photographs = load_photographs(args.images, args.size)
+        masks: MaskMaker = (
+            MaskFiles(args.masks, args.size, args.mask_files_mark)
+            if args.masks is not None
+            else lambda rng: brush_mask(rng, args.size)
+        )
+        masks_from = f"{args.masks}, white marks {args.mask_files_mark}" if args.masks else "brush"
+        settings = Settings(
+            **{name: getattr(args, name) for name in ("steps", "batch", "size", "lr", "seed", "width")},
+            amp=args.amp,
+            normalize=args.normalize,
+            save_every=args.save_every,
+            data=f"pictures {photographs.source}, masks {masks_from}",
+        )
+        self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)
+        self.trainer = self._make_trainer(settings, "fused")
+        if args.resume is not None:
+            self._resume(self.trainer)
+        processes = f" x {self.world.size} processes" if self.world.size > 1 else ""
+        self._say(
+            f"{summary.device_name(self.world.device)}{processes}, fused loss on {self.backend!r}; "
+            f"{len(photographs.training)} training and {len(photographs.held_out)} held-out pictures "
+            f"(by {photographs.held_out_by}) from {photographs.source}"
+        )
+        start = self.trainer.state()
+        self.trainer.train("fused loss", args.out)
+        self.trained = True
+        self._write_pictures(self.trainer, photographs.held_out_by)
+        trainers = {"fused": self.trainer}
+        if not args.no_compare:
+            trainers["eager"] = self._make_trainer(settings, "eager")
+            trainers["eager"].restore(start)
+            trainers["eager"].train("eager loss", None)
+        text = summary.write(args.out, trainers, first_step=int(start["step"]), backend=self.backend)
+        self._say(f"\n{text}")
+
+    def _make_trainer(self, settings: Settings, kind: str) -> Trainer:
+        objective = make_objective(
+            kind, normalize=settings.normalize, backend=self.backend, group=self.world.group
+        )
+        return Trainer(settings, self.world, self.sampler, objective)
+
+    def _resume(self, trainer: Trainer) -> None:
+        path = Path(self.args.resume or self.args.out)
+        state = checkpoint.load(path, trainer.settings.architecture)
+        trainer.restore(state)
+        trainer.new_run = (path if path.is_dir() else path.parent).resolve() != self.args.out.resolve()
+        if self.world.leads:
+            warn_of_changes(state["settings"], trainer.state_settings())
+        self._say(f"resumed {path} at step {trainer.step}")
+
+    def _write_pictures(self, trainer: Trainer, held_out_by: str) -> None:
+        if not self.world.leads:
+            return
+        import plots
+
+        rows = []
+        for label, batch in (
+            (f"held out (by {held_out_by})", self.sampler.held_out(4)),
+            ("trained on", self.sampler.seen(2)),
+        ):
+            rows.append((label, batch, trainer.fill(batch.to(self.world.device)).cpu()))
+        plots.picture_grid(self.args.out / summary.PICTURES, summary.title(trainer), rows)
+
+    def _say(self, text: str) -> None:
+        if self.world.leads:
+            print(text, flush=True)
+
+    def stopped(self, argv: Sequence[str]) -> str:
+        """What a stopped run leaves, and how to go on."""
+        path = self.args.out / checkpoint.NAME
+        if self.trained:
+            return f"stopped during the comparison; the training is finished: {path}"
+        if self.trainer is None or self.trainer.saved_step is None:
+            return "stopped before this run's first checkpoint; earlier checkpoints are untouched"
+        command = f"python {shlex.join([sys.argv[0], *_without_resume(argv), '--resume'])}"
+        if self.world.size > 1:
+            command = "the same torchrun command and --resume"
+        return (
+            f"stopped at step {self.trainer.step}; {path} is at step {self.trainer.saved_step}. "
+            f"Go on with: {command}"
+        )
+
+
+def _without_resume(argv: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    for word, before in zip(argv, ["", *argv], strict=False):
+        is_path = before == "--resume" and not word.startswith("-")
+        if not is_path and word.split("=")[0] != "--resume":
+            words.append(word)
+    return words
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 with one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    job = Job(parse(argv))
+    handler = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        job.run()
+        return 0
+    except InputError as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        message = job.stopped(argv) if job.world.leads else ""
+    except RuntimeError as error:
+        text = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text:
+            message = "error: out of memory; try a smaller --batch or --size"
+        # Gloo and NCCL report a companion that died as RuntimeError, with their name in the text.
+        elif job.world.size > 1 and ("gloo" in text or "nccl" in text):
+            message = f"error: another process of this run ended; {job.stopped(argv)}"
+        else:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    rank = f" [process {job.world.rank}]" if job.world.size > 1 else ""
+    if message:
+        print(f"train.py{rank}: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
