@@ -35,7 +35,8 @@ class _Route:
             found = op.backward(ctx, backward_op, ctx.needs_input_grad, *grads[: op.outputs])
             return found + (None,) * (inputs - len(found))
 
-        def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            output = _as_tuple(output)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*_flatten(output[op.outputs :])[1])
             op.save(ctx, inputs, output)
@@ -47,7 +48,7 @@ class _Route:
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 with _below_autograd():
-                    output = forward_op(*args)
+                    output = _as_tuple(forward_op(*args))
                 ctx.set_materialize_grads(False)
                 op.save(ctx, args, output)
                 return output[0] if op.outputs == 1 else output[: op.outputs]
@@ -158,7 +159,13 @@ class Op:
         else:
             with _below_autograd():
                 output = route.forward(*args)
+        output = _as_tuple(output)
         return output[0] if self.outputs == 1 else output[: self.outputs]
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    """An operator with a single return gives it bare."""
+    return (output,) if isinstance(output, Tensor) else output
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:

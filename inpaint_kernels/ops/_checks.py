@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,44 @@ def check_positive(name: str, value: float) -> float:
     if not 1e-18 <= value <= 1e18:
         raise ValueError(f"{name} must lie between 1e-18 and 1e18, got {value!r}")
     return float(value)
+
+
+def check_features(name: str, value: Tensor) -> None:
+    """A floating (N, C, H, W) tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.ndim != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(value.shape)}")
+
+
+def as_layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One tensor or a sequence of them as a list, never empty."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, Sequence) or not value:
+        raise TypeError(
+            f"{name} must be a Tensor or a non-empty sequence of them, got {type(value).__name__}"
+        )
+    return list(value)
+
+
+def layer_weights(weights: float | Sequence[float] | None, layers: int) -> list[float]:
+    """One weight for each layer; None means 1."""
+    if weights is None:
+        return [1.0] * layers
+    found = [float(weights)] if isinstance(weights, (int, float)) else [float(weight) for weight in weights]
+    if len(found) != layers:
+        raise ValueError(f"weights has {len(found)} entries for {layers} layers")
+    return found
+
+
+def check_batches(layer: int, input: Tensor, batch: int) -> None:
+    """The input's batch is a whole number of batches of the target."""
+    fits = input.shape[0] % batch == 0 if batch else input.shape[0] == 0
+    if not fits:
+        raise ValueError(
+            f"input[{layer}] has a batch of {input.shape[0]}, target[{layer}] of {batch}: the input's must be a "
+            "multiple of it (several predictions in the order of torch.cat)"
+        )

@@ -1,0 +1,245 @@
+"""Distance of feature maps over one or many layers, several predictions against one target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import feature_distance as reference
+from ..reference.masked_l1 import accumulate_dtype, masked_loss_grad
+from . import _checks, _pixel
+
+
+def _fake(
+    input: list[Tensor],
+    target: list[Tensor],
+    mask: list[Tensor],
+    weights: list[float],
+    penalty: str,
+    param: float,
+    normalize: str,
+    save_signs: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dtype = accumulate_dtype(*input, *target)
+    return (
+        input[0].new_empty((), dtype=dtype),
+        input[0].new_empty(len(input), dtype=dtype),
+        [_pixel.fake_signs(x, save_signs) for x in input],
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    scale: Tensor,
+    signs: list[Tensor],
+    mask: list[Tensor],
+    input: list[Tensor],
+    target: list[Tensor],
+    sizes: list[Any],
+    channels_last: list[int],
+    dtypes: list[int],
+    penalty: str,
+    param: float,
+) -> list[Tensor]:
+    return [
+        _pixel.empty_image(grad, sizes[5 * i : 5 * i + 4], bool(channels_last[i]), _checks.FLOATS[dtypes[i]])
+        for i in range(len(dtypes))
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    features, targets, masks, _, penalty, param, _, _ = inputs
+    kept = output[2] if penalty == "l1" else [*features, *targets]
+    ctx.save_for_backward(output[1], *masks, *kept)
+    ctx.settings = (penalty, param, len(masks))
+    ctx.layers = [
+        ((*x.shape, y.shape[0]), _pixel.is_channels_last(x), x.dtype, y.dtype)
+        for x, y in zip(features, targets, strict=True)
+    ]
+
+
+def _formula(ctx: Any, i: int, grad: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+    """Gradient by the difference of layer i as a differentiable expression."""
+    penalty, param, mask_count = ctx.settings
+    count = len(ctx.layers)
+    masks, kept = saved[1 : 1 + mask_count], saved[1 + mask_count :]
+    size, channels_last, _, _ = ctx.layers[i]
+    copies = size[0] // size[4] if size[4] else 0
+    mask = masks[i] if mask_count else None
+    if mask is not None and mask.shape[0] not in (1, size[0]):
+        mask = mask.repeat(copies, 1, 1, 1)
+    coefficient = grad * saved[0][i]
+    if penalty != "l1":
+        target = kept[count + i].repeat(copies, 1, 1, 1)
+        return masked_loss_grad(kept[i], target, mask, coefficient, penalty, param)
+    value = coefficient * _pixel.unpack_signs(kept[i], size[:4], channels_last, saved[0].dtype)
+    return value if mask is None else value * mask.to(value.dtype)
+
+
+def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    count = len(ctx.layers)
+    grad_input: list[Tensor | None] = [None] * count
+    grad_target: list[Tensor | None] = [None] * count
+    if grad is None:
+        return grad_input, grad_target
+    saved = ctx.saved_tensors
+    wanted = [i for i in range(count) if needs[0][i] or needs[1][i]]
+    if torch.is_grad_enabled():
+        found = [_formula(ctx, i, grad, saved) for i in wanted]
+    else:
+        penalty, param, mask_count = ctx.settings
+        masks, kept = saved[1 : 1 + mask_count], saved[1 + mask_count :]
+        l1 = penalty == "l1"
+        scale = saved[0] if len(wanted) == count else saved[0][wanted]
+        found = op(
+            grad,
+            scale,
+            [kept[i] for i in wanted] if l1 else [],
+            [masks[i] for i in wanted] if mask_count else [],
+            [] if l1 else [kept[i] for i in wanted],
+            [] if l1 else [kept[count + i] for i in wanted],
+            [n for i in wanted for n in ctx.layers[i][0]],
+            [int(ctx.layers[i][1]) for i in wanted],
+            [_checks.FLOATS.index(ctx.layers[i][2]) for i in wanted],
+            penalty,
+            param,
+        )
+    for i, value in zip(wanted, found, strict=True):
+        size, _, dtype, target_dtype = ctx.layers[i]
+        if needs[0][i]:
+            grad_input[i] = value.to(dtype)
+        if needs[1][i]:
+            grad_target[i] = -value.unflatten(0, (-1, size[4])).sum(0).to(target_dtype)
+    return grad_input, grad_target
+
+
+_op = _library.Op(
+    "feature_distance",
+    schema="(Tensor[] input, Tensor[] target, Tensor[] mask, float[] weights, str penalty, float param, "
+    "str normalize, bool save_signs) -> (Tensor, Tensor, Tensor[])",
+    backward_schema="(Tensor grad, Tensor scale, Tensor[] signs, Tensor[] mask, Tensor[] input, Tensor[] target, "
+    "SymInt[] sizes, int[] channels_last, int[] dtypes, str penalty, float param) -> Tensor[]",
+    outputs=1,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+    lists=True,
+)
+
+
+def feature_distance(
+    input: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    *,
+    weights: float | Sequence[float] | None = None,
+    penalty: str = "l1",
+    mask: Tensor | Sequence[Tensor] | None = None,
+    normalize: str = "mask",
+    layer_reduction: str = "sum",
+    eps: float = 1e-3,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean distance of two sets of feature maps, summed or averaged over layers.
+
+    ``sum_l w_l * sum(mask_l * p(input_l - target_l)) / D_l`` with D_l the summed mask, broadcast over channels
+    (``normalize="mask"``; the element count without a mask), or the element count (``"image"``).
+    ``layer_reduction="mean"`` divides by the number of layers.
+
+    Args:
+        input: features (k N, C, H, W) of one layer or a sequence of layers; float16, bfloat16, float32 or float64.
+            A batch k times the target's is k predictions, in the order of torch.cat (raw and composite against
+            truth), against one target that is read once; the mean is over all k N samples.
+        target: features (N, C, H, W) of the same layers; the dtype may differ.
+        weights: one factor for each layer, 1 by default.
+        penalty: "l1", "l2" (squared error) or "charbonnier".
+        mask: spatial weights at the layers' resolutions, one for each layer: batch 1, N (shared by the predictions)
+            or k N; shapes and dtypes as in `masked_l1_loss`. Where one is exactly 0, NaN and Inf are ignored.
+        normalize: "mask" or "image".
+        layer_reduction: "sum" or "mean".
+        eps: of "charbonnier".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, float32; float64 if an input is float64.
+
+    Differentiable in `input` and `target` (l1: subgradient 0 where they are equal), twice. l1 keeps 2 bits an element
+    of the input. If a mask requires a gradient the differentiable reference runs instead of a kernel.
+
+    Raises:
+        TypeError: an argument is no floating tensor or sequence of them.
+        ValueError: shapes, batches or the number of layers disagree, or an option is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    Johnson et al., "Perceptual Losses", 2016; the L1 form of Liu et al., 2018, and of pix2pixHD's feature matching.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> layers = [torch.ones(2, 4, 8, 8), torch.ones(2, 8, 4, 4)]
+        >>> ik.feature_distance(layers, [torch.zeros_like(f) for f in layers], weights=[1.0, 0.5])
+        tensor(1.5000)
+    """
+    inputs, targets = _checks.as_layers("input", input), _checks.as_layers("target", target)
+    if len(inputs) != len(targets):
+        raise ValueError(f"input has {len(inputs)} layers, target has {len(targets)}")
+    masks = [] if mask is None else _checks.as_layers("mask", mask)
+    if masks and len(masks) != len(inputs):
+        raise ValueError(f"mask has {len(masks)} layers, input has {len(inputs)}")
+    _checks.check_choice("penalty", penalty, ("l1", "l2", "charbonnier"))
+    _checks.check_choice("normalize", normalize, ("mask", "image"))
+    _checks.check_choice("layer_reduction", layer_reduction, ("sum", "mean"))
+    param = _checks.check_positive("eps", eps) if penalty == "charbonnier" else 0.0
+    factors = _checks.layer_weights(weights, len(inputs))
+    if layer_reduction == "mean":
+        factors = [factor / len(inputs) for factor in factors]
+    needs = False
+    for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+        _checks.check_features(f"input[{layer}]", x)
+        _checks.check_features(f"target[{layer}]", y)
+        _checks.check_batches(layer, x, y.shape[0])
+        if x.shape[1:] != y.shape[1:]:
+            raise ValueError(
+                f"target[{layer}] has shape {tuple(y.shape)}, input[{layer}] has {tuple(x.shape)}"
+            )
+        if x.device != inputs[0].device or y.device != inputs[0].device:
+            raise ValueError(f"layer {layer} is on {x.device} and {y.device}, input[0] on {inputs[0].device}")
+        if masks:
+            shared = (
+                isinstance(masks[layer], Tensor)
+                and masks[layer].ndim == 4
+                and masks[layer].shape[0] == y.shape[0]
+            )
+            masks[layer] = _checks.check_mask(masks[layer], y if shared else x)
+        needs = needs or x.requires_grad or y.requires_grad
+    grad_enabled = torch.is_grad_enabled()
+    needs = needs and grad_enabled
+    weighted = grad_enabled and any(m.requires_grad for m in masks)
+    if weighted and backend is None:
+        backend = "reference"
+    dtypes = {x.dtype for x in inputs} | {y.dtype for y in targets}
+    chosen = _op.choose(backend, inputs[0].device, *sorted(dtypes, key=str))
+    if chosen == "reference":
+        return reference.feature_distance(
+            inputs, targets, factors, masks or None, penalty=penalty, param=param, normalize=normalize
+        )
+    if weighted:
+        raise RuntimeError(
+            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
+        )
+    out: Tensor = _op(
+        chosen,
+        needs,
+        inputs,
+        targets,
+        masks,
+        factors,
+        penalty,
+        param,
+        normalize,
+        needs and penalty == "l1",
+    )
+    return out

@@ -1,0 +1,96 @@
+"""Batched Gram matrices of feature maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import gram as reference
+from ..reference.masked_l1 import accumulate_dtype
+from . import _checks
+
+NORMALIZATIONS = ("chw", "hw", "none")
+
+
+def _fake(features: Tensor, normalize: str) -> Tensor:
+    n, c = features.shape[:2]
+    return features.new_empty((n, c, c), dtype=accumulate_dtype(features))
+
+
+def _backward_fake(grad: Tensor, features: Tensor, normalize: str) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, ctx.normalize = inputs
+    ctx.save_for_backward(features)
+
+
+def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,)
+    (features,) = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return (op(grad, features, ctx.normalize),)
+    n, c, h, w = features.shape
+    x = features.to(grad.dtype).reshape(n, c, h * w)
+    scale = reference.gram_scale(ctx.normalize, c, h * w)
+    product = torch.bmm(grad + grad.mT, x) * scale
+    return (product.reshape(n, c, h, w).to(features.dtype),)
+
+
+_op = _library.Op(
+    "gram",
+    schema="(Tensor features, str normalize) -> Tensor",
+    backward_schema="(Tensor grad, Tensor features, str normalize) -> Tensor",
+    outputs=1,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+)
+
+
+def gram_matrix(features: Tensor, *, normalize: str = "chw", backend: str | None = None) -> Tensor:
+    """Gram matrices of a batch of feature maps, ``G[n] = s * F[n] F[n]^T`` with F (C, H*W).
+
+    The factor s is 1/(C H W) for ``normalize="chw"`` (every released inpainting code base), 1/(H W) for "hw", 1 for
+    "none". Products are accumulated in float32 and scaled before they could overflow: features of any half type
+    give finite, unrounded float32 matrices.
+
+    Args:
+        features: (N, C, H, W); float16, bfloat16, float32 or float64. NCHW and channels_last are read in place,
+            other strides through a copy.
+        normalize: "chw", "hw" or "none".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        (N, C, C), symmetric, float32; float64 for float64 features.
+
+    Differentiable in `features`, twice; keeps a reference to them. The backward is one product,
+    ``s * (dG + dG^T) F``.
+
+    Raises:
+        TypeError: `features` is no floating tensor.
+        ValueError: `features` does not have 4 dimensions, or `normalize` is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    Gatys et al., "Image Style Transfer Using Convolutional Neural Networks", 2016; scaled as in Liu et al., 2018.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> ik.gram_matrix(torch.ones(1, 2, 4, 4), normalize="hw")
+        tensor([[[1., 1.],
+                 [1., 1.]]])
+    """
+    _checks.check_features("features", features)
+    _checks.check_choice("normalize", normalize, NORMALIZATIONS)
+    chosen = _op.choose(backend, features.device, features.dtype)
+    if chosen == "reference":
+        return reference.gram_matrix(features, normalize=normalize)
+    needs = features.requires_grad and torch.is_grad_enabled()
+    out: Tensor = _op(chosen, needs, features, normalize)
+    return out

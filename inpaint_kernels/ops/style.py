@@ -1,0 +1,213 @@
+"""Style loss: distance of Gram matrices over one or many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import style as reference
+from ..reference.gram import gram_matrix, gram_scale
+from ..reference.masked_l1 import accumulate_dtype
+from . import _checks
+
+NORMALIZATIONS = ("chw", "hw", "none", "gatys")
+
+
+def _fake(
+    input: list[Tensor],
+    target: list[Tensor],
+    weights: list[float],
+    penalty: str,
+    normalize: str,
+    target_is_gram: bool,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    dtype = accumulate_dtype(*input, *target)
+    factors = [
+        x.new_empty((x.shape[0], x.shape[1], x.shape[1]) if save else (0,), dtype=dtype) for x in input
+    ]
+    return input[0].new_empty((), dtype=dtype), factors
+
+
+def _backward_fake(grad: Tensor, factors: list[Tensor], features: list[Tensor], sign: float) -> list[Tensor]:
+    return [torch.empty_like(x) for x in features]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    features, targets, weights, penalty, normalize, target_is_gram, _ = inputs
+    # Targets are kept only where a gradient is asked for: nothing else needs their features alive.
+    wanted = [t if t.requires_grad else None for t in targets]
+    ctx.save_for_backward(*output[1], *features, *wanted)
+    ctx.settings = (weights, penalty, normalize, target_is_gram, [t.shape[0] for t in targets])
+
+
+def _graph_factor(
+    factor: Tensor, x: Tensor, target: Tensor | None, weight: float, normalize: str, target_is_gram: bool
+) -> Tensor:
+    """The factor of an l2 layer as a function of the features: its value is `factor`, its derivative exact."""
+    n, c, h, w = x.shape
+    gram_normalize = "none" if normalize == "gatys" else normalize
+    scale = gram_scale(gram_normalize, c, h * w)
+    constant = 4 * weight * scale * reference.style_coefficient(normalize, c, h * w, n)
+    gram = gram_matrix(x, normalize=gram_normalize)
+    factor = factor + constant * (gram - gram.detach())
+    if target is not None:
+        goal = target if target_is_gram else gram_matrix(target, normalize=gram_normalize)
+        goal = goal.to(factor.dtype)
+        factor = factor - constant * (goal - goal.detach()).repeat(n // goal.shape[0], 1, 1)
+    return factor
+
+
+def _product(factor: Tensor, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return torch.bmm(factor, x.to(factor.dtype).reshape(n, c, h * w)).reshape(n, c, h, w)
+
+
+def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    weights, penalty, normalize, target_is_gram, batches = ctx.settings
+    layers = len(weights)
+    saved = ctx.saved_tensors
+    factors, features, targets = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
+    grad_input: list[Tensor | None] = [None] * layers
+    grad_target: list[Tensor | None] = [None] * layers
+    if grad is None:
+        return grad_input, grad_target
+    if torch.is_grad_enabled():
+        for i in range(layers):
+            x, y, factor = features[i], targets[i], factors[i]
+            if penalty == "l2":
+                factor = _graph_factor(factor, x, y, weights[i], normalize, target_is_gram)
+            if needs[0][i]:
+                grad_input[i] = (grad * _product(factor, x)).to(x.dtype)
+            if needs[1][i]:
+                summed = factor.unflatten(0, (-1, batches[i])).sum(0)
+                value = summed / _gram_factor(normalize, x) if target_is_gram else _product(summed, y)
+                grad_target[i] = (-grad * value).to(y.dtype)
+        return grad_input, grad_target
+    wanted = [i for i in range(layers) if needs[0][i]]
+    if wanted:
+        found = op(grad, [factors[i] for i in wanted], [features[i] for i in wanted], 1.0)
+        for i, value in zip(wanted, found, strict=True):
+            grad_input[i] = value
+    wanted = [i for i in range(layers) if needs[1][i]]
+    if wanted and target_is_gram:
+        for i in wanted:
+            summed = factors[i].unflatten(0, (-1, batches[i])).sum(0)
+            grad_target[i] = (-grad * summed / _gram_factor(normalize, features[i])).to(targets[i].dtype)
+    elif wanted:
+        found = op(grad, [factors[i] for i in wanted], [targets[i] for i in wanted], -1.0)
+        for i, value in zip(wanted, found, strict=True):
+            grad_target[i] = value
+    return grad_input, grad_target
+
+
+def _gram_factor(normalize: str, x: Tensor) -> float:
+    """d loss/d G = factor / this: the factor maps features to their gradient, which is 2 s dG F."""
+    return 2 * gram_scale("none" if normalize == "gatys" else normalize, x.shape[1], x.shape[2] * x.shape[3])
+
+
+_op = _library.Op(
+    "style",
+    schema="(Tensor[] input, Tensor[] target, float[] weights, str penalty, str normalize, bool target_is_gram, "
+    "bool save) -> (Tensor, Tensor[])",
+    backward_schema="(Tensor grad, Tensor[] factors, Tensor[] features, float sign) -> Tensor[]",
+    outputs=1,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+    lists=True,
+)
+
+
+def style_loss(
+    input: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    *,
+    weights: float | Sequence[float] | None = None,
+    penalty: str | None = None,
+    normalize: str = "chw",
+    target_is_gram: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Distance of the Gram matrices of two sets of features, summed over layers.
+
+    ``sum_l w_l * mean(p(G(input_l) - G(target_l)))`` with G as in `gram_matrix`, p the absolute ("l1") or squared
+    ("l2") difference, and the mean over all N C C entries. ``normalize="gatys"`` is
+    ``sum_l w_l / (4 C^2 M^2) * ||G - G'||_F^2`` with unnormalised G and M = H W, mean over the batch.
+
+    Args:
+        input: features (k N, C, H, W) of one layer or a sequence of layers; float16, bfloat16, float32 or float64.
+            A batch k times the target's is k predictions, in the order of torch.cat, against one target that is
+            read once; the mean is over all k N samples.
+        target: features (N, C, H', W') of the same layers, or with `target_is_gram` their Gram matrices (N, C, C).
+        weights: one factor for each layer, 1 by default.
+        penalty: "l1" or "l2"; None means "l1", and "l2" for ``normalize="gatys"``, which takes no other.
+        normalize: "chw", "hw", "none" or "gatys".
+        target_is_gram: `target` holds matrices from `gram_matrix` with the same `normalize` ("none" for "gatys").
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, float32; float64 if an input is float64.
+
+    Differentiable in `input` and `target`, twice. The difference is formed before any rounding, and the backward is
+    one product with a symmetric C x C matrix for each layer. It keeps that matrix and a reference to the features.
+
+    Raises:
+        TypeError: an argument is no floating tensor or sequence of them.
+        ValueError: shapes, batches or the number of layers disagree, or an option is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    Liu et al., 2018 ("chw", "l1"); Gatys et al., 2016 ("gatys").
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> ik.style_loss(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
+        tensor(0.5000)
+    """
+    inputs, targets = _checks.as_layers("input", input), _checks.as_layers("target", target)
+    if len(inputs) != len(targets):
+        raise ValueError(f"input has {len(inputs)} layers, target has {len(targets)}")
+    _checks.check_choice("normalize", normalize, NORMALIZATIONS)
+    if penalty is None:
+        penalty = "l2" if normalize == "gatys" else "l1"
+    _checks.check_choice("penalty", penalty, ("l1", "l2"))
+    if normalize == "gatys" and penalty != "l2":
+        raise ValueError("normalize='gatys' is defined with penalty='l2'")
+    factors = _checks.layer_weights(weights, len(inputs))
+    needs = False
+    for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+        _check_layer(layer, x, y, inputs[0].device, target_is_gram)
+        needs = needs or x.requires_grad or y.requires_grad
+    needs = needs and torch.is_grad_enabled()
+    dtypes = {x.dtype for x in inputs} | {y.dtype for y in targets}
+    chosen = _op.choose(backend, inputs[0].device, *sorted(dtypes, key=str))
+    if chosen == "reference":
+        return reference.style_loss(
+            inputs, targets, factors, penalty=penalty, normalize=normalize, target_is_gram=target_is_gram
+        )
+    out: Tensor = _op(chosen, needs, inputs, targets, factors, penalty, normalize, target_is_gram, needs)
+    return out
+
+
+def _check_layer(layer: int, x: Tensor, y: Tensor, device: torch.device, target_is_gram: bool) -> None:
+    _checks.check_features(f"input[{layer}]", x)
+    if target_is_gram:
+        if not isinstance(y, Tensor) or y.dtype not in _checks.FLOATS:
+            raise TypeError(f"target[{layer}] must be a floating Tensor")
+        if y.ndim != 3 or y.shape[1:] != (x.shape[1], x.shape[1]):
+            raise ValueError(
+                f"target[{layer}] has shape {tuple(y.shape)}, Gram matrices of input[{layer}] have "
+                f"(N, {x.shape[1]}, {x.shape[1]})"
+            )
+    else:
+        _checks.check_features(f"target[{layer}]", y)
+        if y.shape[1] != x.shape[1]:
+            raise ValueError(f"target[{layer}] has {y.shape[1]} channels, input[{layer}] has {x.shape[1]}")
+    if x.device != device or y.device != device:
+        raise ValueError(f"layer {layer} is on {x.device} and {y.device}, input[0] on {device}")
+    _checks.check_batches(layer, x, y.shape[0])

@@ -1,0 +1,33 @@
+"""Feature distance in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .masked_l1 import accumulate_dtype, reduce_map, weighted_map
+
+
+def feature_distance(
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[float],
+    masks: Sequence[Tensor] | None,
+    *,
+    penalty: str,
+    param: float,
+    normalize: str,
+) -> Tensor:
+    """Weighted sum over layers of mean distances; arguments as `ops/feature_distance.py`."""
+    total = torch.zeros((), dtype=accumulate_dtype(*inputs, *targets), device=inputs[0].device)
+    for layer, (x, y, weight) in enumerate(zip(inputs, targets, weights, strict=True)):
+        copies = x.shape[0] // y.shape[0] if y.shape[0] else 0
+        goal = y.repeat(copies, 1, 1, 1)
+        mask = masks[layer] if masks is not None else None
+        if mask is not None and mask.shape[0] not in (1, x.shape[0]):
+            mask = mask.repeat(copies, 1, 1, 1)
+        value = weighted_map(x, goal, mask, penalty, param)
+        total = total + weight * reduce_map(value, mask, normalize)
+    return total
