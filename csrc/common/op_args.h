@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "common/gram.h"
 #include "common/pixel.h"
 #include "common/pixel_shape.h"
 
@@ -33,6 +34,14 @@ static inline Normalize parse_normalize(const std::string& name) {
   if (name == "image") return Normalize::image;
   STD_TORCH_CHECK(name == "sample", "normalize: unknown value '", name, "'");
   return Normalize::sample;
+}
+
+static inline GramNormalize parse_gram_normalize(const std::string& name) {
+  if (name == "chw") return GramNormalize::chw;
+  if (name == "hw") return GramNormalize::hw;
+  if (name == "none") return GramNormalize::none;
+  STD_TORCH_CHECK(name == "gatys", "normalize: unknown value '", name, "'");
+  return GramNormalize::gatys;
 }
 
 static inline ScalarType accumulate_type(ScalarType a, ScalarType b) {

@@ -10,26 +10,10 @@
 #include "common/op_args.h"
 #include "cpu/convert.h"
 #include "cpu/pixel.h"
+#include "cpu/scalar.h"
+#include "cpu/torch_dtype.h"
 
 namespace ik {
-
-static inline Dtype dtype_code(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Bool:
-      return Dtype::boolean;
-    default:
-      STD_TORCH_CHECK(type == ScalarType::Byte, "unsupported dtype of pred, target or mask");
-      return Dtype::u8;
-  }
-}
 
 // A thread takes at least this many elements: below it waking the second one costs more than it gives.
 constexpr int64_t kGrainElements = 32768;
@@ -133,14 +117,6 @@ static void write_scale(const std::vector<double>& values, Tensor& scale) {
   for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<T>(values[i]);
 }
 
-static inline void write_scalar(double value, bool wide, Tensor& out) {
-  if (wide) {
-    *static_cast<double*>(out.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
-  }
-}
-
 // Runs the forward kernel, writes the losses of the regions and `scale` [N, regions].
 static inline void reduce(PixelTensors& t, Normalize normalize, Tensor* losses, Tensor& scale) {
   PixelCall& call = t.call;
@@ -176,12 +152,6 @@ static inline void reduce(PixelTensors& t, Normalize normalize, Tensor* losses, 
     write_scalar(loss, call.wide, losses[r]);
   }
   call.wide ? write_scale<double>(scales, scale) : write_scale<float>(scales, scale);
-}
-
-static inline double scalar_value(const Tensor& t) {
-  double value;
-  generic::convert_to<double>(dtype_code(t.scalar_type()), t.const_data_ptr(), 1, &value);
-  return value;
 }
 
 // coefficient [N, regions] = grad of the region * scale; a missing gradient counts as 0.

@@ -55,6 +55,11 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) s += v[i];
     return s;
   }
+  IK_MEMBER T lane_sum() const {
+    T s = v[0];
+    for (int i = 1; i < lanes; ++i) s += v[i];
+    return s;
+  }
   // Bit i: lane i > 0 (or < 0).
   IK_MEMBER uint32_t positive_bits() const {
     uint32_t bits = 0;
@@ -97,6 +102,11 @@ IK_INLINE Vec<T> abs_(Vec<T> a) {
   return a;
 }
 template <typename T>
+IK_INLINE Vec<T> fma_(Vec<T> a, Vec<T> b, Vec<T> c) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+template <typename T>
 IK_INLINE Vec<T> sqrt_(Vec<T> a) {
   for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] = std::sqrt(a.v[i]);
   return a;
@@ -118,6 +128,7 @@ struct Vec<float> {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
                                               _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
   }
+  IK_MEMBER float lane_sum() const { return _mm512_reduce_add_ps(v); }
   IK_MEMBER uint32_t positive_bits() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ); }
   IK_MEMBER uint32_t negative_bits() const { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ); }
   static IK_MEMBER Vec signed_by(uint32_t positive, uint32_t negative, Vec value) {
@@ -129,6 +140,7 @@ IK_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_p
 IK_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
 IK_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
 IK_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
+IK_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 IK_INLINE Vec<float> min_(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
 IK_INLINE Vec<float> max_(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 IK_INLINE Vec<float> abs_(Vec<float> a) { return _mm512_abs_ps(a.v); }
@@ -155,6 +167,11 @@ struct Vec<float> {
     const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
     return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
   }
+  IK_MEMBER float lane_sum() const {
+    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 h = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+  }
   IK_MEMBER uint32_t positive_bits() const {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ)));
   }
@@ -175,6 +192,7 @@ IK_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_p
 IK_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
 IK_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
 IK_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
+IK_INLINE Vec<float> fma_(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 IK_INLINE Vec<float> min_(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
 IK_INLINE Vec<float> max_(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
 IK_INLINE Vec<float> abs_(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }

@@ -1,12 +1,14 @@
 // masked_l1 on CUDA: masked L1, MSE, Charbonnier and Huber losses.
 //
-//   forward   S_n = sum_i w_i penalty(pred_i - target_i), M_n = sum_i w_i over sample n (w broadcast over channels);
+//   forward   S_n = sum_i w_i penalty(pred_i - target_i), M_n = sum_i w_i over sample n, w broadcast over C;
 //             loss = sum_n scale_n S_n, or the map w_i penalty(d_i) for reduction "none"
 //   backward  d loss / d pred_i = grad scale_n w_i penalty'(d_i), d loss / d target_i = minus that
 //
-// Saved for backward: l1 the signs of d (2 bits an element, 0 where w_i = 0) and scale; the others pred and target.
-// Bytes per element, fp32, mask [N, 1, H, W] fp32: forward 8 + 4/C + 1/4 (signs), backward l1 1/4 + 4/C + 4 a gradient,
-// other penalties 8 + 4/C + 4 a gradient. Work split: pixel.cuh. Two launches forward, one backward.
+// Saved for backward: scale and, for l1, the signs of d (2 bits an element, 0 where w_i = 0); the other
+// penalties need pred and target. Work split: pixel.cuh. Two launches forward (map: one), one backward.
+// Bytes per element, fp32 images and mask [N, 1, H, W]: forward 8 + 4/C + 1/4 (signs); backward 1/4 (l1) or
+// 8,
+// + 4/C + 4 a gradient.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pixel_launch.cuh"
@@ -14,15 +16,15 @@
 namespace ik::cuda {
 namespace {
 
-const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
-
-std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                  // [N, C, H, W]
-                                             const Tensor& target,                // [N, C, H, W]
-                                             const std::optional<Tensor>& mask,   // [H, W] or [N|1, C|1, H, W]
-                                             const std::string& penalty, double param, const std::string& reduction,
-                                             const std::string& normalize, bool save_signs) {
+std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                 // [N, C, H, W]
+                                             const Tensor& target,               // [N, C, H, W]
+                                             const std::optional<Tensor>& mask,  // [H, W] or [N|1, C|1, H, W]
+                                             const std::string& penalty, double param,
+                                             const std::string& reduction, const std::string& normalize,
+                                             bool save_signs) {
   const bool mean = reduction == "mean";
-  STD_TORCH_CHECK(mean || reduction == "sum" || reduction == "none", "reduction: unknown value '", reduction, "'");
+  STD_TORCH_CHECK(mean || reduction == "sum" || reduction == "none", "reduction: unknown value '", reduction,
+                  "'");
   const ForwardCall call{pred,
                          target,
                          pointer(mask),
@@ -35,16 +37,15 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                
   return {r.loss[0], r.scale, r.signs};
 }
 
-std::tuple<Tensor, Tensor> masked_l1_backward(const Tensor& grad,                   // [] or [N, C, H, W]
-                                              const Tensor& scale,                  // [N, 1]
-                                              const std::optional<Tensor>& signs,   // [bytes]
-                                              const std::optional<Tensor>& mask,    // [H, W] or [N|1, C|1, H, W]
-                                              const std::optional<Tensor>& pred,    // [N, C, H, W]
-                                              const std::optional<Tensor>& target,  // [N, C, H, W]
-                                              const std::vector<int64_t>& size, bool channels_last,
-                                              ScalarType pred_dtype, ScalarType target_dtype,
-                                              const std::string& penalty, double param, bool need_pred,
-                                              bool need_target) {
+std::tuple<Tensor, Tensor> masked_l1_backward(
+    const Tensor& grad,                   // [] or [N, C, H, W]
+    const Tensor& scale,                  // [N, 1]
+    const std::optional<Tensor>& signs,   // [bytes]
+    const std::optional<Tensor>& mask,    // [H, W] or [N|1, C|1, H, W]
+    const std::optional<Tensor>& pred,    // [N, C, H, W]
+    const std::optional<Tensor>& target,  // [N, C, H, W]
+    const std::vector<int64_t>& size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype,
+    const std::string& penalty, double param, bool need_pred, bool need_target) {
   const BackwardCall call{{&grad, nullptr},
                           scale,
                           pointer(signs),

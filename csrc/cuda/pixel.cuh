@@ -1,13 +1,13 @@
 // Building blocks of the pixel-loss kernels: how a call is cut into tiles, weights from masks, loads.
 //
-// Work split. A segment is a run of consecutive elements (common/op_args.h). A tile is a stretch of every segment
-// in a range of segments of one sample, done by one block of 128 threads: `lanes` threads side by side along the
-// segment, 128 / lanes rows of segments. A thread owns kVectors vectors of E elements at the same place in all
-// segments of its row, so a mask shared by the channels is read once and stays in registers while they go by.
-// E is 16 bytes of the widest tensor: every access of a warp covers consecutive 16-byte pieces. Longer runs per
-// thread would leave half-filled 32-byte sectors in every store.
-// Loads in flight per thread: kUnroll segments x kVectors x 2 tensors, 8 x 16 bytes. Where a sample is one segment
-// (channels_last, C = 1) a thread takes two stretches of it instead.
+// Work split. A segment is a run of consecutive elements: a channel plane in NCHW, a sample in channels_last
+// (common/pixel_shape.h). A tile is a stretch of every segment in a range of segments of one sample, done by
+// one block of 128 threads: `lanes` threads side by side along the segment, 128 / lanes rows of segments. A
+// thread owns kVectors vectors of E elements at the same place in all segments of its row, so a mask shared
+// by the channels is read once and kept while they go by. E elements are 16 bytes of the widest tensor: a
+// warp access covers consecutive 16-byte pieces. Longer runs per thread would leave half-filled 32-byte
+// sectors in every store. Loads in flight per thread: kUnroll segments x kVectors x 2 tensors = 8 of 16
+// bytes. Where a sample is one segment (channels_last, C = 1) a thread takes kUnroll stretches of it instead.
 // Tiles depend on the shape alone: same shape, same bits.
 #pragma once
 
@@ -17,12 +17,12 @@
 namespace ik::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 5;  // per multiprocessor: at most 96 registers, the most that compiles without spills
+constexpr int kBlocks = 6;  // per multiprocessor: a cap of 80 registers, which no kernel has to spill for
 constexpr int kWarp = 32;
 constexpr int kVectors = 2;
 constexpr int kUnroll = 2;
 
-enum class MaskType : int { none, f32, f16, bf16, f64, u8, boolean };
+enum class MaskType : int { none, f32, f16, bf16, f64, u8 };
 enum class Mode : int { map = 0, one_region = 1, two_regions = 2 };
 
 template <Mode kMode>
@@ -32,15 +32,40 @@ constexpr int kRegions = kMode == Mode::two_regions ? 2 : 1;
 template <typename P, typename T, Mode kMode>
 constexpr int kElements = kMode == Mode::map || sizeof(P) == 4 || sizeof(T) == 4 ? 4 : 8;
 
+// Division of numbers below 2^31 by a constant of the launch: 3 instructions instead of 20.
+struct Divider {
+  uint32_t divisor;
+  uint32_t magic;
+  uint32_t shift;
+
+  __device__ uint32_t quotient(uint32_t n) const {
+    return (static_cast<uint32_t>((static_cast<uint64_t>(n) * magic) >> 32) + n) >> shift;
+  }
+};
+
+static inline Divider make_divider(int64_t divisor) {
+  Divider d{static_cast<uint32_t>(divisor), 0, 0};
+  while ((int64_t{1} << d.shift) < divisor) ++d.shift;
+  const uint64_t rest = (uint64_t{1} << d.shift) - d.divisor;
+  d.magic = static_cast<uint32_t>((rest << 32) / d.divisor + 1);
+  return d;
+}
+
 struct Tiling {
-  int64_t length;             // elements of a segment
-  int64_t groups;             // groups of 8 in a segment
-  int32_t segments;           // per sample
+  int64_t length;    // elements of a segment
+  int64_t groups;    // groups of 8 in a segment
+  int32_t segments;  // per sample
   int32_t segments_per_tile;
-  int32_t tiles_along;        // per segment
-  int32_t tiles_across;       // segment ranges per sample
-  int32_t lanes;              // power of two, 2..128
-  bool along;                 // kUnroll counts stretches of the only segment, not segments
+  Divider tiles_along;   // per segment
+  Divider tiles_across;  // segment ranges per sample
+  int32_t lanes;         // power of two, 2..128
+  int32_t log_lanes;
+  int32_t rounds;  // of a tile, over its segments: one number for all threads, as shuffles must stay uniform
+  bool along;      // kUnroll counts stretches of the only segment, not segments
+
+  int64_t tiles_per_sample() const {
+    return static_cast<int64_t>(tiles_along.divisor) * tiles_across.divisor;
+  }
 };
 
 static inline Tiling make_tiling(int64_t samples, int64_t segments, int64_t length, int elements) {
@@ -53,18 +78,20 @@ static inline Tiling make_tiling(int64_t samples, int64_t segments, int64_t leng
   tiling.lanes = 2;
   while (tiling.lanes < kThreads && tiling.lanes * per_thread < length) tiling.lanes *= 2;
   const int64_t extent = tiling.lanes * per_thread;
-  tiling.tiles_along = static_cast<int32_t>((length + extent - 1) / extent);
-  // More segments per tile save mask reads and partial sums; stop while there are still blocks for every
-  // multiprocessor of a large GPU several times over.
-  const int64_t enough_tiles = 2048;
+  const int64_t along = (length + extent - 1) / extent;
+  // More segments per tile save mask reads and partial sums, more tiles fill the GPU: two per multiprocessor
+  // of a large one (132) before the channels of an RGB image are kept together, many more beyond that.
   int64_t per_tile = static_cast<int64_t>(kThreads / tiling.lanes) * kUnroll;
-  const auto across = [&](int64_t n) { return (segments + n - 1) / n; };
-  while (per_tile < segments &&
-         (per_tile < 4 || (per_tile < 32 && samples * tiling.tiles_along * across(2 * per_tile) >= enough_tiles))) {
+  const auto tiles = [&](int64_t n) { return samples * along * ((segments + n - 1) / n); };
+  while (per_tile < segments && per_tile < 32 && tiles(2 * per_tile) >= (per_tile < 4 ? 264 : 2048)) {
     per_tile *= 2;
   }
   tiling.segments_per_tile = static_cast<int32_t>(per_tile);
-  tiling.tiles_across = static_cast<int32_t>(across(per_tile));
+  const int64_t at_once = kThreads / tiling.lanes * (tiling.along ? 1 : kUnroll);
+  tiling.rounds = static_cast<int32_t>(((per_tile < segments ? per_tile : segments) + at_once - 1) / at_once);
+  while ((1 << tiling.log_lanes) < tiling.lanes) ++tiling.log_lanes;
+  tiling.tiles_along = make_divider(along);
+  tiling.tiles_across = make_divider((segments + per_tile - 1) / per_tile);
   return tiling;
 }
 
@@ -75,6 +102,7 @@ struct MaskView {
   int64_t stride_c;
   int32_t repeat;
   MaskType type;
+  float cap;     // of u8: 1 for bool, as a bool tensor viewed from other bytes is true for all but 0
   bool aligned;  // whole vectors, each aligned to its size or 16 bytes, of at most 4 bytes an element
   bool shared;   // one plane for all segments of a sample
 };
@@ -85,7 +113,7 @@ struct Stretch {
   int64_t segment;  // counted over the batch
   int64_t start;
   int32_t channel;  // segment within its sample
-  int32_t left;     // elements of the segment from `start` on, clamped; <= 0 if there is nothing to do
+  int32_t left;     // elements of the segment from `start` on, at most 2^31 - 1; <= 0: nothing to do
   int32_t step;
 
   template <int E>
@@ -98,11 +126,11 @@ struct Stretch {
 // What a thread works on, round by round.
 struct Place {
   int64_t start;
+  int32_t left;
   int32_t sample;
-  int32_t first;   // segment in round 0
-  int32_t last;    // one past the tile's last segment
-  int32_t hop;     // segments between rounds
-  int32_t rounds;  // the same for all threads of the block: shuffles must stay uniform
+  int32_t first;  // segment in round 0
+  int32_t last;   // one past the tile's last segment
+  int32_t hop;    // segments between rounds
   int32_t lane;
 
   template <int E>
@@ -112,9 +140,9 @@ struct Place {
     s.channel = first + round * hop + (tiling.along ? 0 : u);
     s.segment = static_cast<int64_t>(sample) * tiling.segments + s.channel;
     s.step = tiling.lanes * E;
-    s.start = start + (tiling.along ? u * kVectors * s.step : 0);
-    const int64_t left = s.channel < last ? tiling.length - s.start : 0;
-    s.left = static_cast<int>(left < kVectors * s.step ? left : kVectors * s.step);
+    const int skipped = tiling.along ? u * kVectors * s.step : 0;
+    s.start = start + skipped;
+    s.left = s.channel < last ? left - skipped : 0;
     return s;
   }
 };
@@ -122,113 +150,155 @@ struct Place {
 template <int E>
 IK_DEVICE Place locate(const Tiling& tiling) {
   Place place;
-  const unsigned along = blockIdx.x % static_cast<unsigned>(tiling.tiles_along);
-  const unsigned rest = blockIdx.x / static_cast<unsigned>(tiling.tiles_along);
-  const int across = static_cast<int>(rest % static_cast<unsigned>(tiling.tiles_across));
-  place.sample = static_cast<int>(rest / static_cast<unsigned>(tiling.tiles_across));
+  const uint32_t rest = tiling.tiles_along.quotient(blockIdx.x);
+  const uint32_t along = blockIdx.x - rest * tiling.tiles_along.divisor;
+  const uint32_t sample = tiling.tiles_across.quotient(rest);
+  const uint32_t across = rest - sample * tiling.tiles_across.divisor;
+  place.sample = static_cast<int>(sample);
   place.lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
   const int extent = tiling.lanes * kVectors * E * (tiling.along ? kUnroll : 1);
   place.start = static_cast<int64_t>(along) * extent + place.lane * E;
-  const int begin = across * tiling.segments_per_tile;
+  const int64_t left = tiling.length - place.start;
+  place.left = static_cast<int>(left < INT32_MAX ? left : INT32_MAX);
+  const int begin = static_cast<int>(across) * tiling.segments_per_tile;
   const int end = begin + tiling.segments_per_tile;
   const int per_row = tiling.along ? 1 : kUnroll;
   place.last = end < tiling.segments ? end : tiling.segments;
-  place.first = begin + static_cast<int>(threadIdx.x) / tiling.lanes * per_row;
-  place.hop = kThreads / tiling.lanes * per_row;
-  place.rounds = (place.last - begin + place.hop - 1) / place.hop;
+  place.first = begin + (static_cast<int>(threadIdx.x) >> tiling.log_lanes) * per_row;
+  place.hop = (kThreads >> tiling.log_lanes) * per_row;
   return place;
 }
 
+// A thread's own mask values, in shared memory: the code that reads masks (five types, aligned or not) then
+// stands in a kernel once, in a loop, instead of in every unrolled stretch, which halves the code and saves a
+// dozen registers. No other thread looks at them, so no barrier is needed. The quadruples of all threads lie
+// side by side: no bank conflicts.
+template <int E>
+struct Weights {
+  float quads[kUnroll][kVectors * E / 4][kThreads][4];
+
+  __device__ __forceinline__ float& at(int u, int v, int k) {
+    const int i = v * E + k;
+    return quads[u][i / 4][threadIdx.x][i % 4];
+  }
+  __device__ __forceinline__ float at(int u, int v, int k) const {
+    const int i = v * E + k;
+    return quads[u][i / 4][threadIdx.x][i % 4];
+  }
+};
+
 // Mask values of a stretch whose mask is laid out like the images and allows whole vectors.
 template <typename M, int E>
-IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Stretch& s, float (&weight)[kVectors][E]) {
+IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Stretch& s, int u,
+                            Weights<E>& weights) {
   const M* data = static_cast<const M*>(mask.data) + base + s.start;
   Pack<M, E> packs[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) load_pack_if(s.valid<E>(v) > 0, data + v * s.step, packs[v]);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    float values[E];
+    unpack(packs[v], values);
     if constexpr (std::is_same_v<M, Half>) {
       Pack<BFloat16, E> other;
       memcpy(&other, &packs[v], sizeof(other));
-      if (mask.type == MaskType::bf16) {
-        unpack(other, weight[v]);
-      } else {
-        unpack(packs[v], weight[v]);
-      }
-    } else {
-      unpack(packs[v], weight[v]);
+      if (mask.type == MaskType::bf16) unpack(other, values);
     }
-  }
-}
-
-// Any other mask, element by element: the single-channel mask of a channels_last image, odd sizes, double. The loop
-// is kept short, as six types would fill the kernel with loads; the values wait in a column of shared memory that
-// belongs to the thread alone.
-template <typename M, int E>
-IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Stretch& s, float* column) {
-  const M* data = static_cast<const M*>(mask.data) + base;
-#pragma unroll 1
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t element = s.start + v * s.step;
-    int64_t index = element;
-    int phase = 0;
-    if (mask.repeat > 1) {
-      // A 64-bit division costs several times a 32-bit one.
-      index = element <= INT32_MAX ? static_cast<uint32_t>(element) / static_cast<uint32_t>(mask.repeat)
-                                   : element / mask.repeat;
-      phase = static_cast<int>(element - index * mask.repeat);
-    }
-    const int valid = s.valid<E>(v);
-#pragma unroll 4
+#pragma unroll
     for (int k = 0; k < E; ++k) {
-      column[(v * E + k) * kThreads] = k < valid ? static_cast<float>(data[index]) : 0.0f;
-      if (++phase >= mask.repeat) {
-        phase = 0;
-        ++index;
-      }
+      weights.at(u, v, k) = std::is_same_v<M, uint8_t> ? min_(values[k], mask.cap) : values[k];
     }
   }
 }
 
-// Mask values of a stretch, 1 without a mask, 0 beyond the segment's end. Mask type and alignment are the same for
-// the whole grid, no branch on them diverges.
+template <typename M>
+IK_DEVICE void read_quad(const void* data, const int64_t (&index)[4], float (&values)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
+}
+
+// Any other mask, element by element: the single-channel mask of a channels_last image, odd sizes, double.
 template <int E>
-IK_DEVICE void load_mask(const MaskView& mask, const Stretch& s, float (&weight)[kVectors][E]) {
+IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Stretch& s, int u,
+                             Weights<E>& weights) {
+  constexpr int kQuads = E / 4;
+#pragma unroll 1
+  for (int q = 0; q < kVectors * kQuads; ++q) {
+    const int offset = q / kQuads * s.step + q % kQuads * 4;
+    const int valid = s.left - offset;
+    float values[4] = {};
+    if (valid > 0) {
+      const int64_t element = s.start + offset;
+      int64_t next = element;
+      int phase = 0;
+      if (mask.repeat > 1) {
+        // A 64-bit division costs several times a 32-bit one.
+        next = element <= INT32_MAX ? static_cast<uint32_t>(element) / static_cast<uint32_t>(mask.repeat)
+                                    : element / mask.repeat;
+        phase = static_cast<int>(element - next * mask.repeat);
+      }
+      next += base;
+      int64_t index[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        index[k] = k < valid ? next : index[0];
+        if (++phase >= mask.repeat) {
+          phase = 0;
+          ++next;
+        }
+      }
+      switch (mask.type) {
+        case MaskType::f32:
+          read_quad<float>(mask.data, index, values);
+          break;
+        case MaskType::f16:
+          read_quad<Half>(mask.data, index, values);
+          break;
+        case MaskType::bf16:
+          read_quad<BFloat16>(mask.data, index, values);
+          break;
+        case MaskType::f64:
+          read_quad<double>(mask.data, index, values);
+          break;
+        default:
+          read_quad<uint8_t>(mask.data, index, values);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) values[k] = min_(values[k], mask.cap);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) weights.quads[u][q][threadIdx.x][k] = k < valid ? values[k] : 0.0f;
+  }
+}
+
+// Mask values of stretch u: 1 without a mask, 0 beyond the segment's end. Mask type and alignment are the
+// same for the whole grid, no branch on them diverges.
+template <int E>
+IK_DEVICE void load_mask(const MaskView& mask, const Stretch& s, int u, Weights<E>& weights) {
   const int64_t base = s.sample * mask.stride_n + s.channel * mask.stride_c;
   const MaskType type = mask.type;
   if (type == MaskType::none) {
 #pragma unroll
-    for (int i = 0; i < kVectors * E; ++i) weight[i / E][i % E] = i % E < s.valid<E>(i / E) ? 1.0f : 0.0f;
+    for (int i = 0; i < kVectors * E; ++i) {
+      weights.at(u, i / E, i % E) = i % E < s.valid<E>(i / E) ? 1.0f : 0.0f;
+    }
   } else if (mask.aligned) {
     if (type == MaskType::f32) {
-      read_vectors<float>(mask, base, s, weight);
+      read_vectors<float>(mask, base, s, u, weights);
     } else if (type == MaskType::f16 || type == MaskType::bf16) {
-      read_vectors<Half>(mask, base, s, weight);
+      read_vectors<Half>(mask, base, s, u, weights);
     } else {
-      read_vectors<uint8_t>(mask, base, s, weight);
+      read_vectors<uint8_t>(mask, base, s, u, weights);
     }
   } else {
-    __shared__ float columns[kVectors * E * kThreads];
-    float* column = columns + threadIdx.x;
-    if (type == MaskType::f32) read_elements<float, E>(mask, base, s, column);
-    if (type == MaskType::f16) read_elements<Half, E>(mask, base, s, column);
-    if (type == MaskType::bf16) read_elements<BFloat16, E>(mask, base, s, column);
-    if (type == MaskType::f64) read_elements<double, E>(mask, base, s, column);
-    if (type == MaskType::u8 || type == MaskType::boolean) read_elements<uint8_t, E>(mask, base, s, column);
-#pragma unroll
-    for (int i = 0; i < kVectors * E; ++i) weight[i / E][i % E] = column[i * kThreads];
-  }
-  // A bool tensor viewed from other bytes is true for every byte but 0.
-  if (type == MaskType::boolean) {
-#pragma unroll
-    for (int i = 0; i < kVectors * E; ++i) weight[i / E][i % E] = weight[i / E][i % E] != 0.0f ? 1.0f : 0.0f;
+    read_elements(mask, base, s, u, weights);
   }
 }
 
 // A stretch of an image, zeros beyond the segment's end.
 template <bool kAligned, typename T, int E>
-IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Stretch& s, Pack<T, E> (&packs)[kVectors]) {
+IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Stretch& s,
+                           Pack<T, E> (&packs)[kVectors]) {
   const T* data = static_cast<const T*>(image) + s.segment * tiling.length + s.start;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -242,8 +312,9 @@ IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Stretc
 
 // Both images in all stretches of a round: every load is issued before the first value is used.
 template <bool kAligned, typename P, typename T, int E>
-IK_DEVICE void load_round(const void* pred, const void* target, const Tiling& tiling, const Place& place, int round,
-                          Pack<P, E> (&pred_packs)[kUnroll][kVectors], Pack<T, E> (&target_packs)[kUnroll][kVectors]) {
+IK_DEVICE void load_round(const void* pred, const void* target, const Tiling& tiling, const Place& place,
+                          int round, Pack<P, E> (&pred_packs)[kUnroll][kVectors],
+                          Pack<T, E> (&target_packs)[kUnroll][kVectors]) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const Stretch s = place.stretch<E>(tiling, round, u);

@@ -21,13 +21,13 @@ struct MapGrad {
 struct BackwardArgs {
   Tiling tiling;
   MaskView mask;
-  const float* grad[2];   // scalars, one per region; null = the region contributes nothing
-  const float* scale;     // [N, R], null for the map
+  const float* grad[2];  // scalars, one per region; null = the region contributes nothing
+  const float* scale;    // [N, R], null for the map
   MapGrad map;
   const uint16_t* signs;  // [N, segments, groups], l1 only
   const void* pred;       // [N, segments, length], other penalties only
   const void* target;
-  void* grad_pred;        // [N, segments, length] or null
+  void* grad_pred;  // [N, segments, length] or null
   void* grad_target;
   Penalty penalty;
   float param;
@@ -37,7 +37,8 @@ struct BackwardArgs {
 
 // The sign words of a stretch, shifted so that element k of a vector is place k.
 template <int E>
-IK_DEVICE void load_signs(const uint16_t* signs, const Tiling& tiling, const Stretch& s, uint32_t (&word)[kVectors]) {
+IK_DEVICE void load_signs(const uint16_t* signs, const Tiling& tiling, const Stretch& s,
+                          uint32_t (&word)[kVectors]) {
   const uint16_t* data = signs + s.segment * tiling.groups;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -62,29 +63,15 @@ IK_DEVICE void load_map_grad(const MapGrad& map, const Stretch& s, int v, float 
   }
 }
 
-// d loss / d penalty of every element of a stretch; for the map, its weights.
+// Replaces the mask values of stretch u by d loss / d penalty; `factor` belongs to mask and 1 - mask.
 template <Mode kMode, int E>
-IK_DEVICE void load_coefficients(const BackwardArgs& args, const Stretch& s, float (&coefficient)[kVectors][E]) {
-  constexpr int R = kRegions<kMode>;
-  float factor[2] = {1.0f, 0.0f};  // of the mask and of 1 - mask
-  if constexpr (kMode != Mode::map) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      factor[r] = args.grad[r] == nullptr ? 0.0f : *args.grad[r] * args.scale[s.sample * R + r];
-    }
-    if (R == 2 && !args.mask_is_hole) {
-      const float hole = factor[0];
-      factor[0] = factor[1];
-      factor[1] = hole;
-    }
-  }
-  load_mask<E>(args.mask, s, coefficient);
+IK_DEVICE void weights_to_coefficients(const float (&factor)[2], int u, Weights<E>& weights) {
 #pragma unroll
   for (int i = 0; i < kVectors * E; ++i) {
-    const float w = coefficient[i / E][i % E];
+    float& w = weights.at(u, i / E, i % E);
     float total = w == 0.0f ? 0.0f : factor[0] * w;
-    if constexpr (R == 2) total += w == 1.0f ? 0.0f : factor[1] * (1.0f - w);
-    coefficient[i / E][i % E] = total;
+    if constexpr (kMode == Mode::two_regions) total += w == 1.0f ? 0.0f : factor[1] * (1.0f - w);
+    w = total;
   }
 }
 
@@ -103,8 +90,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_backward(const Backwa
   const Tiling& tiling = args.tiling;
   const Place place = locate<E>(tiling);
 
-  float coefficient[kVectors][E];
-  for (int round = 0; round < place.rounds; ++round) {
+  __shared__ Weights<E> weights;
+  float factor[2] = {1.0f, 0.0f};
+  if constexpr (kMode != Mode::map) {
+    constexpr int R = kRegions<kMode>;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int region = R == 2 && !args.mask_is_hole ? 1 - r : r;  // (mask, 1 - mask) to (hole, valid)
+      const float* grad = args.grad[region];
+      factor[r] =
+          grad == nullptr ? 0.0f : *grad * args.scale[static_cast<int64_t>(place.sample) * R + region];
+    }
+  }
+  for (int round = 0; round < tiling.rounds; ++round) {
     [[maybe_unused]] uint32_t word[kUnroll][kVectors];
     [[maybe_unused]] Pack<P, E> pred[kUnroll][kVectors];
     [[maybe_unused]] Pack<T, E> target[kUnroll][kVectors];
@@ -118,10 +116,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_backward(const Backwa
     } else {
       load_round<false>(args.pred, args.target, tiling, place, round, pred, target);
     }
+    if (round == 0 || !args.mask.shared) {
+#pragma unroll 1
+      for (int u = 0; u < (args.mask.shared ? 1 : kUnroll); ++u) {
+        load_mask(args.mask, place.stretch<E>(tiling, round, u), u, weights);
+        if constexpr (kMode != Mode::map) weights_to_coefficients<kMode>(factor, u, weights);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const Stretch s = place.stretch<E>(tiling, round, u);
-      if (!args.mask.shared || (round == 0 && u == 0)) load_coefficients<kMode, E>(args, s, coefficient);
+      const int mask_u = args.mask.shared ? 0 : u;
       if (s.left <= 0) continue;
       with_penalty<kL1>(args.penalty, [&](auto penalty) {
 #pragma unroll
@@ -137,13 +142,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_backward(const Backwa
           }
 #pragma unroll
           for (int k = 0; k < E; ++k) {
-            float factor = coefficient[v][k];
-            if constexpr (kMode == Mode::map) factor = select_zero_(factor, factor * upstream[k]);
+            const float weight = weights.at(mask_u, v, k);
+            float coefficient = weight;
+            if constexpr (kMode == Mode::map) coefficient = select_zero_(weight, weight * upstream[k]);
             if constexpr (kL1) {
-              out[k] = apply_sign(word[u][v], k, factor);
+              out[k] = apply_sign(word[u][v], k, coefficient);
             } else {
               const float slope = fast_penalty_grad<decltype(penalty)::value>(x[k] - y[k], args.param);
-              out[k] = select_zero_(coefficient[v][k], factor * slope);
+              out[k] = select_zero_(weight, coefficient * slope);
             }
           }
           const int valid = s.valid<E>(v);

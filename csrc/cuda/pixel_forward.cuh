@@ -1,5 +1,5 @@
-// Forward kernels of the pixel losses: one streaming pass that leaves partial sums per tile (or the map), then one
-// block that adds them in double, in a fixed order, and writes loss and scales.
+// Forward kernels of the pixel losses: one streaming pass that leaves partial sums per tile (or the map),
+// then one block that adds them in double, in a fixed order, and writes loss and scales.
 //
 // Bytes per element: pred + target + mask / C, 2 bits of signs when saved (l1), the fp32 map for "none".
 #pragma once
@@ -52,7 +52,8 @@ IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Stretch&
 }
 
 template <int R>
-IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bool swap, Partial<R>* partials) {
+IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bool swap,
+                             Partial<R>* partials) {
   __shared__ float warp_sums[kThreads / kWarp][2 * R];
   float value[2 * R];
 #pragma unroll
@@ -86,6 +87,17 @@ IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bo
   partials[blockIdx.x] = partial;
 }
 
+// Adds the mask values of stretch u, and 1 - mask.
+template <int R, int E>
+IK_DEVICE void add_weights(const Weights<E>& weights, const Stretch& s, int u, float (&sum)[R]) {
+#pragma unroll
+  for (int i = 0; i < kVectors * E; ++i) {
+    const float w = weights.at(u, i / E, i % E);
+    sum[0] += w;
+    if constexpr (R == 2) sum[1] += i % E < s.valid<E>(i / E) ? 1.0f - w : 0.0f;
+  }
+}
+
 template <Penalty kPenalty>
 IK_DEVICE float fast_penalty(float d, float param) {
 #if defined(__CUDA_ARCH__)
@@ -106,12 +118,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
   const Tiling& tiling = args.tiling;
   const Place place = locate<E>(tiling);
 
-  // Regions in the order (mask, 1 - mask) until the end; 1 - mask is cheaper to compute again than to keep.
-  float weight[kVectors][E];
-  float weight_sum[R] = {};  // of one stretch
-  float total_weight[R] = {};
+  __shared__ Weights<E> weights;
+  // Regions in the order (mask, 1 - mask) until the end.
+  float weight[R] = {};  // of the mask values read
+  int stretches = 0;     // that a shared mask value counts for
   float sum[R] = {};
-  for (int round = 0; round < place.rounds; ++round) {
+  for (int round = 0; round < tiling.rounds; ++round) {
     Pack<P, E> pred[kUnroll][kVectors];
     Pack<T, E> target[kUnroll][kVectors];
     if (args.aligned) {
@@ -119,23 +131,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
     } else {
       load_round<false>(args.pred, args.target, tiling, place, round, pred, target);
     }
+    // After the loads of the images: waiting for the mask overlaps with them.
+    if (round == 0 || !args.mask.shared) {
+#pragma unroll 1
+      for (int u = 0; u < (args.mask.shared ? 1 : kUnroll); ++u) {
+        const Stretch s = place.stretch<E>(tiling, round, u);
+        load_mask(args.mask, s, u, weights);
+        if constexpr (kMode != Mode::map) add_weights<R>(weights, s, u, weight);
+      }
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const Stretch s = place.stretch<E>(tiling, round, u);
-      // After the loads of the images: waiting for the mask overlaps with them.
-      if (!args.mask.shared || (round == 0 && u == 0)) {
-        load_mask<E>(args.mask, s, weight);
-        weight_sum[0] = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kVectors * E; ++i) weight_sum[0] += weight[i / E][i % E];
-        if constexpr (R == 2) {
-          weight_sum[1] = 0.0f;
-#pragma unroll
-          for (int i = 0; i < kVectors * E; ++i) {
-            weight_sum[1] += i % E < s.valid<E>(i / E) ? 1.0f - weight[i / E][i % E] : 0.0f;
-          }
-        }
-      }
+      const int mask_u = args.mask.shared ? 0 : u;
       uint32_t word[kVectors] = {};
       if (s.left > 0) {
         with_penalty<kL1>(args.penalty, [&](auto penalty) {
@@ -149,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
             unpack(target[u][v], y);
 #pragma unroll
             for (int k = 0; k < E; ++k) {
-              const float w = weight[v][k];
+              const float w = weights.at(mask_u, v, k);
               float d = x[k] - y[k];
               // One region: d = 0 where nothing is counted, so neither value nor sign sees a NaN there.
               if constexpr (R == 1) d = select_zero_(w, d);
@@ -172,8 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
             }
           }
         });
-#pragma unroll
-        for (int r = 0; r < R; ++r) total_weight[r] += weight_sum[r];
+        ++stretches;
       }
       if constexpr (kL1) {
         if (args.signs != nullptr) store_signs<E>(args.signs, tiling, s, place.lane, word);
@@ -181,7 +188,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
     }
   }
   if constexpr (kMode != Mode::map) {
-    store_partial<R>(sum, total_weight, R == 2 && !args.mask_is_hole, static_cast<Partial<R>*>(args.partials));
+#pragma unroll
+    for (int r = 0; r < R; ++r) weight[r] *= args.mask.shared ? static_cast<float>(stretches) : 1.0f;
+    store_partial<R>(sum, weight, R == 2 && !args.mask_is_hole, static_cast<Partial<R>*>(args.partials));
   }
 }
 
@@ -219,7 +228,7 @@ __global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs 
   const int at_once = kFinalThreads / lanes;
   const bool wide = lanes > kWarp;
   __shared__ double warp_sums[kFinalThreads / kWarp][2 * R];
-  double sum[R] = {};     // over this thread's samples, at lane 0 of each sample
+  double sum[R] = {};  // over this thread's samples, at lane 0 of each sample
   double weight[R] = {};
   double scaled[R] = {};  // sum of scale_n * S_n
   for (int64_t first = 0; first < args.samples; first += at_once) {
@@ -262,8 +271,8 @@ __global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs 
         sum[r] += value[r];
         weight[r] += value[R + r];
         if (args.normalize == Normalize::sample) {
-          const double scale = sample_scale(args.normalize, value[R + r], 0.0, args.numel,
-                                            static_cast<double>(args.samples));
+          const double scale =
+              sample_scale(args.normalize, value[R + r], 0.0, args.numel, static_cast<double>(args.samples));
           scaled[r] += scale * value[r];
           args.scale[sample * R + r] = static_cast<float>(scale);
         }
@@ -277,8 +286,8 @@ __global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs 
       loss = block_sum(scaled[r]);
     } else {
       const double weight_sum = block_sum(weight[r]);
-      const double scale = sample_scale(args.normalize, 0.0, weight_sum, args.numel,
-                                        static_cast<double>(args.samples));
+      const double scale =
+          sample_scale(args.normalize, 0.0, weight_sum, args.numel, static_cast<double>(args.samples));
       loss = block_sum(sum[r]) * scale;
       for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
         args.scale[n * R + r] = static_cast<float>(scale);

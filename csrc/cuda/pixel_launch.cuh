@@ -46,15 +46,18 @@ inline MaskType mask_type(ScalarType dtype) {
     case ScalarType::Double:
       return MaskType::f64;
     case ScalarType::Byte:
-      return MaskType::u8;
     case ScalarType::Bool:
-      return MaskType::boolean;
+      return MaskType::u8;
     default:
       STD_TORCH_CHECK(false, "mask: dtype must be floating, bool or uint8");
   }
 }
 
-// `mask` is what prepare_mask returned, undefined fields of `shape` mean no mask.
+inline bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;
+}
+
+// `mask` is what prepare_mask returned, or null.
 inline MaskView mask_view(const Tensor* mask, const PixelShape& shape, const Tiling& tiling, int elements) {
   MaskView view{};
   view.repeat = 1;
@@ -66,6 +69,7 @@ inline MaskView mask_view(const Tensor* mask, const PixelShape& shape, const Til
   view.stride_c = shape.mask_stride_c;
   view.repeat = static_cast<int32_t>(shape.mask_repeat);
   view.type = mask_type(mask->scalar_type());
+  view.cap = mask->scalar_type() == ScalarType::Bool ? 1.0f : 255.0f;
   view.shared = !tiling.along && shape.mask_stride_c == 0;
   view.aligned = view.type != MaskType::f64 && view.repeat == 1 && shape.length % elements == 0 &&
                  view.stride_n % elements == 0 && view.stride_c % elements == 0 &&
@@ -82,6 +86,8 @@ inline unsigned grid_size(const Tiling& tiling, int64_t samples) {
 inline bool allows_vectors(const void* data, int64_t length, int elements, int64_t element_size) {
   return length % elements == 0 && is_aligned(data, elements * element_size);
 }
+
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
 struct ForwardCall {
   const Tensor& pred;    // [N, C, H, W]
@@ -149,12 +155,9 @@ ForwardResult run_forward(const ForwardCall& call) {
         partials = empty_1d(pred, 2 * R * static_cast<int64_t>(blocks), ScalarType::Float);
         args.partials = partials->mutable_data_ptr();
       }
-      if (call.penalty == Penalty::l1) {
-        pixel_forward<P, T, kMode, true><<<blocks, kThreads, 0, device.stream()>>>(args);
-      } else {
-        pixel_forward<P, T, kMode, false><<<blocks, kThreads, 0, device.stream()>>>(args);
-      }
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      const bool l1 = call.penalty == Penalty::l1;
+      launch(l1 ? pixel_forward<P, T, kMode, true> : pixel_forward<P, T, kMode, false>, blocks, kThreads,
+             device, args);
     });
   }
   if constexpr (!map) {
@@ -167,18 +170,17 @@ ForwardResult run_forward(const ForwardCall& call) {
     args.tiles = tiles;
     args.numel = static_cast<double>(shape.numel());
     args.normalize = call.normalize;
-    pixel_finalize<R><<<1, kFinalThreads, 0, device.stream()>>>(args, finalize_lanes(shape.samples, tiles));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(pixel_finalize<R>, 1, kFinalThreads, device, args, finalize_lanes(shape.samples, tiles));
   }
   return result;
 }
 
 struct BackwardCall {
   const Tensor* grad[2];  // scalars, one per region, or grad[0] = the gradient of the map [N, C, H, W]
-  const Tensor& scale;    // [N, R], unused for the map
+  const Tensor& scale;    // [N, R]; the map uses its device only
   const Tensor* signs;    // [bytes], l1
   const Tensor* mask;
-  const Tensor* pred;     // [N, C, H, W], other penalties
+  const Tensor* pred;  // [N, C, H, W], other penalties
   const Tensor* target;
   const std::vector<int64_t>& size;
   bool channels_last;
@@ -192,13 +194,14 @@ struct BackwardCall {
 };
 
 inline const float* float_data(const Tensor& tensor, const char* argument) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == ScalarType::Float, argument,
+  STD_TORCH_CHECK(on_device(tensor) && tensor.scalar_type() == ScalarType::Float, argument,
                   " must be a float32 tensor on the GPU");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
 // Strides of a map gradient as one step along each segment; false if the segment has no single step.
-inline bool single_step(const Tensor& grad, const PixelShape& shape, const std::vector<int64_t>& size, MapGrad& view) {
+inline bool single_step(const Tensor& grad, const PixelShape& shape, const std::vector<int64_t>& size,
+                        MapGrad& view) {
   const auto strides = grad.strides();
   const int64_t H = size[2];
   const int64_t W = size[3];
@@ -217,7 +220,7 @@ template <Mode kMode>
 std::tuple<Tensor, Tensor> run_backward(const BackwardCall& call) {
   constexpr int R = kRegions<kMode>;
   constexpr bool kMap = kMode == Mode::map;
-  const Tensor& like = call.mask != nullptr ? *call.mask : call.signs != nullptr ? *call.signs : *call.pred;
+  const Tensor& like = call.scale;
   const DeviceScope device(like);
   PixelShape shape = pixel_shape(call.size, call.channels_last);
   const auto gradient = [&](bool needed, ScalarType dtype) {
@@ -250,6 +253,7 @@ std::tuple<Tensor, Tensor> run_backward(const BackwardCall& call) {
     args.aligned = shape.length % E == 0;
     if constexpr (kMap) {
       map_grad = *call.grad[0];
+      STD_TORCH_CHECK(map_grad->numel() == shape.numel(), "grad: expected the shape of pred");
       if (!single_step(*map_grad, shape, call.size, args.map)) {
         map_grad = in_layout(*map_grad, call.channels_last);
         single_step(*map_grad, shape, call.size, args.map);
@@ -270,7 +274,8 @@ std::tuple<Tensor, Tensor> run_backward(const BackwardCall& call) {
     } else {
       args.pred = pred->const_data_ptr();
       args.target = target->const_data_ptr();
-      args.aligned = args.aligned && is_aligned(args.pred, E * sizeof(P)) && is_aligned(args.target, E * sizeof(T));
+      args.aligned =
+          args.aligned && is_aligned(args.pred, E * sizeof(P)) && is_aligned(args.target, E * sizeof(T));
     }
     if (call.need_pred) args.grad_pred = grad_pred.mutable_data_ptr();
     if (call.need_target) args.grad_target = grad_target.mutable_data_ptr();
@@ -278,12 +283,8 @@ std::tuple<Tensor, Tensor> run_backward(const BackwardCall& call) {
     args.param = call.param;
     args.mask_is_hole = call.mask_is_hole;
     const unsigned blocks = grid_size(args.tiling, shape.samples);
-    if (l1) {
-      pixel_backward<P, T, kMode, true><<<blocks, kThreads, 0, device.stream()>>>(args);
-    } else {
-      pixel_backward<P, T, kMode, false><<<blocks, kThreads, 0, device.stream()>>>(args);
-    }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(l1 ? pixel_backward<P, T, kMode, true> : pixel_backward<P, T, kMode, false>, blocks, kThreads,
+           device, args);
   });
   return {grad_pred, grad_target};
 }

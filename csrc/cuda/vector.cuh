@@ -1,7 +1,7 @@
 // Vector loads and stores of E consecutive elements with conversion to and from fp32.
 //
-// Plain device code: no torch, no CUDA runtime. tests/csrc/ compiles it with g++ as well, which is why the few
-// places that need a GPU instruction ask for __CUDA_ARCH__.
+// Plain device code: no torch, no CUDA runtime. tests/csrc/ compiles it with g++ as well, which is why the
+// few places that need a GPU instruction ask for __CUDA_ARCH__.
 #pragma once
 
 #include <cstdint>
@@ -39,16 +39,22 @@ IK_DEVICE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// Read-only data that this kernel reads once: kept out of L1, so that the mask lines a channels_last tile reads
-// repeatedly stay there. L2 keeps its normal policy, the next op often reads the same images.
-template <int kBytes>
-IK_DEVICE void load_streaming(const void* address, uint32_t* words) {
+// One load of read-only data. `kOnce` keeps it out of L1, for data no other load of the kernel touches; L2
+// keeps its normal policy, since the next op often reads the same images.
+template <int kBytes, bool kOnce>
+IK_DEVICE void load_words(const void* address, uint32_t* words) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4, "one load instruction");
 #if defined(__CUDA_ARCH__)
-  if constexpr (kBytes == 16) {
+  if constexpr (kBytes == 16 && kOnce) {
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
         : "l"(address));
+  } else if constexpr (kBytes == 16) {
+    const uint4 value = __ldg(static_cast<const uint4*>(address));
+    words[0] = value.x;
+    words[1] = value.y;
+    words[2] = value.z;
+    words[3] = value.w;
   } else if constexpr (kBytes == 8) {
     asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
         : "=r"(words[0]), "=r"(words[1])
@@ -57,11 +63,13 @@ IK_DEVICE void load_streaming(const void* address, uint32_t* words) {
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(address));
   }
 #else
+  if (reinterpret_cast<uintptr_t>(address) % kBytes != 0) __builtin_trap();  // as the GPU would
   memcpy(words, address, kBytes);
 #endif
 }
 
-// One pack if `wanted`, else zeros. The address must be aligned to the pack, to 16 bytes for larger ones.
+// One pack if `wanted`, else zeros. The address must be aligned to the pack, to 16 bytes for larger ones,
+// whose pieces share 32-byte sectors and therefore want L1.
 template <typename T, int E>
 IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   constexpr int kBytes = Pack<T, E>::kBytes;
@@ -71,7 +79,8 @@ IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   if (!wanted) return;
 #pragma unroll
   for (int i = 0; i < kBytes / kPiece; ++i) {
-    load_streaming<kPiece>(reinterpret_cast<const char*>(address) + kPiece * i, pack.words + kPiece / 4 * i);
+    const char* piece = reinterpret_cast<const char*>(address) + kPiece * i;
+    load_words<kPiece, kBytes <= 16>(piece, pack.words + kPiece / 4 * i);
   }
 }
 
@@ -159,6 +168,7 @@ IK_DEVICE void store_values(T* address, const float (&values)[E], int valid, boo
       *reinterpret_cast<uint2*>(address) = make_uint2(pack.words[0], pack.words[1]);
     }
 #else
+    if (reinterpret_cast<uintptr_t>(address) % sizeof(pack.words) != 0) __builtin_trap();
     memcpy(address, pack.words, sizeof(pack.words));
 #endif
     return;

@@ -38,16 +38,14 @@ def _backward_fake(grad: Tensor, factors: list[Tensor], features: list[Tensor], 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    features, targets, weights, penalty, normalize, target_is_gram, _ = inputs
+    features, targets, weights, penalty, normalize, _, _ = inputs
     # Targets are kept only where a gradient is asked for: nothing else needs their features alive.
     wanted = [t if t.requires_grad else None for t in targets]
     ctx.save_for_backward(*output[1], *features, *wanted)
-    ctx.settings = (weights, penalty, normalize, target_is_gram, [t.shape[0] for t in targets])
+    ctx.settings = (weights, penalty, normalize, [t.shape[0] for t in targets])
 
 
-def _graph_factor(
-    factor: Tensor, x: Tensor, target: Tensor | None, weight: float, normalize: str, target_is_gram: bool
-) -> Tensor:
+def _graph_factor(factor: Tensor, x: Tensor, target: Tensor | None, weight: float, normalize: str) -> Tensor:
     """The factor of an l2 layer as a function of the features: its value is `factor`, its derivative exact."""
     n, c, h, w = x.shape
     gram_normalize = "none" if normalize == "gatys" else normalize
@@ -56,8 +54,7 @@ def _graph_factor(
     gram = gram_matrix(x, normalize=gram_normalize)
     factor = factor + constant * (gram - gram.detach())
     if target is not None:
-        goal = target if target_is_gram else gram_matrix(target, normalize=gram_normalize)
-        goal = goal.to(factor.dtype)
+        goal = gram_matrix(target, normalize=gram_normalize)
         factor = factor - constant * (goal - goal.detach()).repeat(n // goal.shape[0], 1, 1)
     return factor
 
@@ -68,46 +65,31 @@ def _product(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    weights, penalty, normalize, target_is_gram, batches = ctx.settings
+    weights, penalty, normalize, batches = ctx.settings
     layers = len(weights)
     saved = ctx.saved_tensors
     factors, features, targets = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
-    grad_input: list[Tensor | None] = [None] * layers
-    grad_target: list[Tensor | None] = [None] * layers
+    grads: tuple[list[Tensor | None], ...] = ([None] * layers, [None] * layers)
     if grad is None:
-        return grad_input, grad_target
-    if torch.is_grad_enabled():
-        for i in range(layers):
-            x, y, factor = features[i], targets[i], factors[i]
-            if penalty == "l2":
-                factor = _graph_factor(factor, x, y, weights[i], normalize, target_is_gram)
-            if needs[0][i]:
-                grad_input[i] = (grad * _product(factor, x)).to(x.dtype)
-            if needs[1][i]:
-                summed = factor.unflatten(0, (-1, batches[i])).sum(0)
-                value = summed / _gram_factor(normalize, x) if target_is_gram else _product(summed, y)
-                grad_target[i] = (-grad * value).to(y.dtype)
-        return grad_input, grad_target
-    wanted = [i for i in range(layers) if needs[0][i]]
-    if wanted:
-        found = op(grad, [factors[i] for i in wanted], [features[i] for i in wanted], 1.0)
+        return grads
+    for side, (maps, sign) in enumerate(((features, 1.0), (targets, -1.0))):
+        wanted = [i for i in range(layers) if needs[side][i]]
+        if not wanted:
+            continue
+        if not torch.is_grad_enabled():
+            found = op(grad, [factors[i] for i in wanted], [maps[i] for i in wanted], sign)
+        else:
+            found = []
+            for i in wanted:
+                factor = factors[i]
+                if penalty == "l2":
+                    factor = _graph_factor(factor, features[i], targets[i], weights[i], normalize)
+                if side == 1:
+                    factor = factor.unflatten(0, (-1, batches[i])).sum(0)
+                found.append((sign * grad * _product(factor, maps[i])).to(maps[i].dtype))
         for i, value in zip(wanted, found, strict=True):
-            grad_input[i] = value
-    wanted = [i for i in range(layers) if needs[1][i]]
-    if wanted and target_is_gram:
-        for i in wanted:
-            summed = factors[i].unflatten(0, (-1, batches[i])).sum(0)
-            grad_target[i] = (-grad * summed / _gram_factor(normalize, features[i])).to(targets[i].dtype)
-    elif wanted:
-        found = op(grad, [factors[i] for i in wanted], [targets[i] for i in wanted], -1.0)
-        for i, value in zip(wanted, found, strict=True):
-            grad_target[i] = value
-    return grad_input, grad_target
-
-
-def _gram_factor(normalize: str, x: Tensor) -> float:
-    """d loss/d G = factor / this: the factor maps features to their gradient, which is 2 s dG F."""
-    return 2 * gram_scale("none" if normalize == "gatys" else normalize, x.shape[1], x.shape[2] * x.shape[3])
+            grads[side][i] = value
+    return grads
 
 
 _op = _library.Op(
@@ -154,7 +136,7 @@ def style_loss(
     Returns:
         A scalar, float32; float64 if an input is float64.
 
-    Differentiable in `input` and `target`, twice. The difference is formed before any rounding, and the backward is
+    Differentiable in `input` and `target`, twice (in given Gram matrices through the reference). The difference is formed before any rounding, and the backward is
     one product with a symmetric C x C matrix for each layer. It keeps that matrix and a reference to the features.
 
     Raises:
@@ -184,11 +166,18 @@ def style_loss(
         _check_layer(layer, x, y, inputs[0].device, target_is_gram)
         needs = needs or x.requires_grad or y.requires_grad
     needs = needs and torch.is_grad_enabled()
+    gram_grad = target_is_gram and torch.is_grad_enabled() and any(y.requires_grad for y in targets)
+    if gram_grad and backend is None:
+        backend = "reference"
     dtypes = {x.dtype for x in inputs} | {y.dtype for y in targets}
     chosen = _op.choose(backend, inputs[0].device, *sorted(dtypes, key=str))
     if chosen == "reference":
         return reference.style_loss(
             inputs, targets, factors, penalty=penalty, normalize=normalize, target_is_gram=target_is_gram
+        )
+    if gram_grad:
+        raise RuntimeError(
+            f"backend {chosen!r} computes no gradient to given Gram matrices; use backend='reference'"
         )
     out: Tensor = _op(chosen, needs, inputs, targets, factors, penalty, normalize, target_is_gram, needs)
     return out

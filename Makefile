@@ -1,0 +1,108 @@
+# Front door. `make demo` and `make test` need nothing but Python >= 3.10 and a C++17 compiler: they create .venv,
+# install into it, build the kernels and run. Everything else builds on the same environment.
+#
+#   PYTHON=python3.12   the interpreter .venv is made of
+#   VENV=.venv          where the environment lives
+#   TORCH=...           what pip installs as torch when the environment has none (any torch >= 2.10), for example
+#                       TORCH="torch==2.13.0 --index-url <the CPU or CUDA index of your choice>"
+#   INPAINT_KERNELS_BUILD=auto|none|cpu|cuda   which libraries are built (see CONTRIBUTING.md)
+#   ARGS="..."          passed on to the demo, the benchmarks or pytest
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+# Compiling every module of every package to bytecode takes longer than installing it; Python does it on import.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# One thread per process: the tests use as many processes as there are cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.NOTPARALLEL:
+.PHONY: help demo test test-interpreter test-resources bench tables lint format wheel asan gpu build doctor clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+demo: $(VENV)/.stamp-demo build ## train a small inpainting network on real photographs
+	$(BIN)/python examples/train.py $(ARGS)
+
+test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton through its interpreter
+	$(PYTEST) -n 2 tests $(ARGS)
+	$(MAKE) test-interpreter
+
+# In a process of its own: interpreted and compiled kernels cannot live side by side.
+TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
+TRITON_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py))
+test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  set -x; TRITON_INTERPRET=1 $(PYTEST) -n 2 $(TRITON_TESTS) $(ARGS); \
+	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
+
+test-resources: $(VENV)/.stamp-test build ## compile every Triton kernel ahead of time, check registers and loads
+	$(PYTEST) tests/test_resources.py
+
+bench: $(VENV)/.stamp-bench build ## time the kernels against eager and compiled PyTorch
+	$(BIN)/python -m inpaint_kernels bench $(ARGS)
+
+tables: $(VENV)/.stamp-bench ## write the tables of the README and the plots from benchmarks/results
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+lint: $(VENV)/.stamp-dev $(VENV)/.stamp-test $(VENV)/.stamp-demo ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files -co --exclude-standard 'csrc/*' 'tests/csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
+	  | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.stamp-dev ## rewrite everything as lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files -co --exclude-standard 'csrc/*' 'tests/csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
+	  | xargs $(BIN)/clang-format -i
+
+wheel: $(VENV)/.stamp-dev ## dist/*.whl, with build isolation
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m build --wheel
+
+asan: $(VENV)/.stamp-test ## the CPU library and its tests under AddressSanitizer and UBSan
+	tools/asan.sh $(BIN)/python $(ARGS)
+
+gpu: ## on a machine with a GPU: tests and benchmarks, results in ./gpu_out
+	tools/gpu_run.sh
+
+doctor: build ## what is installed, which backend runs, what to do
+	$(BIN)/python -m inpaint_kernels doctor
+
+# ---- environment -------------------------------------------------------------------------------------------------
+
+# A library whose sources did not change costs half a second here.
+build: $(VENV)/.stamp-package ## compile what changed in csrc/
+	$(BIN)/python setup.py -q build_ext --inplace
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "make: $(PYTHON) cannot make environments (on Debian: apt install python3-venv)"; exit 1; }
+
+# A torch that is already there stays, whatever its version.
+$(VENV)/.stamp-torch: | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(TORCH)
+	$(PIP) 'setuptools>=77' ninja numpy
+	@touch $@
+
+# Editable, so that examples, tests and benchmarks import this tree from wherever they are started.
+$(VENV)/.stamp-package: pyproject.toml setup.py $(VENV)/.stamp-torch
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.stamp-%: pyproject.toml setup.py $(VENV)/.stamp-torch
+	$(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@ $(VENV)/.stamp-package
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info inpaint_kernels/*.so inpaint_kernels/_build_info.json

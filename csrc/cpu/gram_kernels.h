@@ -1,0 +1,64 @@
+// Interface between the Gram kernels (gram_kernels.cpp, one build per instruction set) and the registrations of gram
+// and style.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace ik {
+
+enum class Dtype : int;
+
+// One feature map of N samples, C channels and M = H*W pixels.
+struct FeatureMap {
+  const void* data = nullptr;  // [N, C, M], channels_last: [N, M, C]
+  Dtype dtype{};
+  int64_t samples = 0;
+  int64_t channels = 0;
+  int64_t pixels = 0;
+  bool channels_last = false;
+};
+
+// Partial Gram matrices: unit (sample, part, band) adds up features * features^T over one part of the pixels, for one
+// band of rows and the lower triangle. Fixed by the shape alone: results do not depend on the number of threads.
+struct GramCall {
+  FeatureMap map;
+  void* partials = nullptr;  // [N, parts, C, C] float or double, lower triangle
+  static constexpr int64_t band = 128;
+  static constexpr int64_t max_parts = 16;
+  int64_t part_pixels() const {
+    const int64_t even = (map.pixels + max_parts - 1) / max_parts;
+    return even > 8192 ? even : 8192;
+  }
+  int64_t parts() const { return (map.pixels + part_pixels() - 1) / part_pixels(); }
+  int64_t bands() const { return (map.channels + band - 1) / band; }
+  int64_t units() const { return map.samples * parts() * bands(); }
+};
+
+// out[n] = factor[n] * features[n], factor symmetric; unit (sample, block of pixels).
+struct SymmetricProductCall {
+  FeatureMap map;
+  const void* factor = nullptr;  // [N, padded_rows, padded_cols] float or double, zero outside C x C
+  void* out = nullptr;           // layout and dtype of the features
+  static constexpr int64_t block = 1024;
+  // Multiples of the largest register tile of any build.
+  static int64_t padded_rows(int64_t channels) { return (channels + 7) / 8 * 8; }
+  static int64_t padded_cols(int64_t channels) { return (channels + 31) / 32 * 32; }
+  int64_t blocks() const { return (map.pixels + block - 1) / block; }
+  int64_t units() const { return map.samples * blocks(); }
+};
+
+struct GramKernels {
+  void (*gram)(const GramCall& call, int64_t unit_begin, int64_t unit_end);
+  void (*symmetric_product)(const SymmetricProductCall& call, int64_t unit_begin, int64_t unit_end);
+};
+
+}  // namespace ik
+
+IK_DECLARE_PER_ISA(GramKernels, gram_kernels)
+namespace ik {
+namespace generic {
+extern const GramKernels gram_kernels_wide;
+}
+}  // namespace ik

@@ -1,0 +1,1 @@
+"""Losses and layers as modules."""

@@ -1,0 +1,46 @@
+"""Options and parametrization shared by all tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import INTERPRETING, backends_under_test
+
+# A time limit per example would measure the machine; the same examples in every run reproduce a failure.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=10 if INTERPRETING else 60, database=None
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--run-slow", action="store_true", help="also run tests marked slow (time or much memory)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes long or much memory; runs with --run-slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: give --run-slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: every backend under test. `kernel`: those with a kernel, that is all but the reference."""
+    for name in ("backend", "kernel"):
+        if name in metafunc.fixturenames:
+            chosen = [b for b in backends_under_test() if name == "backend" or b.name != "reference"]
+            metafunc.parametrize(name, chosen, ids=str)

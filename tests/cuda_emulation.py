@@ -1,0 +1,84 @@
+"""Runs the CUDA backend on CPU tensors: csrc/cuda compiled by g++, blocks and threads emulated (csrc/emulation).
+
+`install()` makes `backend="cuda"` take CPU tensors, so any test of the ops can run on the kernel source as it
+stands, launch logic included. Alignment of vector accesses is checked; races and speed are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpaint_kernels import _backend
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = Path(torch.__file__).parent
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def _sources() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def build() -> Path:
+    """The library, compiled if the sources changed: about ten seconds on one core."""
+    compiler = shutil.which("g++")
+    if compiler is None or not (ROOT / "csrc/cuda").is_dir():
+        pytest.skip("needs g++ and the sources")
+    folders = ("csrc/cuda", "csrc/common", "tests/csrc/emulation")
+    files = sorted(f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file())
+    digest = hashlib.sha256(torch.__version__.encode() + b"".join(f.read_bytes() for f in files))
+    folder = ROOT / "build/emulation"
+    library = folder / f"cuda_{digest.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{ROOT}/tests/csrc/emulation", f"-I{ROOT}/csrc", "-isystem", f"{TORCH}/include"]
+    # A name of this process: several test workers may be here at once.
+    objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in _sources()]
+    runs = [
+        subprocess.Popen(
+            [compiler, *FLAGS, STABLE_ABI, *includes, "-x", "c++", "-c", str(source), "-o", str(obj)]
+        )
+        for source, obj in zip(_sources(), objects, strict=True)
+    ]
+    codes = [run.wait() for run in runs]
+    if any(codes):
+        raise RuntimeError("the CUDA sources do not compile as C++")
+    built = library.with_suffix(f".{os.getpid()}")
+    libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run([compiler, "-shared", "-o", str(built), *map(str, objects), *libraries], check=True)
+    for obj in objects:
+        obj.unlink()
+    built.replace(library)
+    return library
+
+
+@contextmanager
+def install() -> Iterator[None]:
+    """`backend="cuda"` runs on CPU tensors inside."""
+    torch.ops.load_library(str(build()))
+    unavailable, chosen = _backend.unavailable, _backend._chosen
+
+    def emulated(
+        backend: str, available: tuple[str, ...], device: str, dtypes: tuple[torch.dtype, ...] = ()
+    ) -> str | None:
+        on_gpu = "cuda" if backend == "cuda" else device
+        reason = unavailable(backend, available, on_gpu, dtypes)
+        return None if backend == "cuda" and torch.float64 not in dtypes else reason
+
+    _backend.unavailable, _backend._chosen = emulated, {}
+    try:
+        yield
+    finally:
+        _backend.unavailable, _backend._chosen = unavailable, chosen

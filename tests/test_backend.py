@@ -1,0 +1,206 @@
+"""Which implementation runs, what is said when the one asked for cannot, and that every CPU variant is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import INTERPRETING, Backend, backends_under_test
+from pixel_cases import image_pair, make_mask, on_device
+from training_checks import ops_called
+
+import inpaint_kernels as ik
+from inpaint_kernels import _extension
+
+TESTS = Path(__file__).parent
+SIZE = (2, 3, 9, 14)
+
+PRELUDE = """
+import importlib.util, json, sys, warnings
+import torch
+images = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, because backends and libraries are found at import."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("INPAINT_KERNELS_", "TRITON_"))}
+    package = str(Path(ik.__file__).parent.parent)
+    clean["PYTHONPATH"] = os.pathsep.join(filter(None, (package, clean.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def answer(code: str, **environment: str) -> object:
+    """What the code prints last, as JSON."""
+    result = run_python(code, **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_backend_gives_the_same_loss(backend: Backend) -> None:
+    pred, target, mask = on_device(backend, *image_pair(SIZE), make_mask("n1hw", SIZE))
+    reference = ik.masked_l1_loss(pred, target, mask, backend="reference")
+    torch.testing.assert_close(ik.masked_l1_loss(pred, target, mask, backend=backend.name), reference)
+
+
+def test_forced_backend_is_the_one_that_runs(kernel: Backend) -> None:
+    inputs = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
+    called = ops_called(lambda: ik.masked_l1_loss(*inputs, backend=kernel.name))
+    assert {op for op in called if op.startswith("inpaint_kernels.")} == {
+        f"inpaint_kernels.masked_l1_{kernel.name}.default"
+    }
+
+
+def test_reference_calls_no_kernel() -> None:
+    called = ops_called(lambda: ik.masked_l1_loss(*image_pair(SIZE), backend="reference"))
+    assert not any(op.startswith("inpaint_kernels.") for op in called)
+
+
+@pytest.mark.parametrize("op", ["masked_l1", "hole_valid"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gpu_backend_on_cpu_tensors_says_why_not(op: str, name: str) -> None:
+    if name == "triton" and INTERPRETING:
+        pytest.skip("the interpreter reads CPU tensors")
+    loss = getattr(ik, f"{op}_loss")
+    sentence = rf"{op}: backend '{name}' cannot run: .*CUDA tensors, not cpu"
+    with pytest.raises(RuntimeError, match=sentence):
+        loss(*image_pair(SIZE), make_mask("n1hw", SIZE), backend=name)
+
+
+def test_gpu_kernels_say_that_they_have_no_float64(kernel: Backend) -> None:
+    if kernel.name not in ("triton", "cuda"):
+        pytest.skip("the cpu kernels compute in float64")
+    images = on_device(kernel, *image_pair(SIZE, "f64/f64"))
+    with pytest.raises(RuntimeError, match="float64"):
+        ik.masked_l1_loss(*images, backend=kernel.name)
+    assert ik.masked_l1_loss(*images).dtype == torch.float64
+
+
+def test_unknown_backend_is_named_with_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match=r"backend: got 'gpu', allowed: .*cuda.*triton.*cpu.*reference"):
+        ik.masked_l1_loss(*image_pair(SIZE), backend="gpu")
+
+
+RAN = """
+import inpaint_kernels as ik
+from torch.utils._python_dispatch import TorchDispatchMode
+ran = []
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        ran.append(str(func))
+        return func(*args, **(kwargs or {}))
+with Log():
+    ik.masked_l1_loss(*images, None CALL)
+print(json.dumps([op.split(".")[1] for op in ran if op.startswith("inpaint_kernels.")]))
+"""
+
+
+def test_environment_sets_the_default_and_the_argument_wins() -> None:
+    assert answer(RAN.replace("CALL", ""), INPAINT_KERNELS_BACKEND="reference") == []
+    forced = answer(RAN.replace("CALL", ", backend='cpu'"), INPAINT_KERNELS_BACKEND="reference")
+    assert forced == ["masked_l1_cpu"]
+    assert answer(RAN.replace("CALL", ""), INPAINT_KERNELS_BACKEND="") == ["masked_l1_cpu"]
+
+
+def test_environment_with_an_unknown_name_is_an_error() -> None:
+    result = run_python("import inpaint_kernels", INPAINT_KERNELS_BACKEND="fast")
+    assert result.returncode != 0
+    assert "INPAINT_KERNELS_BACKEND is 'fast'; allowed: " in result.stderr
+
+
+FORCED = """
+import inpaint_kernels as ik
+loss = ik.masked_l1_loss(*images)
+try:
+    ik.masked_l1_loss(*images, backend="cpu")
+    print(json.dumps("ran"))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_missing_library(tmp_path: Path) -> None:
+    """The automatic choice still answers, the forced one says what is missing."""
+    said = str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
+    assert "cannot run: _C.so is not installed" in said
+
+
+def test_broken_library(tmp_path: Path) -> None:
+    (tmp_path / "_C.so").write_text("no library")
+    assert "is broken" in str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
+
+
+FALLBACK = """
+# A machine with a CUDA torch, without a working kernel: no Triton, no library, a GPU tensor without a GPU.
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import inpaint_kernels as ik
+from torch._subclasses.fake_tensor import FakeTensorMode
+with warnings.catch_warnings(record=True) as caught, FakeTensorMode():
+    warnings.simplefilter("always")
+    images = [torch.empty(1, 3, 4, 4, device="cuda") for _ in range(2)]
+    for _ in range(3):
+        loss = ik.masked_l1_loss(*images)
+    assert loss.device.type == "cuda"
+print(json.dumps([[str(w.message), w.filename] for w in caught if "masked_l1" in str(w.message)]))
+"""
+
+
+def test_fallback_on_a_gpu_warns_once_with_the_reasons(tmp_path: Path) -> None:
+    warned = answer(FALLBACK, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
+    assert isinstance(warned, list)
+    assert len(warned) == 1
+    message, blamed = warned[0]
+    assert message.startswith("masked_l1 runs on 'reference' because ")
+    assert "cuda: " in message
+    assert "triton: triton is not installed" in message
+    assert blamed == "<string>", "the warning should point at the user's line"
+
+
+def test_import_loads_no_triton() -> None:
+    code = (
+        "import inpaint_kernels as ik; ik.masked_l1_loss(*images); print(json.dumps('triton' in sys.modules))"
+    )
+    assert answer(code) is False
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_core_cases_on_every_instruction_set(isa: str) -> None:
+    """The wheel carries all variants; each machine would otherwise only ever test its best one."""
+    if "cpu" not in map(str, backends_under_test()):
+        pytest.skip("cpu is not under test")
+    offered = {"AVX2": ("generic", "avx2"), "AVX512": ("generic", "avx2", "avx512")}
+    if isa not in offered.get(torch.backends.cpu.get_cpu_capability(), ("generic",)):
+        pytest.skip(f"this machine has no {isa}")
+    if isa == _extension.cpu_isa():
+        pytest.skip(f"{isa} is what the other tests run")
+    environment = {"INPAINT_KERNELS_CPU_ISA": isa}
+    code = "from inpaint_kernels import _extension; print(json.dumps(_extension.cpu_isa()))"
+    assert answer(code, **environment) == isa
+    tests = [f"{TESTS / name}::{test}" for name in CORE_FILES for test in CORE_TESTS]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
+        env={**os.environ, **environment, "INPAINT_KERNELS_TEST_BACKENDS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TESTS.parent,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+
+
+CORE_FILES = ("test_masked_l1.py", "test_hole_valid.py")
+CORE_TESTS = ("test_core", "test_dtypes", "test_sizes", "test_mask_dtypes")

@@ -1,0 +1,136 @@
+"""process_group=: two gloo processes with unequal shards against one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from harness import assert_within_budget
+from pixel_cases import NORMALIZATIONS, PARAMS, PENALTIES, image_pair, make_mask, masked_formula
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import inpaint_kernels as ik
+
+SIZE = (5, 3, 9, 14)
+WORLD = 2
+LOSSES = {
+    "l1": (ik.masked_l1_loss, {}),
+    "l2": (ik.masked_mse_loss, {}),
+    "charbonnier": (ik.masked_charbonnier_loss, {"eps": PARAMS["charbonnier"]}),
+    "huber": (ik.masked_huber_loss, {"delta": PARAMS["huber"]}),
+}
+# First sample of the second rank. Shards of 2 and 3, and a rank that got no sample in the last, short batch.
+SHARDS = {"uneven": 2, "idle": 0}
+MASKS = ("nomask", "n1hw", "hw", "nchw", "one_rank_empty", "empty")
+
+
+def case_inputs(mask: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    pred, target = image_pair(SIZE)
+    if mask in ("one_rank_empty", "empty"):
+        weights = make_mask("n1hw", SIZE)
+        weights[: SHARDS["uneven"] if mask == "one_rank_empty" else None] = 0
+        return pred, target, weights
+    return pred, target, make_mask(mask, SIZE)
+
+
+def shard(t: Tensor | None, rank: int, first: int) -> Tensor | None:
+    if t is None or t.ndim == 2:
+        return t
+    return t[:first] if rank == 0 else t[first:]
+
+
+def cases() -> list[tuple[str, str, str, str, str]]:
+    everywhere = [
+        (backend, penalty, normalize, mask, "uneven")
+        for backend in ("cpu", "reference")
+        for penalty in PENALTIES
+        for normalize in NORMALIZATIONS
+        for mask in MASKS
+    ]
+    idle = [
+        ("cpu", "l1", normalize, mask, "idle") for normalize in NORMALIZATIONS for mask in ("nomask", "n1hw")
+    ]
+    return everywhere + idle
+
+
+def tiny_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 3, 3, padding=1)
+
+
+def worker(rank: int, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    group = dist.group.WORLD
+    found: dict[Any, Any] = {}
+    for backend, penalty, normalize, mask, shards in cases():
+        loss, parameter = LOSSES[penalty]
+        pred, target, weights = (shard(t, rank, SHARDS[shards]) for t in case_inputs(mask))
+        leaf = pred.clone().requires_grad_()
+        value = loss(
+            leaf, target, weights, normalize=normalize, process_group=group, backend=backend, **parameter
+        )
+        (gradient,) = torch.autograd.grad(value, leaf)
+        found[backend, penalty, normalize, mask, shards] = (value.detach(), gradient)
+    for normalize in NORMALIZATIONS:
+        network = DistributedDataParallel(tiny_network())
+        pred, target, weights = (shard(t, rank, SHARDS["uneven"]) for t in case_inputs("n1hw"))
+        ik.masked_l1_loss(network(pred), target, weights, normalize=normalize, process_group=group).backward()
+        found["ddp", normalize] = [p.grad for p in network.parameters()]
+    torch.save(found, f"{results}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What every rank found, by case; one start of the processes serves all tests."""
+    if not dist.is_gloo_available():
+        pytest.skip("torch.distributed has no gloo here")
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    # Without a route to the host's own name gloo would not find an address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(worker, (str(folder / "store"), str(folder / "found")), nprocs=WORLD)
+    return [torch.load(f"{folder / 'found'}.{rank}") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", cases(), ids="-".join)
+def test_global_mean(ranks: list[dict[Any, Any]], case: tuple[str, str, str, str, str]) -> None:
+    """The mean over the ranks, of values and (as DDP does) of gradients, is that of the whole batch."""
+    _, penalty, normalize, mask, _ = case
+    pred, target, weights = case_inputs(mask)
+
+    def whole(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = pred.to(dtype).requires_grad_()
+        cast = weights if weights is None else weights.to(dtype)
+        value = masked_formula(leaf, target.to(dtype), cast, penalty=penalty, mode=normalize)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    plain, truth = whole(torch.float32), whole(torch.float64)
+    value = sum(found[case][0] for found in ranks) / WORLD
+    gradient = torch.cat([found[case][1] for found in ranks]) / WORLD
+    assert_within_budget(value, plain[0], truth[0], acc=torch.float32, what="mean of the values")
+    assert_within_budget(gradient, plain[1], truth[1], acc=torch.float32, what="gradient")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_ddp_gradient_is_that_of_the_whole_batch(ranks: list[dict[Any, Any]], normalize: str) -> None:
+    network = tiny_network().double()
+    pred, target, weights = (t.double() for t in case_inputs("n1hw"))
+    masked_formula(network(pred), target, weights, penalty="l1", mode=normalize).backward()
+    for found in ranks:
+        for got, parameter in zip(found["ddp", normalize], network.parameters(), strict=True):
+            # The convolution's own float32 rounding: sums over 5 * 126 pixels with both signs.
+            scale = parameter.grad.abs().max().item()
+            torch.testing.assert_close(got.double(), parameter.grad, rtol=0, atol=1e-5 * scale)
+
+
+def test_without_a_group_nothing_is_shared() -> None:
+    """The default must not look at an initialised default group."""
+    assert not dist.is_initialized()
+    assert ik.masked_l1_loss(*image_pair(SIZE)).isfinite()

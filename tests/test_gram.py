@@ -1,0 +1,322 @@
+"""gram_matrix."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from feature_cases import (
+    CHANNELS,
+    GRAM_NORMALIZATIONS,
+    PLANES,
+    check,
+    feature_map,
+    gram_call,
+    gram_formula,
+    gram_sizes,
+)
+from harness import (
+    DTYPES,
+    INTERPRETING,
+    LAYOUTS,
+    Backend,
+    check_against_truth,
+    evaluate,
+    gradient_of,
+    grid,
+    laid_out,
+    same_bits,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from pixel_cases import on_device, skip_unsupported, skip_without_memory
+from torch import Tensor
+from training_checks import (
+    check_capturable,
+    check_compiles,
+    check_deterministic,
+    check_no_host_sync,
+    check_opcheck,
+    kept_bytes,
+    ops_called,
+)
+
+import inpaint_kernels as ik
+from inpaint_kernels.ops.gram import gram_matrix
+
+SIZE = (2, 5, 9, 14)
+
+
+def check_gram(backend: Backend, x: Tensor, normalize: str = "chw") -> None:
+    skip_unsupported(backend, x)
+    check(
+        gram_call(backend, normalize),
+        partial(gram_formula, normalize=normalize),
+        on_device(backend, x),
+        wanted=(0,),
+        sizes=partial(gram_sizes, normalize=normalize),
+    )
+
+
+def test_public_name() -> None:
+    assert ik.gram_matrix is gram_matrix
+
+
+@grid(normalize=GRAM_NORMALIZATIONS, layout=LAYOUTS, dtype=("f32", "bf16"))
+def test_layouts(backend: Backend, normalize: str, layout: str, dtype: str) -> None:
+    check_gram(backend, feature_map(SIZE, dtype, layout), normalize)
+
+
+@grid(dtype=DTYPES, normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
+def test_dtypes(backend: Backend, dtype: str, normalize: str, layout: str) -> None:
+    check_gram(backend, feature_map(SIZE, dtype, layout), normalize)
+
+
+@grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), dtype=("f32", "f16"))
+def test_sizes(backend: Backend, channels: int, plane: str, layout: str, dtype: str) -> None:
+    samples = 1 if PLANES[plane][0] > 31 else 2
+    check_gram(backend, feature_map((samples, channels, *PLANES[plane]), dtype, layout))
+
+
+def test_exactly_symmetric(backend: Backend) -> None:
+    for channels in CHANNELS:
+        for layout in ("contiguous", "channels_last"):
+            x = on_device(backend, feature_map((2, channels, 8, 9), layout=layout))[0]
+            gram = gram_call(backend, "chw")(x)
+            assert torch.equal(gram, gram.mT)
+
+
+@grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
+def test_loud_float16_features(backend: Backend, normalize: str, layout: str) -> None:
+    """Mean square 100 at 256x256: the plain sums pass 6.5e6, a hundred times the range of float16."""
+    plane = (16, 16) if INTERPRETING else (256, 256)
+    x = (10 * feature_map((1, 3, *plane))).half()
+    check_gram(backend, laid_out(x, layout), normalize)
+    x[..., 0] = 65504
+    check_gram(backend, laid_out(x, layout), normalize)
+
+
+@grid(normalize=GRAM_NORMALIZATIONS, dtype=("f16", "bf16"))
+def test_quiet_features(backend: Backend, normalize: str, dtype: str) -> None:
+    """Products far below the normal range of float16."""
+    x = (1e-4 * feature_map(SIZE)).to(DTYPES[dtype])
+    check_gram(backend, x, normalize)
+    assert gram_call(backend, "chw")(x.to(backend.device)).diagonal(dim1=1, dim2=2).all()
+
+
+def test_upstream_scale_comes_before_the_rounding(backend: Backend) -> None:
+    """As under a GradScaler: the gradient of float16 features would underflow without the upstream factor."""
+    x = on_device(backend, (0.01 * feature_map(SIZE)).half())[0]
+    upstream = torch.full((2, 5, 5), 2.0**16, device=backend.device)
+    _, (got,), _ = evaluate(gram_call(backend, "chw"), [x], (0,), [upstream])
+    _, (want,), _ = evaluate(
+        partial(gram_formula, normalize="chw"), [x.cpu().double()], (0,), [upstream.cpu()]
+    )
+    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-3, atol=0.06)
+    assert got.isfinite().all()
+
+
+@grid(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (0, 0, 0, 0)), normalize=GRAM_NORMALIZATIONS)
+def test_nothing_to_count(backend: Backend, size: tuple[int, ...], normalize: str) -> None:
+    check_gram(backend, torch.randn(size), normalize)
+
+
+@grid(special=("nan", "inf"), channels=(3, 17, 70), layout=("contiguous", "channels_last"))
+def test_specials_stay_in_their_channel(backend: Backend, special: str, channels: int, layout: str) -> None:
+    x = feature_map((2, channels, 5, 7), layout=layout)
+    clean = gram_call(backend, "chw")(on_device(backend, x)[0]).cpu()
+    x[1, 2, 4, 6] = float(special)
+    gram = gram_call(backend, "chw")(on_device(backend, x)[0]).cpu()
+    touched = torch.zeros(2, channels, channels, dtype=torch.bool)
+    touched[1, 2] = touched[1, :, 2] = True
+    assert not gram[touched].isfinite().any()
+    assert torch.equal(gram[~touched], clean[~touched])
+
+
+@grid(upstream=("expanded", "transposed", "sliced"), layout=("contiguous", "channels_last"))
+def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, layout: str) -> None:
+    x = on_device(backend, feature_map(SIZE, layout=layout))[0]
+    values = torch.full((2, 5, 5), 0.7) if upstream == "expanded" else torch.randn(2, 5, 5)
+    plain = values.to(backend.device)
+    if upstream == "expanded":
+        view = plain.new_full((1,), 0.7).as_strided((2, 5, 5), (0, 0, 0))
+    else:
+        view = on_device(backend, laid_out(values, upstream))[0]
+    got, want = (evaluate(gram_call(backend, "chw"), [x], (0,), [u])[1][0] for u in (view, plain))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.abs().max()))
+
+
+@grid(layout=("contiguous", "channels_last", "transposed"), dtype=("f32", "f16"))
+def test_gradient_has_the_layout_of_the_features(kernel: Backend, layout: str, dtype: str) -> None:
+    x = on_device(kernel, feature_map(SIZE, dtype, layout))[0]
+    _, (got,), _ = evaluate(gram_call(kernel, "hw"), [x], (0,))
+    want = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert got.is_contiguous(memory_format=want)
+
+
+@grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
+def test_second_derivatives(backend: Backend, normalize: str, layout: str) -> None:
+    x = on_device(backend, feature_map(SIZE, layout=layout))[0]
+    call, formula = gram_call(backend, normalize), partial(gram_formula, normalize=normalize)
+    upstream = torch.rand(2, 5, 5, device=backend.device)
+    check_against_truth(
+        gradient_of(call, (0,)),
+        gradient_of(formula, (0,)),
+        [x, upstream],
+        wanted=(0, 1),
+        magnitudes={0: None, 1: None},
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_create_graph_does_not_change_the_gradient(backend: Backend, autocast: bool) -> None:
+    """Nor does an autocast region in which the gradient is asked for."""
+    for dtype in ("f32", "f16"):
+        x = on_device(backend, feature_map(SIZE, dtype))[0]
+        call = gram_call(backend, "chw")
+        _, (want,), (upstream,) = evaluate(call, [x], (0,))
+        leaf = x.detach().requires_grad_()
+        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
+            (got,) = torch.autograd.grad(call(leaf), leaf, upstream, create_graph=True)
+        eps = torch.finfo(DTYPES[dtype]).eps
+        torch.testing.assert_close(got.detach(), want, rtol=2 * eps, atol=2e-7 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("normalize", GRAM_NORMALIZATIONS)
+def test_gradcheck(backend: Backend, normalize: str) -> None:
+    x = feature_map((2, 3, 2, 2), "f64")
+    skip_unsupported(backend, x)
+    assert torch.autograd.gradcheck(gram_call(backend, normalize), x.requires_grad_())
+    assert torch.autograd.gradgradcheck(gram_call(backend, normalize), x)
+
+
+@given(
+    size=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from(("f16", "bf16", "f32")),
+    layout=st.sampled_from(list(LAYOUTS)),
+    normalize=st.sampled_from(GRAM_NORMALIZATIONS),
+)
+def test_any_input(
+    backend: Backend, size: tuple[int, ...], dtype: str, layout: str, normalize: str
+) -> None:
+    check_gram(backend, feature_map(size, dtype, layout, seed=sum(size)), normalize)
+
+
+@given(channels=st.integers(1, 24), seed=st.integers(0, 99))
+def test_permuting_channels_permutes_the_matrix(backend: Backend, channels: int, seed: int) -> None:
+    """Scaling by a power of two is exact, too."""
+    x = on_device(backend, feature_map((1, channels, 7, 9), seed=seed))[0]
+    order = torch.randperm(channels)
+    gram = gram_call(backend, "hw")(x)
+    permuted = gram_call(backend, "hw")(x[:, order].contiguous())
+    torch.testing.assert_close(permuted, gram[:, order][:, :, order], rtol=0, atol=1e-6)
+    assert torch.equal(gram_call(backend, "hw")(4 * x), 16 * gram)
+
+
+# ---- in training -------------------------------------------------------------------------------------------------
+
+
+def test_keeps_a_reference_to_the_features_only(kernel: Backend) -> None:
+    x = on_device(kernel, feature_map(SIZE))[0].requires_grad_()
+    assert kept_bytes(gram_call(kernel, "chw"), x) == 0
+    with torch.no_grad():
+        assert kept_bytes(lambda t: gram_call(kernel, "chw")(2 * t), x) == 0
+
+
+@grid(layout=("contiguous", "channels_last"), channels=(3, 64))
+def test_two_runs_give_the_same_bits(backend: Backend, layout: str, channels: int) -> None:
+    plane = (9, 14) if INTERPRETING else (91, 101)
+    x = on_device(backend, feature_map((2, channels, *plane), layout=layout))[0]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs, gradients, _ = evaluate(gram_call(backend, "chw"), [x], (0,))
+        return (*outputs, *gradients)
+
+    check_deterministic(run, threads=(1,) if backend.name == "reference" else (1, 2, 3))
+
+
+@grid(
+    layout=("contiguous", "channels_last", "transposed"),
+    size=((2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (0, 3, 4, 5)),
+    gradient=("plain", "gradient"),
+)
+def test_opcheck(kernel: Backend, layout: str, size: tuple[int, ...], gradient: str) -> None:
+    ops = torch.ops.inpaint_kernels
+    x = on_device(kernel, feature_map(size, "f16" if gradient == "plain" else "f32", layout))[0]
+    check_opcheck(
+        getattr(ops, f"gram_{kernel.name}").default, (x, "chw"), (0,) if gradient == "gradient" else ()
+    )
+    upstream = torch.rand(size[0], size[1], size[1], device=kernel.device)
+    check_opcheck(getattr(ops, f"gram_backward_{kernel.name}").default, (upstream, x, "hw"))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compile(backend: Backend, layout: str) -> None:
+    check_compiles(
+        gram_call(backend, "chw"),
+        partial(gram_formula, normalize="chw"),
+        # No negative values: nothing cancels, every entry is exact to its own size.
+        [
+            on_device(backend, feature_map(size, layout=layout, signed=False))
+            for size in ((2, 3, 9, 14), (3, 4, 16, 10))
+        ],
+        wanted=(0,),
+        compiler="inductor" if layout == "contiguous" and not INTERPRETING else "aot_eager",
+    )
+
+
+def test_no_host_sync(backend: Backend) -> None:
+    inputs = on_device(backend, feature_map(SIZE))
+    upstream = evaluate(gram_call(backend, "chw"), inputs, (0,))[2]
+    check_no_host_sync(lambda: evaluate(gram_call(backend, "chw"), inputs, (0,), upstream))
+
+
+def test_cuda_graph(kernel: Backend) -> None:
+    if kernel.device != "cuda":
+        pytest.skip("CUDA graphs need tensors on the GPU")
+    check_capturable(gram_call(kernel, "chw"), on_device(kernel, feature_map(SIZE)), (0,))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_and_autocast(backend: Backend, precision: str) -> None:
+    """The setting is read, never written; a loss inside an autocast region is what it is outside."""
+    inputs = on_device(backend, feature_map(SIZE, "bf16"))
+    call = gram_call(backend, "chw")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        outside = evaluate(call, inputs, (0,))
+        with torch.autocast(backend.device, torch.bfloat16):
+            inside = evaluate(call, inputs, (0,), outside[2])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for got, want in zip((*inside[0], *inside[1]), (*outside[0], *outside[1]), strict=True):
+        assert same_bits(got, want)
+
+
+def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend) -> None:
+    first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]
+    if kernel.name != first:
+        pytest.skip(f"{first} comes before {kernel.name} on this device")
+    inputs = on_device(kernel, feature_map(SIZE))
+    called = ops_called(lambda: evaluate(gram_call(None, "chw"), inputs, (0,)))
+    assert f"inpaint_kernels.gram_{first}.default" in called
+    assert f"inpaint_kernels.gram_backward_{first}.default" in called
+
+
+@pytest.mark.slow
+def test_more_than_two_billion_elements(kernel: Backend) -> None:
+    if INTERPRETING:
+        pytest.skip("hours in the interpreter")
+    size = (3, 1, 2**15, 2**15)
+    skip_without_memory(kernel, 14 * 2**30)
+    x = torch.zeros(size, dtype=torch.bfloat16, device=kernel.device)
+    x[2, 0, -1, -1], x[0, 0, 0, 0] = 3.0, 2.0
+    x.requires_grad_()
+    gram = gram_call(kernel, "none")(x)
+    assert gram.flatten().tolist() == [4.0, 0.0, 9.0]
+    (gradient,) = torch.autograd.grad(gram.sum(), x)
+    assert gradient[2, 0, -1, -1] == 6.0
+    assert gradient[0, 0, 0, 0] == 4.0

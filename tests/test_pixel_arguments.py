@@ -1,0 +1,143 @@
+"""Bad arguments of the pixel losses: an error that names the argument, before any kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import Backend
+from torch import Tensor
+from training_checks import ops_called
+
+import inpaint_kernels as ik
+
+SIZE = (3, 3, 8, 8)  # N = C: a mask (N, H, W) must not pass for (C, H, W)
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "l1": ik.masked_l1_loss,
+    "mse": ik.masked_mse_loss,
+    "charbonnier": ik.masked_charbonnier_loss,
+    "huber": ik.masked_huber_loss,
+    "hole_valid": ik.hole_valid_loss,
+}
+
+
+def images(**replaced: object) -> dict[str, Any]:
+    return {"pred": torch.rand(SIZE), "target": torch.rand(SIZE), "mask": torch.ones(3, 1, 8, 8)} | replaced
+
+
+# (what is replaced, error, words of the message: the argument, what it got, what is allowed)
+BAD_INPUTS = {
+    "pred-list": ({"pred": [1.0]}, TypeError, "pred.*Tensor.*list"),
+    "pred-none": ({"pred": None}, TypeError, "pred.*Tensor.*NoneType"),
+    "pred-int": ({"pred": torch.ones(SIZE, dtype=torch.int32)}, TypeError, "pred.*float32.*int32"),
+    "pred-bool": ({"pred": torch.ones(SIZE, dtype=torch.bool)}, TypeError, "pred.*float32.*bool"),
+    "pred-complex": ({"pred": torch.ones(SIZE, dtype=torch.complex64)}, TypeError, "pred.*complex64"),
+    "pred-float8": ({"pred": torch.ones(SIZE).to(torch.float8_e5m2)}, TypeError, "pred.*float8"),
+    "pred-3d": ({"pred": torch.rand(3, 8, 8)}, ValueError, r"pred.*\(N, C, H, W\).*\(3, 8, 8\)"),
+    "pred-5d": ({"pred": torch.rand(1, 3, 3, 8, 8)}, ValueError, r"pred.*\(N, C, H, W\)"),
+    "pred-0d": ({"pred": torch.tensor(1.0)}, ValueError, r"pred.*\(N, C, H, W\)"),
+    "target-float": ({"target": 0.0}, TypeError, "target.*Tensor.*float"),
+    "target-int": ({"target": torch.ones(SIZE, dtype=torch.int64)}, TypeError, "target.*int64"),
+    "target-broadcast": ({"target": torch.rand(1, 3, 8, 8)}, ValueError, r"target.*\(1, 3, 8, 8\)"),
+    "target-size": (
+        {"target": torch.rand(3, 3, 8, 9)},
+        ValueError,
+        r"target.*\(3, 3, 8, 9\).*\(3, 3, 8, 8\)",
+    ),
+    "target-3d": ({"target": torch.rand(3, 8, 8)}, ValueError, "target"),
+    "target-device": ({"target": torch.rand(SIZE, device="meta")}, ValueError, "target.*meta.*cpu"),
+    "mask-list": ({"mask": [[1.0]]}, TypeError, "mask.*Tensor.*list"),
+    "mask-nhw": ({"mask": torch.ones(3, 8, 8)}, ValueError, r"mask.*\(3, 8, 8\).*\(N, 1, H, W\)"),
+    "mask-1hw": ({"mask": torch.ones(1, 8, 8)}, ValueError, r"mask.*\(1, 8, 8\)"),
+    "mask-channels": ({"mask": torch.ones(3, 2, 8, 8)}, ValueError, r"mask.*\(3, 2, 8, 8\)"),
+    "mask-batch": ({"mask": torch.ones(2, 1, 8, 8)}, ValueError, r"mask.*\(2, 1, 8, 8\)"),
+    "mask-size": ({"mask": torch.ones(3, 1, 4, 8)}, ValueError, r"mask.*\(3, 1, 4, 8\)"),
+    "mask-plane": ({"mask": torch.ones(8, 7)}, ValueError, r"mask.*\(8, 7\)"),
+    "mask-0d": ({"mask": torch.tensor(1.0)}, ValueError, "mask"),
+    "mask-5d": ({"mask": torch.ones(1, 3, 1, 8, 8)}, ValueError, "mask"),
+    "mask-int32": ({"mask": torch.ones(3, 1, 8, 8, dtype=torch.int32)}, TypeError, "mask.*uint8.*int32"),
+    "mask-int64": ({"mask": torch.ones(3, 1, 8, 8, dtype=torch.int64)}, TypeError, "mask.*int64"),
+    "mask-complex": ({"mask": torch.ones(3, 1, 8, 8, dtype=torch.cfloat)}, TypeError, "mask.*complex64"),
+    "mask-device": ({"mask": torch.ones(8, 8, device="meta")}, ValueError, "mask.*meta.*cpu"),
+    "normalize": ({"normalize": "batch"}, ValueError, "normalize.*'batch'.*mask.*image.*sample"),
+    "normalize-none": ({"normalize": None}, ValueError, "normalize.*None"),
+    "backend": ({"backend": "gpu"}, ValueError, "backend.*'gpu'.*reference"),
+}
+
+OWN_OPTIONS = {
+    "l1-reduction": ("l1", {"reduction": "avg"}, "reduction.*'avg'.*mean.*sum.*none"),
+    "huber-reduction": ("huber", {"reduction": None}, "reduction.*None"),
+    "l1-group-none": ("l1", {"process_group": object(), "reduction": "none"}, "process_group.*mean.*'none'"),
+    "mse-group-sum": ("mse", {"process_group": object(), "reduction": "sum"}, "process_group.*mean.*'sum'"),
+    "hole_valid-penalty": ("hole_valid", {"penalty": "L1"}, "penalty.*'L1'.*l1.*l2.*charbonnier.*huber"),
+    "hole_valid-mask_is": ("hole_valid", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+}
+
+PARAMETERS = {
+    "charbonnier": ("charbonnier", "eps", {}),
+    "huber": ("huber", "delta", {}),
+    "hole_valid-charbonnier": ("hole_valid", "eps", {"penalty": "charbonnier"}),
+    "hole_valid-huber": ("hole_valid", "delta", {"penalty": "huber"}),
+}
+
+
+def rejected(loss: str, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    def call() -> None:
+        with pytest.raises(error, match=f"(?s){words}"):
+            LOSSES[loss](**arguments)
+
+    ran = ops_called(call)
+    assert not any(op.startswith("inpaint_kernels.") for op in ran), f"ran {ran} before the check"
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bad_input(loss: str, case: str) -> None:
+    replaced, error, words = BAD_INPUTS[case]
+    rejected(loss, images(**replaced), error, words)
+
+
+@pytest.mark.parametrize("case", OWN_OPTIONS)
+def test_bad_option(case: str) -> None:
+    loss, replaced, words = OWN_OPTIONS[case]
+    rejected(loss, images(**replaced), ValueError, words)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-30])
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_bad_penalty_parameter(case: str, value: float) -> None:
+    """A zero eps would make the gradient 0/0 where pred equals target, and so does one that float32 squares to 0."""
+    loss, name, options = PARAMETERS[case]
+    rejected(loss, images(**options, **{name: value}), ValueError, f"{name}.*{value!r}".replace("+", r"\+"))
+
+
+@pytest.mark.parametrize("value", ["0.1", None])
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_penalty_parameter_of_wrong_type(case: str, value: object) -> None:
+    loss, name, options = PARAMETERS[case]
+    rejected(loss, images(**options, **{name: value}), TypeError, name)
+
+
+def test_hole_valid_needs_a_mask() -> None:
+    rejected("hole_valid", images(mask=None), TypeError, "mask.*Tensor.*NoneType")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_good_input_of_every_kind_passes(backend: Backend, loss: str) -> None:
+    """The checks must not be stricter than the documentation."""
+    options = {"normalize": "mask", "backend": backend.name}
+
+    def run(**replaced: Tensor) -> Tensor:
+        inputs = {name: t.to(backend.device) for name, t in images(**replaced).items()}
+        result = LOSSES[loss](**inputs, **options)
+        return result if isinstance(result, Tensor) else result.hole + result.valid
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert run(pred=torch.rand(SIZE, dtype=dtype)).dtype == torch.float32
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8):
+        assert run(mask=torch.ones(3, 1, 8, 8, dtype=dtype)).isfinite()
+    for shape in ((8, 8), (1, 1, 8, 8), (3, 1, 8, 8), (3, 3, 8, 8), (1, 3, 8, 8), (3, 1, 1, 8), (1, 1, 1, 1)):
+        assert run(mask=torch.ones(shape)).isfinite()

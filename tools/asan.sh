@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The CPU library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set
+# this machine has.
+#   tools/asan.sh [python [pytest arguments]]       default: the tests of every op in csrc/cpu
+#   SHARED=1        each test under one of the instruction sets instead of under each
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python}
+shift || true
+cxx=${CXX:-g++}
+
+INPAINT_KERNELS_BUILD=cpu "$python" setup.py -q build_ext --sanitize --build-lib build/sanitize
+
+if [ $# -eq 0 ]; then
+  for source in csrc/cpu/*.cpp; do
+    test=tests/test_$(basename "$source" .cpp).py
+    if [ -f "$test" ]; then set -- "$@" "$test"; fi
+  done
+fi
+
+# Python itself is not instrumented, so the run time must come first in the process; libstdc++ is named with it
+# because the run time looks for __cxa_throw when it starts.
+LD_PRELOAD="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libstdc++.so)"
+# Python and torch leak on purpose at exit. One wrong access ends the run.
+export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+# One malloc per object, so that an access past its end is seen.
+export PYTHONMALLOC=malloc
+export INPAINT_KERNELS_LIBRARY_DIR=$PWD/build/sanitize/inpaint_kernels
+export INPAINT_KERNELS_TEST_BACKENDS=cpu
+export LD_PRELOAD
+
+isas=()
+for isa in generic avx2 avx512; do
+  # Asked for a set the machine lacks, the library takes the best there is.
+  used=$(INPAINT_KERNELS_CPU_ISA=$isa "$python" -c \
+    'from inpaint_kernels import _extension as e; print(e.status()["cpu"] or e.cpu_isa())')
+  if [ "$used" = "$isa" ]; then
+    isas+=("$isa")
+  else
+    echo "== sanitizers: $isa does not run here: $used"
+  fi
+done
+# Not one: the library does not load.
+[ ${#isas[@]} -gt 0 ]
+
+for index in "${!isas[@]}"; do
+  echo "== sanitizers: ${isas[$index]}"
+  if [ -n "${SHARED:-}" ]; then export TEST_SHARE=$index/${#isas[@]}; fi
+  INPAINT_KERNELS_CPU_ISA=${isas[$index]} OMP_NUM_THREADS=2 PYTHONPATH=tools \
+    "$python" -m pytest -q -n 2 -p pytest_share -p no:cacheprovider "$@"
+done
