@@ -51,11 +51,11 @@ def _missing_kernels(name: str) -> list[str]:
     return missing
 
 
-def _rebuild() -> str:
-    """How this installation is built anew: a checkout differs from a wheel."""
+def _rebuild(name: str) -> str:
+    """How library `name` is built anew, such that a failing compile is an error and not a library left out."""
     if (Path(__file__).resolve().parent.parent / "setup.py").is_file():
         return "run `make build`"
-    return "reinstall with `pip install --force-reinstall --no-deps --no-cache-dir inpaint_kernels`"
+    return f"run `INPAINT_KERNELS_BUILD={name} pip install --force-reinstall --no-deps .` in the source tree"
 
 
 def _library_lines() -> tuple[list[str], list[str], list[str]]:
@@ -73,14 +73,14 @@ def _library_lines() -> tuple[list[str], list[str], list[str]]:
             lines.append(f"            {' '.join(info[name]['flags'])}")
         if reason is None and (missing := _missing_kernels(name)):
             broken.append(f"{path.name} lacks {', '.join(missing)}: it was built from other sources")
-            todo.append(f"{path.name} does not match the Python files: {_rebuild()}")
+            todo.append(f"{path.name} does not match the Python files: {_rebuild(name)}")
+        if reason in _extension.broken():
+            broken.append(str(reason))
+            todo.append(f"{path.name} is installed and cannot be loaded: {_rebuild(name)}")
     if not info:
         lines.append("  no build record: this is a source tree that was never built")
     if _extension.cpu_isa() != "none":
         lines.append(f"  instruction set of the CPU kernels: {_extension.cpu_isa()}")
-    for reason in _extension.broken():
-        broken.append(reason)
-        todo.append(f"an installed library cannot be loaded: {_rebuild()}")
     return lines, broken, todo
 
 
@@ -89,22 +89,14 @@ def _missing_advice() -> list[str]:
     todo = []
     left_out = _extension.build_info().get("left_out", {})
     if not _extension.library_path("cpu").exists():
-        why = left_out.get("cpu", "")
-        first = "install a C++17 compiler, then " if "compiler" in why else ""
-        todo.append(
-            f"CPU tensors run on the slower reference formulas: {first}{_rebuild()}, "
-            "with INPAINT_KERNELS_BUILD=cpu to see why a build fails"
-        )
+        first = "install a C++17 compiler, then " if "compiler" in left_out.get("cpu", "") else ""
+        todo.append(f"CPU tensors run on the slower reference formulas: {first}{_rebuild('cpu')}")
     has_cuda = torch.version.cuda is not None
     if os.path.exists("/proc/driver/nvidia/version") and not has_cuda:
         todo.append("this machine has an NVIDIA GPU and a torch without CUDA: install a CUDA build of torch")
     if has_cuda and not _extension.library_path("cuda").exists():
-        first = (
-            "install the CUDA toolkit (or set CUDA_HOME), then " if "nvcc" in left_out.get("cuda", "") else ""
-        )
-        todo.append(
-            f"the compiled CUDA kernels are not there: {first}{_rebuild()} with INPAINT_KERNELS_BUILD=cuda"
-        )
+        first = "install the CUDA toolkit, then " if "nvcc" in left_out.get("cuda", "") else ""
+        todo.append(f"the compiled CUDA kernels are not there: {first}{_rebuild('cuda')}")
     if has_cuda and importlib.util.find_spec("triton") is None:
         todo.append(
             "the Triton kernels need Triton: `pip install triton`, in the version your torch asks for"

@@ -44,6 +44,7 @@ class Resources(NamedTuple):
     spilled: int  # bytes of stack and local memory a thread
     loads: Counter[int]  # bytes a thread loads from global memory, by the width of one access
     stores: Counter[int]
+    ptx: str
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
@@ -66,24 +67,30 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Resources:
     """Compiles for one compute capability; pointers are taken as 16-byte aligned unless told otherwise."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: list[tuple[int]] = []
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: list[tuple[int, ...]] = []
+
+    def describe(parameter: Any, value: Any, path: tuple[int, ...]) -> Any:
         # The launcher of Triton compiles a size of 1 in, and notes which sizes 16 divides.
         special = type(value) is int and not parameter.is_constexpr and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[i,] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(parameter, item, (*path, i)) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
             if aligned:
-                attributes.append((i,))
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                attributes.append((i,))
+                attributes.append(path)
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if special and value % 16 == 0:
+            attributes.append(path)
+        return "i32" if value < 2**31 else "i64"
+
+    for i, parameter in enumerate(launch.kernel.params):
+        signature[parameter.name] = describe(parameter, launch.arguments[parameter.name], (i,))
     return _compile(
         launch.kernel,
         tuple(signature.items()),
@@ -97,9 +104,9 @@ def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Res
 @functools.cache
 def _compile(
     kernel: Any,
-    signature: tuple[tuple[str, str], ...],
-    constants: tuple[tuple[tuple[int], Any], ...],
-    attributes: tuple[tuple[int], ...],
+    signature: tuple[tuple[str, Any], ...],
+    constants: tuple[tuple[tuple[int, ...], Any], ...],
+    attributes: tuple[tuple[int, ...], ...],
     warps: int,
     capability: int,
 ) -> Resources:
@@ -117,6 +124,7 @@ def _compile(
         spilled=usage["STACK"] + usage["LOCAL"],
         loads=_accesses(compiled.asm["ptx"], "ld"),
         stores=_accesses(compiled.asm["ptx"], "st"),
+        ptx=compiled.asm["ptx"],
     )
 
 
@@ -134,4 +142,8 @@ def _accesses(ptx: str, operation: str) -> Counter[int]:
     for count, bits in re.findall(rf"\b{operation}\.global(?:\.\w+)*?(?:\.v(\d+))?\.[bfsu](\d+)\b", ptx):
         width = int(count or 1) * int(bits) // 8
         found[width] += width
+    if operation == "ld":
+        # Loads that go to shared memory without passing through registers, as those of pipelined loops.
+        for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)", ptx):
+            found[int(width, 0)] += int(width, 0)
     return found

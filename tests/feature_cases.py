@@ -82,6 +82,54 @@ def check(
         assert_gradient(got, usual, want, acc=acc, what=f"gradient of input {i}", magnitude=size)
 
 
+def check_compiles(
+    call: Call,
+    formula: Call,
+    cases: Sequence[Sequence[Tensor]],
+    *,
+    wanted: Sequence[int],
+    sizes: Sizes,
+    compiler: str,
+) -> None:
+    """`training_checks.check_compiles` with `sizes`."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager" if INTERPRETING else compiler)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for number, inputs in enumerate(cases):
+        check(compiled, formula, inputs, wanted=wanted, sizes=sizes)
+        # The first call may count twice: a float argument restarts the analysis.
+        if number == 0:
+            frames = counter.frame_count
+    assert counter.frame_count == frames, "another size was compiled again"
+
+
+def check_autocast(backend: Backend, call: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    """A loss inside an autocast region is what it is outside; so are the gradients of a kernel.
+
+    (The backward of a plain matmul follows autocast, so the reference's gradients are asked for outside.)
+    """
+    outside = evaluate(call, inputs, wanted)
+    with torch.autocast(backend.device, torch.bfloat16):
+        inside = evaluate(call, inputs, () if backend.name == "reference" else wanted, outside[2])
+    for got, want in zip((*inside[0], *inside[1]), (*outside[0], *outside[1]), strict=False):
+        assert same_bits(got, want)
+
+
+def check_matmul_precision(call: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    """The setting is read, never written."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            outputs, gradients, _ = evaluate(call, inputs, wanted)
+            assert all(t.isfinite().all() for t in (*outputs, *gradients))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ---- inputs ------------------------------------------------------------------------------------------------------
 
 
@@ -150,12 +198,12 @@ def gram_factor(normalize: str, c: int, pixels: int) -> float:
 
 
 def gram_formula(x: Tensor, normalize: str) -> Tensor:
-    n, c, h, w = x.shape
+    c, h, w = x.shape[1:]
     return torch.einsum("nchw,ndhw->ncd", x, x) * gram_factor(normalize, c, h * w)
 
 
 def gram_sizes(x: Tensor, upstream: Tensor, *, normalize: str) -> tuple[list[Tensor], dict[int, Tensor]]:
-    n, c, h, w = x.shape
+    c, h, w = x.shape[1:]
     both = upstream.abs() + upstream.abs().mT
     gradient = torch.einsum("ncd,ndhw->nchw", both, x.abs()) * gram_factor(normalize, c, h * w)
     return [gram_formula(x.abs(), normalize)], {0: gradient}
@@ -205,7 +253,7 @@ def style_sizes(*flat: Tensor, **settings: Any) -> tuple[list[Tensor], dict[int,
         value = value + abs(factor) * wrong.norm()
         slope = abs(factor) * upstream.abs() * ((d != 0).double() if l1 else 2 * terms)
         shared = slope.unflatten(0, (-1, y.shape[0])).sum(0) if y.shape[0] else slope
-        n, c, h, w = x.shape
+        c, h, w = x.shape[1:]
         scale = 2 * gram_factor(settings["normalize"], c, h * w)
         gradients[i] = scale * torch.einsum("ncd,ndhw->nchw", slope, x.abs())
         if settings["target_is_gram"]:
@@ -232,7 +280,10 @@ def style_call(backend: Backend | None, settings: dict[str, Any]) -> Call:
 
 
 def check_style(
-    backend: Backend, flat: Sequence[Tensor], settings: dict[str, Any], wanted: Sequence[int] | None = None
+    backend: Backend | None,
+    flat: Sequence[Tensor],
+    settings: dict[str, Any],
+    wanted: Sequence[int] | None = None,
 ) -> None:
     check(
         style_call(backend, settings),

@@ -18,6 +18,7 @@ from harness import (
     evaluate,
     grid,
     laid_out,
+    poisoned_allocations,
     same_bits,
 )
 from hypothesis import given
@@ -165,6 +166,19 @@ def test_mask_shapes(mask: str, layout: str, mask_layout: str) -> None:
     check_masked(*image_pair(size, layouts=f"{layout}/{layout}"), weights)
 
 
+@grid(mask_dtype=("f32", "u8"), images=("f32", "bf16"), kind=("n1hw", "nchw"))
+def test_odd_strides(mask_dtype: str, images: str, kind: str) -> None:
+    """Dense planes of whole vectors that start at odd addresses: those of a mask and of a map's gradient."""
+    size = SIZES["vectors"]
+    mask = make_mask(kind, size, mask_dtype)
+    n, c, h, w = mask.shape
+    strides = (c * (h * w + 1) + 1, h * w + 1, w, 1)
+    view = mask.new_full([n * strides[0]], 7).as_strided(mask.shape, strides)
+    view.copy_(mask)
+    check_masked(*image_pair(size, f"{images}/{images}"), view)
+    check_masked(*image_pair(size, f"{images}/{images}"), view, "l2", "none")
+
+
 @grid(pred=LAYOUTS, target=LAYOUTS, dtype=("f32", "f16"))
 def test_layouts(pred: str, target: str, dtype: str) -> None:
     size = (2, 3, 8, 12)
@@ -219,6 +233,34 @@ def test_specials(penalty: str, layout: str, size: str) -> None:
             torch.where(mask != 0, torch.nan, pred) if penalty == "huber" else with_specials(pred, mask != 0)
         )
         check_masked(laid_out(marked, layout), target, mask, penalty, mode)
+
+
+@grid(size=SIZES, layout=BOTH)
+def test_signs_are_all_written(size: str, layout: str) -> None:
+    """Also the bytes that channels_last does not need: an op must not return what the memory held before."""
+    pred, target = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
+    ops = torch.ops.inpaint_kernels
+
+    def signs() -> tuple[Tensor, ...]:
+        with poisoned_allocations():
+            masked = ops.masked_l1_cuda(pred, target, None, "l1", 0.0, "none", "mask", True)[2]
+            return masked, ops.hole_valid_cuda(pred, target, pred, "l1", 0.0, "mask", False, True)[3]
+
+    first = signs()
+    junk = [torch.full_like(s, 255) for s in first for _ in range(20)]
+    del junk
+    assert all(map(same_bits, first, signs()))
+    n, c, h, w = SIZES[size]
+    length, segments = (
+        (h * w * c, n) if layout == "channels_last" and not pred.is_contiguous() else (h * w, n * c)
+    )
+    d = (pred - target).permute(0, 2, 3, 1) if segments == n else pred - target
+    d = torch.nn.functional.pad(d.reshape(segments, length), (0, -length % 8))
+    bits = torch.stack([d > 0, d < 0], 1).view(segments, 2, -1, 8).transpose(1, 2).to(torch.int32)
+    words = (bits << torch.arange(8, dtype=torch.int32)).sum(-1).to(torch.uint8).flatten()
+    for s in first:
+        assert torch.equal(s[: words.numel()], words)
+        assert not s[words.numel() :].any()
 
 
 @grid(region=("hole", "valid"), penalty=("l1", "l2"))

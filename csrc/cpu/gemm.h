@@ -6,7 +6,8 @@
 namespace ik {
 namespace IK_ISA {
 
-// Rows x columns of a tile, sized to the register file: 16 + 8 of 32 registers with AVX-512, 8 + 6 of 16 else.
+// Rows x columns of a tile, sized to the register file: 16 + 8 of 32 registers with AVX-512, 8 + 6 of 16
+// else.
 #if defined(IK_ISA_AVX512)
 constexpr int kDotRows = 4;
 constexpr int kDotCols = 4;
@@ -18,10 +19,11 @@ constexpr int kOuterRows = 4;
 #endif
 constexpr int kOuterVectors = 2;
 template <typename T>
-constexpr int kOuterCols = kOuterVectors* Vec<T>::lanes;
+constexpr int kOuterCols = kOuterVectors * Vec<T>::lanes;
 
-// out[r * ldo + s] += sum_k rows[r][k] * cols[s][k], k < n: both operands are contiguous along k, so that lanes hold
-// partial sums along k and no operand is transposed. The lanes are added up in a fixed order at the end.
+// out[r * ldo + s] += sum_k rows[r][k] * cols[s][k], k < n: both operands are contiguous along k, so that
+// lanes hold partial sums along k and no operand is transposed. The lanes are added up in a fixed order at
+// the end.
 template <typename T>
 IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T* out, int64_t ldo) {
   using V = Vec<T>;
@@ -50,8 +52,8 @@ IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T
 // out[r * ldo + c] = (add ? out : 0) + sum_k a[r * a_row + k * a_k] * b[k * b_k + c] for kOuterRows rows and
 // kOuterCols columns: the columns of b are contiguous.
 template <typename T, int Rows>
-IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n, bool add, T* out,
-                          int64_t ldo) {
+IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n,
+                          bool add, T* out, int64_t ldo) {
   using V = Vec<T>;
   V sums[Rows][kOuterVectors];
   for (int r = 0; r < Rows; ++r) {

@@ -30,8 +30,8 @@ Tensor gram(const Tensor& features,  // [N, C, H, W]
   const ScalarType dtype = accumulate_type(features.scalar_type(), features.scalar_type());
   const int64_t C = x.map.channels;
   Tensor out = empty_strided(features, {x.map.samples, C, C}, {C * C, C, 1}, dtype);
-  const double scale = gram_scale(parse_gram_normalize(normalize), static_cast<double>(C),
-                                  static_cast<double>(x.map.pixels));
+  const double scale =
+      gram_scale(parse_gram_normalize(normalize), static_cast<double>(C), static_cast<double>(x.map.pixels));
   dtype == ScalarType::Double ? write_gram<double>(x.map, scale, out) : write_gram<float>(x.map, scale, out);
   return out;
 }

@@ -3,8 +3,9 @@
 //   G = X X^T, X [C, M]: the lower triangle only, accumulated over parts of the pixels.
 //   dX = F X, F symmetric [C, C]: the whole gradient of any loss of G is one product, F = dG + dG^T.
 //
-// NCHW keeps pixels contiguous, so G is made of dot products along rows; channels_last keeps channels contiguous, so
-// it is made of outer products. Neither transposes anything. Half types are converted block by block in cache.
+// NCHW keeps pixels contiguous, so G is made of dot products along rows; channels_last keeps channels
+// contiguous, so it is made of outer products. Neither transposes anything. Half types are converted block by
+// block in cache.
 #include "cpu/gram_kernels.h"
 
 #include <cstdlib>
@@ -18,7 +19,8 @@ namespace {
 
 IK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 64-byte aligned scratch memory of one kernel call. std::vector would pull shared inline code into this build.
+// 64-byte aligned scratch memory of one kernel call. std::vector would pull shared inline code into this
+// build.
 template <typename T>
 class Scratch {
  public:
@@ -44,12 +46,14 @@ IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
 // Rows of a block stay in the second-level cache while the tiles of a band pass over them.
 constexpr int64_t kBlockPixels = 2048;
 constexpr int64_t kBlockRows = 64;
-// Outer products add up one after the other: short blocks keep the rounding at the level of a library product.
+// Outer products add up one after the other: short blocks keep the rounding at the level of a library
+// product.
 constexpr int64_t kOuterPixels = 256;
 
 // Lower triangle of rows first .. last of X X^T over `n` pixels; row c starts at x + c * stride.
 template <typename T>
-void add_dot_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n, T* gram) {
+void add_dot_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n,
+                      T* gram) {
   for (int64_t column_block = 0; column_block < last; column_block += kBlockRows) {
     const int64_t column_end = least(column_block + kBlockRows, last);
     // Rows above the block hold none of its columns.
@@ -71,16 +75,19 @@ void add_dot_products(const T* x, int64_t stride, int64_t channels, int64_t firs
   }
 }
 
-// The same from channels_last pixels: pixel k starts at x + k * stride and is zero from C to a multiple of the tile.
+// The same from channels_last pixels: pixel k starts at x + k * stride and is zero from C to a multiple of
+// the tile.
 template <typename T>
-void add_outer_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n, T* gram) {
+void add_outer_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n,
+                        T* gram) {
   constexpr int64_t cols = kOuterCols<T>;
   for (int64_t i = first; i < last; i += kOuterRows) {
     for (int64_t j = 0; j < least(last, i + kOuterRows); j += cols) {
       alignas(64) T tile[kOuterRows * cols];
       outer_tile<T, kOuterRows>(x + i, 1, stride, x + j, stride, n, false, tile, cols);
       for (int64_t r = 0; r < kOuterRows && i + r < last; ++r) {
-        for (int64_t s = 0; s < cols && j + s <= i + r; ++s) gram[(i + r) * channels + j + s] += tile[r * cols + s];
+        for (int64_t s = 0; s < cols && j + s <= i + r; ++s)
+          gram[(i + r) * channels + j + s] += tile[r * cols + s];
       }
     }
   }
@@ -138,8 +145,8 @@ void gram_units(const GramCall& call, int64_t unit_begin, int64_t unit_end) {
 
 // Copies a finished tile to the output, dropping what lies outside it and converting the type.
 template <typename T>
-void store_tile(const T* tile, int64_t tile_stride, int64_t rows, int64_t cols, const SymmetricProductCall& call,
-                int64_t index, int64_t stride) {
+void store_tile(const T* tile, int64_t tile_stride, int64_t rows, int64_t cols,
+                const SymmetricProductCall& call, int64_t index, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     char* at = static_cast<char*>(call.out) + (index + r * stride) * dtype_bytes(call.map.dtype);
     convert_from(call.map.dtype, tile + r * tile_stride, cols, at);
@@ -183,7 +190,8 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
             const int64_t index = (sample * C + c) * M + m + p * cols;
             const bool whole = native && c + kOuterRows <= C && (p + 1) * cols <= width;
             T* out = whole ? static_cast<T*>(call.out) + index : tile;
-            outer_tile<T, kOuterRows>(factor + c * stride, stride, 1, panel, cols, C, false, out, whole ? M : cols);
+            outer_tile<T, kOuterRows>(factor + c * stride, stride, 1, panel, cols, C, false, out,
+                                      whole ? M : cols);
             if (!whole) {
               store_tile(tile, cols, least(kOuterRows, C - c), least(cols, width - p * cols), call, index, M);
             }
@@ -205,7 +213,8 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
             const bool whole = native && c + cols <= C && r + kOuterRows <= height;
             T* out = whole ? static_cast<T*>(call.out) + index : tile;
             outer_tile<T, kOuterRows>(x + r * C, C, 1, factor + c, stride, C, false, out, whole ? C : cols);
-            if (!whole) store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
+            if (!whole)
+              store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
           }
         }
       }

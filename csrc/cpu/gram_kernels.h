@@ -1,5 +1,5 @@
-// Interface between the Gram kernels (gram_kernels.cpp, one build per instruction set) and the registrations of gram
-// and style.
+// Interface between the Gram kernels (gram_kernels.cpp, one build per instruction set) and the registrations
+// of gram and style.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ struct FeatureMap {
   bool channels_last = false;
 };
 
-// Partial Gram matrices: unit (sample, part, band) adds up features * features^T over one part of the pixels, for one
-// band of rows and the lower triangle. Fixed by the shape alone: results do not depend on the number of threads.
+// Partial Gram matrices: unit (sample, part, band) adds up features * features^T over one part of the pixels,
+// for one band of rows and the lower triangle. Fixed by the shape alone: results do not depend on the number
+// of threads.
 struct GramCall {
   FeatureMap map;
   void* partials = nullptr;  // [N, parts, C, C] float or double, lower triangle

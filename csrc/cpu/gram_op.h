@@ -19,7 +19,8 @@ static inline const GramKernels& gram_kernels_for(bool wide) {
   return wide ? generic::gram_kernels_wide : IK_PICK_ISA(gram_kernels);
 }
 
-// A feature tensor in the layout of its memory; a tensor that is neither NCHW nor channels_last is copied to NCHW.
+// A feature tensor in the layout of its memory; a tensor that is neither NCHW nor channels_last is copied to
+// NCHW.
 struct Features {
   Tensor ready;
   FeatureMap map;
@@ -46,8 +47,7 @@ static void run_gram_units(const Call& call, Kernel kernel, double flops) {
   const int64_t units = call.units();
   const int64_t grain = static_cast<int64_t>(1e6 / std::max(flops, 1.0)) + 1;
   if (units <= grain) return kernel(call, 0, units);
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 // Lower triangles of X X^T, unscaled: [N, C, C] in double, row i up to column i.
@@ -69,7 +69,8 @@ static std::vector<double> gram_sums(const FeatureMap& map) {
       for (int64_t i = 0; i < map.channels; ++i) {
         for (int64_t j = 0; j <= i; ++j) {
           double sum = 0;
-          for (int64_t p = 0; p < parts; ++p) sum += partials[((n * parts + p) * map.channels + i) * map.channels + j];
+          for (int64_t p = 0; p < parts; ++p)
+            sum += partials[((n * parts + p) * map.channels + i) * map.channels + j];
           sums[(n * map.channels + i) * map.channels + j] = sum;
         }
       }
@@ -96,7 +97,8 @@ static std::unique_ptr<T[]> padded_factor(int64_t samples, int64_t channels, con
 // factor [N, rows, cols] (padded) * features, in the features' layout and dtype.
 template <typename T>
 static Tensor symmetric_product(const Features& features, const T* factor) {
-  Tensor out = empty_image(features.ready, features.size, features.channels_last, features.ready.scalar_type());
+  Tensor out =
+      empty_image(features.ready, features.size, features.channels_last, features.ready.scalar_type());
   SymmetricProductCall call;
   call.map = features.map;
   call.factor = factor;

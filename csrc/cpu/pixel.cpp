@@ -314,30 +314,51 @@ struct Unit {
   }
 };
 
+// Calls f(row, weight, target) for every (segment, prediction) of a unit; row counts the segments of pred.
+template <typename T, typename F>
+IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* target_buffer, T* mask_buffer,
+                            F&& f) {
+  const PixelShape& shape = call.shape;
+  const int64_t samples = shape.samples / call.copies;
+  const T* weight = nullptr;
+  for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
+    const int64_t target_row = unit.sample * shape.segments + segment;
+    const T* target = nullptr;
+    if (call.target != nullptr) {
+      target = fetch(call.target, call.target_dtype, target_row * shape.length + unit.start, unit.n,
+                     target_buffer);
+    }
+    for (int64_t copy = 0; copy < call.copies; ++copy) {
+      const int64_t sample = copy * samples + unit.sample;
+      if (shape.has_mask && (weight == nullptr || shape.mask_stride_c != 0 || call.mask_per_copy)) {
+        weight = fetch_mask(call, call.mask_per_copy ? sample : unit.sample, segment, unit.start, unit.n,
+                            mask_buffer);
+      }
+      f(sample, sample * shape.segments + segment, weight, target);
+    }
+  }
+}
+
 template <typename T>
 void forward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  alignas(64) T pred[kChunk], target[kChunk], mask[kChunk];
+  alignas(64) T pred[kChunk], target_buffer[kChunk], mask_buffer[kChunk];
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
     Totals totals;
-    const T* weight = nullptr;
-    for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
-      if (call.shape.has_mask && (weight == nullptr || call.shape.mask_stride_c != 0)) {
-        weight = fetch_mask(call, unit.sample, segment, unit.start, unit.n, mask);
-      }
-      const int64_t row = unit.sample * call.shape.segments + segment;
-      const int64_t offset = row * call.shape.length + unit.start;
-      ForwardRun<T> run;
-      run.pred = fetch(call.pred, call.pred_dtype, offset, unit.n, pred);
-      run.target = fetch(call.target, call.target_dtype, offset, unit.n, target);
-      run.weight = weight;
-      run.n = unit.n;
-      run.param = static_cast<T>(call.param);
-      run.mask_is_hole = call.mask_is_hole;
-      run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
-      run.map = call.map ? static_cast<T*>(call.map) + offset : nullptr;
-      forward_dispatch(call, run, totals);
-    }
+    for_each_run(
+        call, unit, target_buffer, mask_buffer, [&](int64_t, int64_t row, const T* weight, const T* target) {
+          const int64_t offset = row * call.shape.length + unit.start;
+          ForwardRun<T> run;
+          run.pred = fetch(call.pred, call.pred_dtype, offset, unit.n, pred);
+          run.target = target;
+          run.weight = weight;
+          run.n = unit.n;
+          run.param = static_cast<T>(call.param);
+          run.mask_is_hole = call.mask_is_hole;
+          run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
+          run.map = call.map ? static_cast<T*>(call.map) + offset : nullptr;
+          forward_dispatch(call, run, totals);
+        });
     if (call.partials != nullptr) {
       double* out = call.partials + 4 * index;
       for (int r = 0; r < 2; ++r) {
@@ -364,38 +385,36 @@ IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 
 template <typename T>
 void backward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  alignas(64) T pred[kChunk], target[kChunk], mask[kChunk], grad_pred[kChunk], grad_target[kChunk];
+  alignas(64) T pred[kChunk], target_buffer[kChunk], mask_buffer[kChunk], grad_pred[kChunk],
+      grad_target[kChunk];
   const bool large = call.shape.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
-    const T* weight = nullptr;
-    for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
-      if (call.shape.has_mask && (weight == nullptr || call.shape.mask_stride_c != 0)) {
-        weight = fetch_mask(call, unit.sample, segment, unit.start, unit.n, mask);
-      }
-      const int64_t row = unit.sample * call.shape.segments + segment;
-      const int64_t offset = row * call.shape.length + unit.start;
-      BackwardRun<T> run;
-      run.pred = call.pred ? fetch(call.pred, call.pred_dtype, offset, unit.n, pred) : nullptr;
-      run.target = call.target ? fetch(call.target, call.target_dtype, offset, unit.n, target) : nullptr;
-      run.weight = weight;
-      run.grad = call.grad_map ? static_cast<const T*>(call.grad_map) + offset : nullptr;
-      run.n = unit.n;
-      for (int r = 0; r < 2; ++r) {
-        const bool given = r < call.regions && call.coefficient != nullptr;
-        run.coefficient[r] = given ? static_cast<T>(call.coefficient[unit.sample * call.regions + r]) : T(0);
-      }
-      run.param = static_cast<T>(call.param);
-      run.mask_is_hole = call.mask_is_hole;
-      run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
-      run.grad_pred = output_at(call.grad_pred, call.pred_dtype, offset, grad_pred);
-      run.grad_target = output_at(call.grad_target, call.target_dtype, offset, grad_target);
-      run.stream = large && aligned(run.grad_pred) && aligned(run.grad_target) &&
-                   run.grad_pred != grad_pred && run.grad_target != grad_target;
-      backward_dispatch(call, run);
-      store_output(call.grad_pred, call.pred_dtype, offset, unit.n, grad_pred);
-      store_output(call.grad_target, call.target_dtype, offset, unit.n, grad_target);
-    }
+    for_each_run(
+        call, unit, target_buffer, mask_buffer,
+        [&](int64_t sample, int64_t row, const T* weight, const T* target) {
+          const int64_t offset = row * call.shape.length + unit.start;
+          BackwardRun<T> run;
+          run.pred = call.pred ? fetch(call.pred, call.pred_dtype, offset, unit.n, pred) : nullptr;
+          run.target = target;
+          run.weight = weight;
+          run.grad = call.grad_map ? static_cast<const T*>(call.grad_map) + offset : nullptr;
+          run.n = unit.n;
+          for (int r = 0; r < 2; ++r) {
+            const bool given = r < call.regions && call.coefficient != nullptr;
+            run.coefficient[r] = given ? static_cast<T>(call.coefficient[sample * call.regions + r]) : T(0);
+          }
+          run.param = static_cast<T>(call.param);
+          run.mask_is_hole = call.mask_is_hole;
+          run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
+          run.grad_pred = output_at(call.grad_pred, call.pred_dtype, offset, grad_pred);
+          run.grad_target = output_at(call.grad_target, call.target_dtype, offset, grad_target);
+          run.stream = large && aligned(run.grad_pred) && aligned(run.grad_target) &&
+                       run.grad_pred != grad_pred && run.grad_target != grad_target;
+          backward_dispatch(call, run);
+          store_output(call.grad_pred, call.pred_dtype, offset, unit.n, grad_pred);
+          store_output(call.grad_target, call.target_dtype, offset, unit.n, grad_target);
+        });
   }
 #if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
   if (large) _mm_sfence();

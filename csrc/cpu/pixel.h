@@ -19,9 +19,12 @@ struct PixelCall {
   int regions = 1;            // 2: (hole, valid)
   bool mask_is_hole = false;  // regions == 2: the mask holds the first region's weight
   bool wide = false;          // accumulate in double
+  // pred holds `copies` predictions of one target, in the order of torch.cat; shape.samples counts them all.
+  int64_t copies = 1;
+  bool mask_per_copy = false;  // the mask's batch is pred's, not target's
 
   const void* pred = nullptr;    // [N, segments, length]
-  const void* target = nullptr;  // [N, segments, length]
+  const void* target = nullptr;  // [N / copies, segments, length]
   const void* mask = nullptr;
   Dtype pred_dtype{}, target_dtype{}, mask_dtype{};
   uint8_t* signs = nullptr;  // [N * segments, groups, 2]; written forward, read backward (l1)
@@ -43,7 +46,7 @@ struct PixelCall {
   static constexpr int64_t unit_segments = 4;
   int64_t chunks() const { return (shape.length + chunk - 1) / chunk; }
   int64_t segment_groups() const { return (shape.segments + unit_segments - 1) / unit_segments; }
-  int64_t units() const { return shape.samples * segment_groups() * chunks(); }
+  int64_t units() const { return shape.samples / copies * segment_groups() * chunks(); }
 };
 
 using PixelKernel = void (*)(const PixelCall& call, int64_t unit_begin, int64_t unit_end);

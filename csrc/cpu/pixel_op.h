@@ -38,6 +38,15 @@ struct PixelTensors {
   ScalarType dtype = ScalarType::Float;  // of losses and sums
   std::vector<Tensor> ready;
 
+  void set_call(const Tensor& pred, const std::string& penalty, double param) {
+    STD_TORCH_CHECK(pred.dim() == 4, "pred must have 4 dimensions (N, C, H, W)");
+    size.assign(pred.sizes().begin(), pred.sizes().end());
+    channels_last = !pred.is_contiguous() && is_channels_last(pred);
+    call.shape = pixel_shape(size, channels_last);
+    call.penalty = parse_penalty(penalty);
+    call.param = param;
+  }
+
   const void* add(const Tensor& tensor, bool image) {
     ready.push_back(image ? in_layout(tensor, channels_last) : tensor);
     return ready.back().const_data_ptr();
@@ -65,15 +74,10 @@ struct PixelTensors {
 static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& target,
                                            const std::optional<Tensor>& mask, const std::string& penalty,
                                            double param) {
-  STD_TORCH_CHECK(pred.dim() == 4, "pred must have 4 dimensions (N, C, H, W)");
   PixelTensors t;
-  t.size.assign(pred.sizes().begin(), pred.sizes().end());
+  t.set_call(pred, penalty, param);
   STD_TORCH_CHECK(std::equal(t.size.begin(), t.size.end(), target.sizes().begin(), target.sizes().end()),
                   "target must have the shape of pred");
-  t.channels_last = !pred.is_contiguous() && is_channels_last(pred);
-  t.call.shape = pixel_shape(t.size, t.channels_last);
-  t.call.penalty = parse_penalty(penalty);
-  t.call.param = param;
   t.set_types(pred.scalar_type(), target.scalar_type());
   t.set_images(pred, target);
   t.set_mask(mask);
@@ -117,14 +121,26 @@ static void write_scale(const std::vector<double>& values, Tensor& scale) {
   for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<T>(values[i]);
 }
 
+// What the forward kernel adds up: [units, 4], see PixelCall.
+struct Sums {
+  size_t units;
+  std::unique_ptr<double[]> partials;
+};
+
+static inline Sums unit_sums(PixelCall& call) {
+  const size_t units = static_cast<size_t>(call.units());
+  Sums sums{units, std::unique_ptr<double[]>(new double[4 * units])};
+  call.partials = sums.partials.get();
+  run_units(call, kernels_for(call).forward);
+  return sums;
+}
+
 // Runs the forward kernel, writes the losses of the regions and `scale` [N, regions].
 static inline void reduce(PixelTensors& t, Normalize normalize, Tensor* losses, Tensor& scale) {
   PixelCall& call = t.call;
+  const Sums unit = unit_sums(call);
+  const double* partials = unit.partials.get();
   const int64_t units = call.units();
-  std::unique_ptr<double[]> partials(new double[static_cast<size_t>(4 * units)]);
-  call.partials = partials.get();
-  run_units(call, kernels_for(call).forward);
-
   const int64_t samples = call.shape.samples;
   const int64_t per_sample = samples > 0 ? units / samples : 0;
   const double numel = static_cast<double>(call.shape.numel());

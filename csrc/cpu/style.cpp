@@ -16,7 +16,8 @@ std::vector<double> target_grams(const Tensor& target, bool is_gram, GramNormali
   if (is_gram) {
     const Tensor ready = torch::stable::contiguous(target);
     std::vector<double> grams(static_cast<size_t>(ready.numel()));
-    generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(), grams.data());
+    generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(),
+                                grams.data());
     return grams;
   }
   const Features y(target);
@@ -36,8 +37,8 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
   const int64_t batch = target.sizes()[0];
   const double pixels = static_cast<double>(x.map.pixels);
   const double scale = gram_scale(normalize, static_cast<double>(C), pixels);
-  const double coefficient =
-      weight * style_coefficient(normalize, static_cast<double>(C), pixels, static_cast<double>(x.map.samples));
+  const double coefficient = weight * style_coefficient(normalize, static_cast<double>(C), pixels,
+                                                        static_cast<double>(x.map.samples));
   const std::vector<double> grams = gram_sums<T>(x.map);
   const std::vector<double> goals = target_grams<T>(target, is_gram, normalize);
   std::vector<double> losses(static_cast<size_t>(x.map.samples));
@@ -49,7 +50,8 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
       for (int64_t i = 0; i < C; ++i) {
         for (int64_t j = 0; j <= i; ++j) {
           const double d = gram[i * C + j] * scale - goal[i * C + j];
-          // An entry off the diagonal stands for its mirror image too. A given Gram matrix need not be symmetric.
+          // An entry off the diagonal stands for its mirror image too. A given Gram matrix need not be
+          // symmetric.
           double mirrored = d;
           if (is_gram) mirrored = gram[i * C + j] * scale - goal[j * C + i];
           loss += i == j ? style_penalty(l1, d) : style_penalty(l1, d) + style_penalty(l1, mirrored);
@@ -69,10 +71,11 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
   return loss * coefficient;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> style(const std::vector<Tensor>& input,   // [k N, C, H, W] each
-                                              const std::vector<Tensor>& target,  // [N, C, H', W'] or [N, C, C]
-                                              const std::vector<double>& weights, const std::string& penalty,
-                                              const std::string& normalize, bool target_is_gram, bool save) {
+std::tuple<Tensor, std::vector<Tensor>> style(
+    const std::vector<Tensor>& input,   // [k N, C, H, W] each
+    const std::vector<Tensor>& target,  // [N, C, H', W'] or [N, C, C]
+    const std::vector<double>& weights, const std::string& penalty, const std::string& normalize,
+    bool target_is_gram, bool save) {
   STD_TORCH_CHECK(input.size() == target.size() && input.size() == weights.size() && !input.empty(),
                   "style: input, target and weights must have one entry for each layer");
   const bool l1 = penalty == "l1";
@@ -88,7 +91,8 @@ std::tuple<Tensor, std::vector<Tensor>> style(const std::vector<Tensor>& input, 
   for (size_t i = 0; i < input.size(); ++i) {
     const int64_t N = input[i].sizes()[0];
     const int64_t C = input[i].sizes()[1];
-    factors.push_back(save ? empty_strided(input[i], {N, C, C}, {C * C, C, 1}, dtype) : empty_1d(input[i], 0, dtype));
+    factors.push_back(save ? empty_strided(input[i], {N, C, C}, {C * C, C, 1}, dtype)
+                           : empty_1d(input[i], 0, dtype));
     void* factor = save ? factors.back().mutable_data_ptr() : nullptr;
     loss += wide ? style_layer<double>(input[i], target[i], target_is_gram, l1, norm, weights[i],
                                        static_cast<double*>(factor))
@@ -116,7 +120,7 @@ Tensor differentiate_layer(const Tensor& factors, const Tensor& features, double
   return symmetric_product<T>(x, padded.get());
 }
 
-std::vector<Tensor> style_backward(const Tensor& grad,                    // []
+std::vector<Tensor> style_backward(const Tensor& grad,                   // []
                                    const std::vector<Tensor>& factors,   // [k N, C, C] each
                                    const std::vector<Tensor>& features,  // [N, C, H, W] each
                                    double sign) {

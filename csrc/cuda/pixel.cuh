@@ -17,7 +17,6 @@
 namespace ik::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 6;  // per multiprocessor: a cap of 80 registers, which no kernel has to spill for
 constexpr int kWarp = 32;
 constexpr int kVectors = 2;
 constexpr int kUnroll = 2;
@@ -27,6 +26,10 @@ enum class Mode : int { map = 0, one_region = 1, two_regions = 2 };
 
 template <Mode kMode>
 constexpr int kRegions = kMode == Mode::two_regions ? 2 : 1;
+
+// Blocks per multiprocessor, as a cap on registers: 80, and 96 where some architectures spill with 80.
+template <Mode kMode>
+constexpr int kBlocks = kMode == Mode::two_regions ? 5 : 6;
 
 // The map is fp32 whatever the images are, and its stores set the vector width.
 template <typename P, typename T, Mode kMode>

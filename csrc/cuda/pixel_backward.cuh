@@ -85,7 +85,7 @@ IK_DEVICE float fast_penalty_grad(float d, float param) {
 }
 
 template <typename P, typename T, Mode kMode, bool kL1>
-__global__ void __launch_bounds__(kThreads, kBlocks) pixel_backward(const BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_backward(const BackwardArgs args) {
   constexpr int E = kElements<P, T, kMode>;
   const Tiling& tiling = args.tiling;
   const Place place = locate<E>(tiling);

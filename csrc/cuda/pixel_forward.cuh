@@ -23,6 +23,8 @@ struct ForwardArgs {
   void* partials;      // Partial<R> [N, tiles_per_sample], unused for the map
   float* map;          // [N, segments, length], the map only
   uint16_t* signs;     // [N, segments, groups] or null
+  int64_t sign_words;  // in the groups, and in the whole tensor, which channels_last does not fill
+  int64_t sign_words_allocated;
   Penalty penalty;
   float param;
   bool mask_is_hole;
@@ -49,6 +51,13 @@ IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Stretch&
     const int offset = odd ? s.step - E : 0;  // of the group's first element, from `start`
     if (s.left > offset) data[(s.start + offset) / 8] = static_cast<uint16_t>(whole);
   }
+}
+
+// No output byte stays unwritten.
+IK_DEVICE void clear_spare_signs(const ForwardArgs& args) {
+  if (args.signs == nullptr) return;
+  int64_t i = args.sign_words + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; i < args.sign_words_allocated; i += static_cast<int64_t>(gridDim.x) * kThreads) args.signs[i] = 0;
 }
 
 template <int R>
@@ -112,7 +121,7 @@ IK_DEVICE float fast_penalty(float d, float param) {
 }
 
 template <typename P, typename T, Mode kMode, bool kL1>
-__global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_forward(const ForwardArgs args) {
   constexpr int R = kRegions<kMode>;
   constexpr int E = kElements<P, T, kMode>;
   const Tiling& tiling = args.tiling;
@@ -187,6 +196,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pixel_forward(const Forward
       }
     }
   }
+  if constexpr (kL1) clear_spare_signs(args);
   if constexpr (kMode != Mode::map) {
 #pragma unroll
     for (int r = 0; r < R; ++r) weight[r] *= args.mask.shared ? static_cast<float>(stretches) : 1.0f;

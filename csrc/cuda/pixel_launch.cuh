@@ -142,6 +142,8 @@ ForwardResult run_forward(const ForwardCall& call) {
       args.pred = pred.const_data_ptr();
       args.target = target.const_data_ptr();
       if (call.save_signs) args.signs = static_cast<uint16_t*>(result.signs.mutable_data_ptr());
+      args.sign_words = shape.samples * shape.segments * shape.groups();
+      args.sign_words_allocated = shape.sign_bytes() / 2;
       args.penalty = call.penalty;
       args.param = call.param;
       args.mask_is_hole = call.mask_is_hole;

@@ -129,7 +129,9 @@ def _trunk(
                 f"{net} needs {tuple(own[wrong[0]].shape)}"
             )
         features.load_state_dict({key: loaded[f"features.{key}"] for key in own})
-    return FrozenTrunk(features, children, preprocess, channels_last=channels_last, autocast=autocast)
+    trunk = FrozenTrunk(features, children, preprocess, channels_last=channels_last, autocast=autocast)
+    trunk.names = list(taps)
+    return trunk
 
 
 def vgg16(

@@ -69,6 +69,7 @@ class FrozenTrunk(nn.Module):
             allowed = ", ".join(["none", *_PREPROCESS])
             raise ValueError(f"preprocess: got {preprocess!r}, allowed: {allowed}")
         self.taps = tuple(taps)
+        self.names = list(taps)  # as the caller knows the taps; a loader may give them layer names
         self.preprocess = preprocess
         self.channels_last = channels_last
         self.autocast = autocast

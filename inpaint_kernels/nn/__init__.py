@@ -1,1 +1,5 @@
 """Losses and layers as modules."""
+
+from .perceptual import PerceptualLoss, PerceptualStyle, PerceptualStyleLoss, StyleLoss
+
+__all__ = ["PerceptualLoss", "PerceptualStyle", "PerceptualStyleLoss", "StyleLoss"]

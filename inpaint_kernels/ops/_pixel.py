@@ -111,6 +111,11 @@ def unpack_signs(signs: Tensor, size: Any, channels_last: bool, dtype: torch.dty
     return sign.reshape(n, c, h, w)
 
 
+def sum_copies(value: Tensor, batch: int) -> Tensor:
+    """(k N, ...) summed over the k predictions to (N, ...)."""
+    return value if value.shape[0] == batch else value.unflatten(0, (-1, batch)).sum(0)
+
+
 def global_factor(local: Tensor, process_group: Any) -> Tensor:
     """world_size / (sum of `local` over the group), 0 where that sum is 0; no gradient.
 

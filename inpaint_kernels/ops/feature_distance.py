@@ -113,7 +113,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
         if needs[0][i]:
             grad_input[i] = value.to(dtype)
         if needs[1][i]:
-            grad_target[i] = -value.unflatten(0, (-1, size[4])).sum(0).to(target_dtype)
+            grad_target[i] = -_pixel.sum_copies(value, size[4]).to(target_dtype)
     return grad_input, grad_target
 
 

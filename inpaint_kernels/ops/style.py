@@ -12,7 +12,7 @@ from .. import _library
 from ..reference import style as reference
 from ..reference.gram import gram_matrix, gram_scale
 from ..reference.masked_l1 import accumulate_dtype
-from . import _checks
+from . import _checks, _pixel
 
 NORMALIZATIONS = ("chw", "hw", "none", "gatys")
 
@@ -85,7 +85,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
                 if penalty == "l2":
                     factor = _graph_factor(factor, features[i], targets[i], weights[i], normalize)
                 if side == 1:
-                    factor = factor.unflatten(0, (-1, batches[i])).sum(0)
+                    factor = _pixel.sum_copies(factor, batches[i])
                 found.append((sign * grad * _product(factor, maps[i])).to(maps[i].dtype))
         for i, value in zip(wanted, found, strict=True):
             grads[side][i] = value
@@ -136,8 +136,9 @@ def style_loss(
     Returns:
         A scalar, float32; float64 if an input is float64.
 
-    Differentiable in `input` and `target`, twice (in given Gram matrices through the reference). The difference is formed before any rounding, and the backward is
-    one product with a symmetric C x C matrix for each layer. It keeps that matrix and a reference to the features.
+    Differentiable in `input` and `target`, twice (in given Gram matrices through the reference). The difference is
+    formed before any rounding, and the backward is one product with a symmetric C x C matrix for each layer. It keeps
+    that matrix and a reference to the features.
 
     Raises:
         TypeError: an argument is no floating tensor or sequence of them.

@@ -1,20 +1,20 @@
-"""Triton kernels of Gram matrices, and what style shares with them: split-K Gram sums, product with a symmetric matrix.
+"""Triton kernels of Gram matrices; style shares their split sums and the product with a symmetric matrix.
 
     G[n] = s * F[n] F[n]^T, F [C, M], M = H * W;  grad_F[n] = s * (grad[n] + grad[n]^T) F[n]
 
 Saved for backward: a reference to the features.
 Forward: a program multiplies one pair of channel tiles of the lower triangle over one span of the pixels, so that
-few channels still fill the machine; up to 128 channels the features are read once. The sums of the spans go to a
-workspace (at most 1/4 of the features' bytes for long rows) and are added in a fixed order by a second launch.
-Backward: one pass, a program owns a tile of rows and pixels of the gradient. Bytes an element (channels up to 128):
-forward one read, backward one read and one write.
+few channels still fill the machine. The sums of the spans go to a workspace and are added in a fixed order by a
+second launch. Backward: one pass, a program owns a tile of rows and pixels of the gradient.
+Bytes an element: forward one read, and at most 1/4 of it written and read again for split rows; backward one read and
+one write. More channels than a tile (128, float32 64) are read once for each pair of tiles, mostly from cache.
 Half precision runs on the tensor cores as it is. The matrix of the backward, float32, is then written first as two
 half matrices under one factor a row (`split_kernel`), whose sum has 16 bits (bfloat16) or 22 (float16).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -233,7 +233,7 @@ def load_factor(
     return value
 
 
-@triton.jit(do_not_specialize=["stride_n", "stride_r", "stride_c", "samples"])
+@triton.jit(do_not_specialize=["samples"])
 def split_kernel(
     factor_ptr,  # [COPIES * samples, C, C], any strides
     high_ptr,  # [samples, C, C] in the features' dtype
@@ -260,9 +260,7 @@ def split_kernel(
     i = (program % BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLS)[None, :]
     inside = (i < C) & (j < C)
-    value = load_factor(
-        factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH
-    )
+    value = load_factor(factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH)
     largest = tl.max(tl.abs(value), axis=1, keep_dims=True)
     # A row of zeros, or with an Inf, is kept as it is.
     largest = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -314,14 +312,16 @@ def add_product(
             f = load_factor(
                 factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH
             )
-        if CHANNELS_LAST:
-            total = multiply_add(total, x, f, PRECISION)
+        a, b = (x, f) if CHANNELS_LAST else (f, x)
+        if PRECISION == "half":
+            # The result is stored in half precision: what truncation does to a sum of C terms does not show.
+            total = tl.dot(a, b, total)
         else:
-            total = multiply_add(total, f, x, PRECISION)
+            total = multiply_add(total, a, b, PRECISION)
     return total
 
 
-@triton.jit(do_not_specialize=["samples", "length", "tiles", "stride_n", "stride_r", "stride_c"])
+@triton.jit(do_not_specialize=["samples", "length", "tiles"])
 def product_kernel(
     grad_ptr,  # [] or None
     factor_ptr,  # [COPIES * samples, C, C] with strides, "half": [samples, C, C], the high part
@@ -374,6 +374,7 @@ def product_kernel(
         inside = (pixel[None, :] < left) & (row_d < C)
     if PRECISION == "half":
         rows_ptr += sample * C
+        row_factor = tl.load(rows_ptr + row, mask=row < C, other=0.0)
         some = tl.load(rows_ptr + samples.to(tl.int64) * C + row, mask=row < C, other=0.0)
         if tl.max(some, axis=0) > 0:
             total = add_product(
@@ -413,7 +414,7 @@ def product_kernel(
         BLOCK_M,
     )
     if PRECISION == "half":
-        total *= tl.load(rows_ptr + row_d, mask=row_d < C, other=0.0)
+        total *= row_factor[None, :] if CHANNELS_LAST else row_factor[:, None]
     tl.store(out_ptr + start + place, (total * coefficient).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -567,7 +568,7 @@ def launch_product(
             block_r,
             block_k,
             128,
-            num_warps=8 if block_r == 128 else 4,
+            num_warps=8 if block_r == 128 or mode != "half" else 4,
         )
     return out
 

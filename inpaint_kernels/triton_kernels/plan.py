@@ -84,17 +84,26 @@ def prepare_mask(mask: Tensor | None, size: Any, channels_last: bool) -> Mask:
     return Mask(mask, stride_n, stride_c, "plane" if channels_last else "channel")
 
 
-def make_plan(size: Any, channels_last: bool, mask: Mask, signs: bool, per_sample: bool) -> tuple[Plan, str]:
+def make_plan(
+    size: Any,
+    channels_last: bool,
+    mask: Mask,
+    signs: bool,
+    per_sample: bool,
+    elements: int = 0,
+    max_steps: int = MAX_STEPS,
+) -> tuple[Plan, str]:
     """Work split of a call on images of `size`, and the mask kind under that split.
 
     With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart even
-    without a mask.
+    without a mask. `elements` chooses the tile of a launch that works on more than these images, `max_steps` limits
+    what a program does one after another.
     """
     n, c, h, w = size
     kind = mask.kind
     if kind == "channel" and mask.stride_c == h * w and (not signs or h * w % 8 == 0):
         kind = "flat"
-    plan = _plan(n, c, h * w, channels_last, kind, signs, per_sample)
+    plan = _plan(n, c, h * w, channels_last, kind, signs, per_sample, elements or n * c * h * w, max_steps)
     return plan, "plane" if kind == "flat" else kind
 
 
@@ -107,20 +116,30 @@ def _power_of_2(a: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n: int, c: int, pixels: int, channels_last: bool, kind: str, signs: bool, per_sample: bool) -> Plan:
+def _plan(
+    n: int,
+    c: int,
+    pixels: int,
+    channels_last: bool,
+    kind: str,
+    signs: bool,
+    per_sample: bool,
+    elements: int,
+    max_steps: int,
+) -> Plan:
     samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
     if kind == "none" and not per_sample:
         samples, channels = 1, samples * channels
     if kind in ("none", "flat") and (not signs or length % 8 == 0):
         channels, length = 1, channels * length
     groups = _ceil_div(length, 8)
-    _, rows, warps = next(row for row in TILES if n * c * pixels <= row[0])
+    _, rows, warps = next(row for row in TILES if elements <= row[0])
     block_g = min(rows, _power_of_2(groups))
     block_c = min(rows // block_g, _power_of_2(channels))
     steps = 1
     if block_c == 1:
         # Evenly filled programs: 6 channels are two steps of 3, not 4 and 2.
-        steps = _ceil_div(channels, _ceil_div(channels, MAX_STEPS))
+        steps = _ceil_div(channels, _ceil_div(channels, max_steps))
     tiles = _ceil_div(groups, block_g)
     chunks = _ceil_div(channels, block_c * steps)
     return Plan(

@@ -13,8 +13,6 @@ Bytes an element: forward one read of input and target, backward one read and on
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +24,7 @@ from . import gram, pixel, plan
 from .gram import add_splits, second_stage_place, store_both
 
 
-@triton.jit(do_not_specialize=["samples", "splits", "target_splits", "stride_n", "stride_r", "stride_c"])
+@triton.jit(do_not_specialize=["samples", "splits", "target_splits"])
 def difference_kernel(
     sums_ptr,  # [COPIES * samples, splits, pairs, BLOCK_C, BLOCK_C]
     target_ptr,  # [samples, target_splits, pairs, BLOCK_C, BLOCK_C], IS_GRAM: [samples, C, C]

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber that runs until it has to wait for others.
 //
 // What it proves: indices, tails, shuffles, barriers, reductions and numerics of the kernel source as it
-// stands. What it cannot: memory alignment faults, races between threads that do not wait for each other,
-// speed.
+// stands, and (vector.cuh traps) the alignment of vector accesses. What it cannot: races between threads that
+// do not wait for each other, approximate instructions, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -145,6 +145,7 @@ class Block {
 
 // Read as variables by the kernels; reading is a call, as all fibers share one set of globals.
 inline unsigned block_index = 0;
+inline unsigned block_count = 0;
 
 template <typename T>
 T shuffle_xor(T value, int step) {
@@ -162,6 +163,7 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
   static std::map<unsigned, Block> blocks_by_size;
   Block& block = blocks_by_size.try_emplace(threads, static_cast<int>(threads)).first->second;
   const std::function<void()> body = kernel;
+  block_count = blocks;
   for (block_index = 0; block_index < blocks; ++block_index) block.run(body);
 }
 
@@ -169,5 +171,6 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
 
 #define threadIdx (simt::Index{static_cast<unsigned>(simt::Block::running().thread())})
 #define blockIdx (simt::Index{simt::block_index})
+#define gridDim (simt::Index{simt::block_count})
 #define __syncthreads() simt::Block::running().barrier()
 #define __shfl_xor_sync(mask, value, step) simt::shuffle_xor(value, step)

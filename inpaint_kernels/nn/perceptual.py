@@ -1,0 +1,195 @@
+"""Perceptual and style losses on a frozen trunk, plain or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..features.trunk import FrozenTrunk
+from ..ops.feature_distance import feature_distance
+from ..ops.style import style_loss
+from ._streaming import Term, trunk_terms
+
+
+class PerceptualStyle(NamedTuple):
+    """Terms of `PerceptualStyleLoss`: the weighted total and both raw terms, scalars on the images' device."""
+
+    total: Tensor
+    perceptual: Tensor
+    style: Tensor
+
+
+def _check_chunk(chunk: int | None) -> int | None:
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be None or a positive number of samples, got {chunk!r}")
+    return chunk
+
+
+class _Picked:
+    """A term on some of the trunk's taps."""
+
+    def __init__(self, term: Term, places: Sequence[int]) -> None:
+        self.term, self.places = term, list(places)
+
+    def __call__(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
+        return self.term([input[i] for i in self.places], [target[i] for i in self.places])
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two images' features in a frozen trunk: `feature_distance` over its taps.
+
+    Args:
+        trunk: a `FrozenTrunk`, for example ``ik.features.vgg16()``.
+        weights: one factor for each tap, 1 by default.
+        penalty: "l1", "l2" or "charbonnier".
+        layer_reduction: "sum" or "mean" over the taps.
+        chunk: None keeps the trunk's activations for the backward, as any network does. A number streams: trunk
+            forward and backward run for so many samples at a time inside the forward, and only the gradient of the
+            images is kept. Value and gradient are the same; a second derivative is refused.
+
+    ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares several
+    predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming in
+    `target`. Raises ValueError for shapes that disagree. Under ``torch.compile`` a streamed loss breaks the graph.
+
+    Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> loss = ik.nn.PerceptualLoss(ik.features.vgg16(weights=None), chunk=1)
+        >>> image = torch.rand(2, 3, 32, 32)
+        >>> loss(image, image)
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        trunk: FrozenTrunk,
+        *,
+        weights: Sequence[float] | None = None,
+        penalty: str = "l1",
+        layer_reduction: str = "sum",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk, self.weights, self.penalty = trunk, weights, penalty
+        self.layer_reduction, self.chunk = layer_reduction, _check_chunk(chunk)
+
+    def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
+        """The loss on features."""
+        return feature_distance(
+            input, target, weights=self.weights, penalty=self.penalty, layer_reduction=self.layer_reduction
+        )
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
+
+
+class StyleLoss(nn.Module):
+    """Distance of two images' Gram matrices in a frozen trunk: `style_loss` over its taps.
+
+    Args:
+        trunk: a `FrozenTrunk`.
+        weights: one factor for each tap, 1 by default.
+        penalty: "l1", "l2" or None, as `style_loss`.
+        normalize: "chw", "hw", "none" or "gatys", as `style_loss`.
+        chunk: None, or the number of samples streamed at a time, as `PerceptualLoss`.
+
+    ``forward(pred, target)`` as `PerceptualLoss`.
+
+    Gatys et al., "Image Style Transfer Using Convolutional Neural Networks", 2016; Liu et al., 2018.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> loss = ik.nn.StyleLoss(ik.features.vgg16(weights=None))
+        >>> image = torch.rand(2, 3, 32, 32)
+        >>> loss(image, image)
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        trunk: FrozenTrunk,
+        *,
+        weights: Sequence[float] | None = None,
+        penalty: str | None = None,
+        normalize: str = "chw",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk, self.weights, self.penalty = trunk, weights, penalty
+        self.normalize, self.chunk = normalize, _check_chunk(chunk)
+
+    def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
+        """The loss on features."""
+        return style_loss(input, target, weights=self.weights, penalty=self.penalty, normalize=self.normalize)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
+
+
+class PerceptualStyleLoss(nn.Module):
+    """Perceptual and style loss from one pass of a shared trunk.
+
+    Args:
+        trunk: a `FrozenTrunk` that taps the layers of both terms.
+        perceptual_taps, style_taps: which of the trunk's taps each term reads, by name as in ``trunk.taps`` or by
+            place; all of them by default.
+        perceptual_weight, style_weight: factors of the two terms in the total (0.05 and 120 are the published ones
+            of partial convolution).
+        perceptual_weights, style_weights: factors of the layers within each term.
+        penalty, layer_reduction: of the perceptual term, as `PerceptualLoss`.
+        normalize: of the style term, as `StyleLoss`.
+        chunk: None, or the number of samples streamed at a time, as `PerceptualLoss`; then only the total is
+            differentiable.
+
+    ``forward(pred, target)`` returns ``PerceptualStyle(total, perceptual, style)``; images as `PerceptualLoss`.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> loss = ik.nn.PerceptualStyleLoss(ik.features.vgg16(weights=None), perceptual_weight=0.05, style_weight=120)
+        >>> pred = torch.rand(4, 3, 32, 32, requires_grad=True)  # raw and composite, stacked
+        >>> loss(pred, torch.rand(2, 3, 32, 32)).total.backward()
+    """
+
+    def __init__(
+        self,
+        trunk: FrozenTrunk,
+        *,
+        perceptual_taps: Sequence[str | int] | None = None,
+        style_taps: Sequence[str | int] | None = None,
+        perceptual_weight: float = 1.0,
+        style_weight: float = 1.0,
+        perceptual_weights: Sequence[float] | None = None,
+        style_weights: Sequence[float] | None = None,
+        penalty: str = "l1",
+        layer_reduction: str = "sum",
+        normalize: str = "chw",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk, self.chunk = trunk, _check_chunk(chunk)
+        self.factors = [perceptual_weight, style_weight]
+        perceptual = PerceptualLoss(
+            trunk, weights=perceptual_weights, penalty=penalty, layer_reduction=layer_reduction
+        )
+        style = StyleLoss(trunk, weights=style_weights, normalize=normalize)
+        self.terms: list[Term] = [
+            _Picked(perceptual.term, _places("perceptual_taps", trunk, perceptual_taps)),
+            _Picked(style.term, _places("style_taps", trunk, style_taps)),
+        ]
+
+    def forward(self, pred: Tensor, target: Tensor) -> PerceptualStyle:
+        return PerceptualStyle(*trunk_terms(self.trunk, self.terms, self.factors, pred, target, self.chunk))
+
+
+def _places(name: str, trunk: FrozenTrunk, taps: Sequence[str | int] | None) -> list[int]:
+    if taps is None:
+        return list(range(len(trunk.taps)))
+    known = trunk.names
+    places = [known.index(tap) if tap in known else tap for tap in taps]
+    wrong = [p for p in places if not isinstance(p, int) or not 0 <= p < len(known)]
+    if wrong or not places:
+        raise ValueError(f"{name}: {wrong or 'empty'}; this trunk taps {', '.join(known)}")
+    return [p for p in places if isinstance(p, int)]

@@ -1,0 +1,167 @@
+"""What the compilers make of the Triton kernels of gram, style and feature_distance on GPUs that are not there.
+
+As `test_resources.py`: launchers run on meta tensors, what they would launch is compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+from harness import DTYPES, INTERPRETING
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+if INTERPRETING:
+    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
+
+from aot import Launch, compile_launch, record
+
+from inpaint_kernels.triton_kernels import feature_distance, gram, style
+
+CAPABILITIES = (80, 90, 100)
+
+
+class Case(NamedTuple):
+    """A call of one launcher."""
+
+    op: str  # "gram", "style" or "feature_distance"
+    dtypes: str = "f32/f32"  # input / target
+    channels: tuple[int, ...] = (64,)  # of each layer
+    channels_last: bool = False
+    copies: int = 1
+    backward: bool = False
+    penalty: str = "l1"
+    mask: bool = False
+    precision: str = "ieee"  # torch's name for "highest"; "tf32" otherwise
+    # The narrowest access to features allowed; TF32 wants the pixels of one operand as neighbours, which a
+    # channels_last tile is not: without rounding it is turned on its way to shared memory, number by number.
+    width: int = 16
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "nchw"
+        channels = "+".join(map(str, self.channels))
+        parts = [self.op, self.penalty, self.dtypes, channels, layout, f"x{self.copies}", self.precision]
+        return "-".join([*parts, *["mask"] * self.mask, *["backward"] * self.backward])
+
+
+CASES = [
+    Case("gram"),
+    Case("gram", "f16/f16"),
+    Case("gram", "bf16/bf16", (256,)),
+    Case("gram", "bf16/bf16", (256,), channels_last=True),
+    Case("gram", channels=(256,)),
+    Case("gram", channels=(256,), precision="tf32"),
+    Case("gram", channels=(256,), channels_last=True, width=4),
+    Case("gram", backward=True),
+    Case("gram", "f16/f16", (512,), backward=True),
+    Case("gram", "bf16/bf16", channels_last=True, backward=True),
+    Case("style", copies=2),
+    Case("style", "bf16/f32", (64, 128), copies=2, penalty="l2"),
+    Case("style", copies=2, backward=True),
+    Case("style", channels=(256,), channels_last=True, backward=True),
+    Case("feature_distance", channels=(64, 128, 256), copies=2, mask=True),
+    Case("feature_distance", "bf16/bf16", (64, 128), copies=2),
+    Case("feature_distance", "f16/f32", (64, 128), channels_last=True, mask=True, penalty="charbonnier"),
+    Case("feature_distance", channels=(64, 128, 256), copies=2, mask=True, backward=True),
+    Case("feature_distance", "bf16/bf16", (64, 128), mask=True, backward=True, penalty="charbonnier"),
+]
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the launcher would launch."""
+    memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
+    input_dtype, target_dtype = (DTYPES[name] for name in case.dtypes.split("/"))
+
+    def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def features(batch: int, dtype: torch.dtype) -> list[Tensor]:
+        side = 8192
+        return [
+            meta((batch, c, side // c, side // c), dtype).to(memory_format=memory_format)
+            for c in case.channels
+        ]
+
+    inputs, targets = features(8 * case.copies, input_dtype), features(8, target_dtype)
+    matrices = [meta((x.shape[0], x.shape[1], x.shape[1])) for x in inputs]
+    weights = [1.0] * len(inputs)
+    if case.op == "gram":
+        if case.backward:
+            return record(lambda: gram.backward(matrices[0], inputs[0], "chw"))
+        return record(lambda: gram.forward(inputs[0], "chw"))
+    if case.op == "style":
+        if case.backward:
+            return record(lambda: style.backward(meta(()), matrices, targets, -1.0))
+        return record(lambda: style.forward(inputs, targets, weights, case.penalty, "chw", False, True))
+    masks = [meta((8, 1, *x.shape[2:])) for x in inputs] if case.mask else []
+    l1 = case.penalty == "l1"
+    if not case.backward:
+        return record(
+            lambda: feature_distance.forward(inputs, targets, masks, weights, case.penalty, 1e-3, "mask", l1)
+        )
+    return record(
+        lambda: feature_distance.backward(
+            meta(()),
+            meta((len(inputs),)),
+            [meta((x.numel() // 4,), torch.uint8) for x in inputs] if l1 else [],
+            masks,
+            [] if l1 else inputs,
+            [] if l1 else targets,
+            [size for x in inputs for size in (*x.shape, 8)],
+            [int(case.channels_last)] * len(inputs),
+            [feature_distance.DTYPES.index(input_dtype)] * len(inputs),
+            case.penalty,
+            1e-3,
+        )
+    )
+
+
+def check_widths(accesses: Counter[int], width: int, single: int) -> None:
+    """Features move `width` bytes at once; `single` bytes a thread are numbers of a tile, row or program, or signs."""
+    narrow = sum(count for moved, count in accesses.items() if moved < width)
+    assert narrow <= single, f"narrow accesses: {dict(accesses)}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_spills_and_wide_accesses(case: Case, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", case.precision)
+    found = launches(case)
+    assert len(found) >= 1
+    for launch in found:
+        resources = compile_launch(launch, capability)
+        assert resources.spilled == 0, launch.kernel.__name__
+        # A launch of more registers than a multiprocessor has does not start.
+        assert resources.registers * 32 * launch.warps <= 65536
+        name = launch.kernel.__name__
+        if name == "gram_kernel":
+            check_widths(resources.loads, case.width, 0)
+            check_widths(resources.stores, 16, 0)
+        elif name == "product_kernel":
+            check_widths(resources.loads, 8, 64)
+            check_widths(resources.stores, 16, 0)
+        elif name in ("forward_kernel", "backward_kernel"):
+            # Two bytes of signs for 8 elements, of each layer's steps and predictions.
+            tiles = launch.arguments["TILES"]
+            parts = sum(tiles[9 * i + 2] * tiles[9 * i + 7] for i in range(len(case.channels)))
+            check_widths(resources.loads, 8, 32 * parts)
+            check_widths(resources.stores, 8, 32 * parts)
+            assert resources.registers <= 128
+
+
+def test_gram_uses_tensor_cores_and_rounds_outside() -> None:
+    """The sum of the blocks is an addition of its own: merged into the product it would be truncated."""
+    launch = launches(Case("gram", "bf16/bf16"))[0]
+    assembly = compile_launch(launch, 90).ptx
+    assert "wgmma" in assembly
+    assert "add.rn.f32" in assembly or "add.f32" in assembly
+
+
+def test_check_fails_on_narrow_loads() -> None:
+    launch = launches(Case("gram"))[0]
+    resources = compile_launch(launch, 90, aligned=False)
+    with pytest.raises(AssertionError, match="narrow"):
+        check_widths(resources.loads, 16, 0)

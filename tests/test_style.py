@@ -1,0 +1,449 @@
+"""style_loss: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import (
+    CHANNELS,
+    PLANES,
+    STYLES,
+    check,
+    check_style,
+    feature_map,
+    gram_factor,
+    gram_formula,
+    style_call,
+    style_formula,
+    style_pair,
+    style_settings,
+    style_sizes,
+)
+from harness import (
+    DTYPES,
+    INTERPRETING,
+    LAYOUTS,
+    Backend,
+    evaluate,
+    generator,
+    gradient_of,
+    grid,
+    laid_out,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from pixel_cases import on_device, skip_unsupported
+from torch import Tensor
+
+import inpaint_kernels as ik
+from inpaint_kernels.ops.style import style_loss
+
+SIZE = (2, 5, 9, 14)
+# Layers of different size, as a trunk returns them.
+LAYERS = ((2, 3, 12, 10), (2, 17, 6, 5), (2, 8, 3, 3))
+WEIGHTS = (0.5, 2.0, 0.125)
+
+
+def run(
+    backend: Backend,
+    style: str,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    weights: Sequence[float] | None = None,
+    wanted: Sequence[int] | None = None,
+) -> None:
+    """One layer for each pair."""
+    flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    skip_unsupported(backend, *flat)
+    check_style(backend, on_device(backend, *flat), style_settings(style, weights), wanted)
+
+
+def grams(pairs: Sequence[tuple[Tensor, Tensor]], style: str) -> list[Tensor]:
+    """(*inputs, *Gram matrices of the targets)."""
+    normalize = STYLES[style][0]
+    return [x for x, _ in pairs] + [gram_formula(y.double(), normalize).to(y.dtype) for _, y in pairs]
+
+
+def test_public_name() -> None:
+    assert ik.style_loss is style_loss
+
+
+@grid(style=STYLES, layout=LAYOUTS, target_layout=("contiguous", "channels_last", "transposed"))
+def test_layouts(backend: Backend, style: str, layout: str, target_layout: str) -> None:
+    run(backend, style, [style_pair(SIZE, layouts=f"{layout}/{target_layout}")])
+
+
+@grid(style=("chw-l1", "gatys"), dtype=DTYPES, target_dtype=DTYPES)
+def test_dtypes(backend: Backend, style: str, dtype: str, target_dtype: str) -> None:
+    run(backend, style, [style_pair(SIZE, dtypes=f"{dtype}/{target_dtype}")])
+
+
+@grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), style=("chw-l1", "hw-l2"))
+def test_sizes(backend: Backend, channels: int, plane: str, layout: str, style: str) -> None:
+    if channels == 130 and plane == "9191" and (layout, style) != ("contiguous", "chw-l1"):
+        pytest.skip("channels and pixels each cross their limits in other cases")
+    samples = 1 if plane == "9191" else 2
+    dtype = "bf16" if style == "hw-l2" else "f32"
+    size = (samples, channels, *PLANES[plane])
+    run(backend, style, [style_pair(size, dtypes=f"{dtype}/{dtype}", layouts=f"{layout}/{layout}")])
+
+
+@grid(style=STYLES, predictions=(1, 2, 3), layout=("contiguous", "channels_last"), dtype=("f32", "f16"))
+def test_predictions_against_one_target(
+    backend: Backend, style: str, predictions: int, layout: str, dtype: str
+) -> None:
+    pairs = [
+        style_pair(
+            size, predictions=predictions, dtypes=f"{dtype}/{dtype}", layouts=f"{layout}/{layout}", seed=i
+        )
+        for i, size in enumerate(LAYERS[:2])
+    ]
+    run(backend, style, pairs, weights=WEIGHTS[:2])
+
+
+@grid(style=STYLES, predictions=(2, 3))
+def test_predictions_are_those_of_a_repeated_target(backend: Backend, style: str, predictions: int) -> None:
+    """And k times the loss is the sum of the losses of the k predictions."""
+    x, y = on_device(backend, *style_pair(SIZE, predictions=predictions))
+    call = style_call(backend, style_settings(style))
+    loss = call(x, y)
+    torch.testing.assert_close(loss, call(x, y.repeat(predictions, 1, 1, 1)), rtol=1e-6, atol=0)
+    apart = sum(call(part, y) for part in x.split(SIZE[0]))
+    torch.testing.assert_close(predictions * loss, apart, rtol=1e-6, atol=0)
+
+
+@grid(style=STYLES, wanted=((0, 1, 2), (3, 4, 5), (1,), (5,), (0, 4)))
+def test_only_the_gradients_asked_for(backend: Backend, style: str, wanted: tuple[int, ...]) -> None:
+    """Of three layers with weights, of which one is negative."""
+    pairs = [style_pair(size, predictions=2, seed=i) for i, size in enumerate(LAYERS)]
+    flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
+    settings = style_settings(style, (0.5, -2.0, 0.125))
+    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(flat)]
+    style_call(backend, settings)(*leaves).backward()
+    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
+    check_style(backend, flat, settings, wanted)
+
+
+@grid(style=STYLES)
+def test_other_size_of_the_target(backend: Backend, style: str) -> None:
+    """A Gram matrix has no height and width: the style of a picture of any size."""
+    run(backend, style, [style_pair(SIZE, predictions=2, target_plane=(5, 31))])
+
+
+@grid(style=STYLES, dtype=("f32", "f16", "bf16", "f64"), predictions=(1, 2))
+def test_cached_gram(backend: Backend, style: str, dtype: str, predictions: int) -> None:
+    """Matrices in the dtype of the features, where they fit, and in that of `gram_matrix`."""
+    pairs = [
+        style_pair(size, predictions=predictions, dtypes=f"{dtype}/{dtype}", seed=i)
+        for i, size in enumerate(LAYERS)
+    ]
+    stored, full = grams(pairs, style), grams([(x, y.float()) for x, y in pairs], style)
+    skip_unsupported(backend, *stored)
+    for flat in (stored, full):
+        if all(t.isfinite().all() for t in flat):
+            check_style(
+                backend,
+                on_device(backend, *flat),
+                style_settings(style, WEIGHTS, target_is_gram=True),
+                wanted=(0, 1, 2),
+            )
+
+
+@grid(style=("chw-l1", "chw-l2", "gatys"), layout=("expanded", "transposed", "sliced"))
+def test_strides_of_a_cached_gram(backend: Backend, style: str, layout: str) -> None:
+    """One matrix for all samples, or any view; a matrix that is not symmetric counts entry by entry."""
+    x, gram = grams([style_pair(SIZE)], style)
+    gram = gram * (0.5 + torch.rand(gram.shape, generator=generator(5)))
+    gram = gram[:1].expand(2, -1, -1) if layout == "expanded" else laid_out(gram, layout)
+    flat = on_device(backend, x, gram)
+    check_style(backend, flat, style_settings(style, target_is_gram=True), wanted=(0,))
+
+
+@grid(style=STYLES, predictions=(1, 2))
+def test_gradient_to_a_given_gram(style: str, predictions: int) -> None:
+    """The automatic choice takes the differentiable formula."""
+    x, gram = grams([style_pair(SIZE, predictions=predictions)], style)
+    gram = gram * (0.5 + torch.rand(gram.shape, generator=generator(5)))
+    check_style(None, [x, gram], style_settings(style, target_is_gram=True))
+
+
+def test_no_kernel_drops_a_gradient_to_a_given_gram(kernel: Backend) -> None:
+    x, gram = on_device(kernel, *grams([style_pair(SIZE)], "chw-l1"))
+    call = style_call(kernel, style_settings("chw-l1", target_is_gram=True))
+    with pytest.raises(RuntimeError, match=r"Gram.*backend='reference'"):
+        call(x, gram.requires_grad_())
+    with torch.no_grad():
+        call(x, gram)
+
+
+def test_cached_gram_of_the_package(backend: Backend) -> None:
+    """Cached or not, the same loss and the same gradient, up to rounding."""
+    x, y = on_device(backend, *style_pair(SIZE, predictions=2))
+    for style, (normalize, _) in STYLES.items():
+        cached = ik.gram_matrix(
+            y, normalize="none" if normalize == "gatys" else normalize, backend=backend.name
+        )
+        plain = evaluate(style_call(backend, style_settings(style)), [x, y], (0,))
+        call = style_call(backend, style_settings(style, target_is_gram=True))
+        result = evaluate(call, [x, cached], (0,), plain[2])
+        for got, want in zip((*result[0], *result[1]), (*plain[0], *plain[1]), strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6 * float(want.abs().max()))
+
+
+def test_gatys_is_the_published_formula(backend: Backend) -> None:
+    """sum_l w_l / (4 C^2 M^2) ||G - G'||_F^2 of unnormalised matrices, mean over the batch."""
+    pairs = [style_pair(size, seed=i) for i, size in enumerate(LAYERS)]
+    want = 0.0
+    for (x, y), weight in zip(pairs, WEIGHTS, strict=True):
+        n, c, h, w = x.shape
+        for a, b in zip(x.double().view(n, c, h * w), y.double().view(n, c, h * w), strict=True):
+            want += weight * float((a @ a.T - b @ b.T).norm() ** 2) / (4 * c**2 * (h * w) ** 2) / n
+    flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
+    got = ik.style_loss(flat[:3], flat[3:], weights=WEIGHTS, normalize="gatys", backend=backend.name)
+    assert float(got) == pytest.approx(want, rel=2e-6)
+
+
+def test_defaults(backend: Backend) -> None:
+    x, y = on_device(backend, *style_pair(SIZE))
+    assert torch.equal(
+        ik.style_loss(x, y, backend=backend.name), style_call(backend, style_settings("chw-l1"))(x, y)
+    )
+    both = ik.style_loss((x, x), (y, y), weights=(1, 0.5), backend=backend.name)
+    torch.testing.assert_close(both, 1.5 * ik.style_loss(x, y, backend=backend.name), rtol=1e-6, atol=0)
+
+
+@grid(style=STYLES, dtype=("f32", "f16"), layout=("contiguous", "channels_last"))
+def test_signed_features(backend: Backend, style: str, dtype: str, layout: str) -> None:
+    """Sums that cancel, as before an activation."""
+    x = feature_map((2, 6, 11, 13), dtype, layout, seed=1)
+    y = feature_map((2, 6, 11, 13), dtype, layout, seed=2)
+    run(backend, style, [(x, y)])
+
+
+@grid(style=STYLES, layout=("contiguous", "channels_last"), channels=(3, 64))
+def test_identical_inputs(backend: Backend, style: str, layout: str, channels: int) -> None:
+    """Ties: loss and gradients exactly 0, also when the two lie in different memory layouts."""
+    x = on_device(backend, feature_map((2, channels, 9, 14), layout=layout))[0]
+    call = style_call(backend, style_settings(style))
+    (value,), gradients, _ = evaluate(call, (x, x.clone()), (0, 1))
+    assert value == 0
+    assert not any(g.any() for g in gradients)
+
+
+@grid(style=("chw-l1", "none-l1"), dtype=("f32", "f16", "bf16"), apart=("2^-10", "2^-7"))
+def test_signs_of_nearly_identical_inputs(backend: Backend, style: str, dtype: str, apart: str) -> None:
+    """As near convergence: no sign of G - G' may come from a rounding that is not needed.
+
+    The gradient is factor @ features, so with orthogonal features (one-hot pixels) it shows the signs one by one:
+    the inputs are one-hot on the first C pixels, and what makes G differ lies behind them.
+    """
+    n, c, rest = 2, 12, 52
+    rng_x, rng_y = (feature_map((n, c, 1, rest), seed=i, signed=False) for i in (1, 2))
+    common = feature_map((n, c, 1, rest), seed=3, signed=False)
+    step = 2.0 ** int(apart[2:])
+    one_hot = torch.eye(c).expand(n, c, c).unsqueeze(2)
+    x, y = (torch.cat([one_hot, common + step * noise], dim=3).to(DTYPES[dtype]) for noise in (rng_x, rng_y))
+    settings = style_settings(style)
+    _, (gradient,), _ = evaluate(
+        style_call(backend, settings), on_device(backend, x, y), (0,), [torch.tensor(float(c**2))]
+    )
+    normalize = STYLES[style][0]
+    d = gram_formula(x.double(), normalize) - gram_formula(y.double(), normalize)
+    noise = 4 * torch.finfo(torch.float32).eps * gram_formula(x.double().abs(), normalize)
+    clear = d.abs() > noise
+    assert clear.float().mean() > 0.9
+    if dtype != "f32":
+        # The case is of use only if rounding the matrices to the dtype of the features would flip signs.
+        rounded = (d + gram_formula(y.double(), normalize)).to(DTYPES[dtype]).double()
+        rounded = rounded - gram_formula(y.double(), normalize).to(DTYPES[dtype]).double()
+        assert (rounded.sign() != d.sign())[clear].any()
+    signs = gradient[..., 0, :c].cpu().float().sign()
+    assert torch.equal(signs[clear], d.sign().float()[clear])
+
+
+@grid(style=STYLES, layout=("contiguous", "channels_last"))
+def test_loud_float16_features(backend: Backend, style: str, layout: str) -> None:
+    """Mean square 100 at 256x256; the weight brings the gradient of "none" into the range of float16."""
+    plane = (16, 16) if INTERPRETING else (256, 256)
+    x, y = style_pair((1, 3, *plane))
+    pair = [laid_out((10 * t / t.square().mean().sqrt()).half(), layout) for t in (x, y)]
+    run(backend, style, [(pair[0], pair[1])], weights=(1e-5 if style == "none-l2" else 1.0,))
+
+
+@grid(style=("chw-l1", "chw-l2", "hw-l1", "gatys"))
+def test_upstream_scale_comes_before_the_rounding(backend: Backend, style: str) -> None:
+    """As under a GradScaler: without its factor these gradients are below the range of float16."""
+    x, y = style_pair((2, 16, 20, 20), dtypes="f16/f16")
+    settings = style_settings(style)
+    truth = evaluate(
+        partial(style_formula, **settings), [x.double(), y.double()], (0, 1), [torch.tensor(1.0)]
+    )
+    scale = 100 / float(truth[1][0].abs().max())
+    upstream = torch.tensor(scale)
+    _, gradients, _ = evaluate(
+        style_call(backend, settings), on_device(backend, x, y), (0, 1), [upstream.to(backend.device)]
+    )
+    for got, want in zip(gradients, truth[1], strict=True):
+        torch.testing.assert_close(
+            got.cpu().double(), scale * want, rtol=1e-3, atol=1e-5 * scale * float(want.abs().max())
+        )
+
+
+@grid(
+    sizes=(((0, 3, 4, 5),), ((2, 0, 4, 5),), ((2, 3, 0, 5),), ((0, 3, 4, 5), (0, 2, 2, 2))),
+    style=STYLES,
+    cached=(False, True),
+)
+def test_nothing_to_count(
+    backend: Backend, sizes: tuple[tuple[int, int, int, int], ...], style: str, cached: bool
+) -> None:
+    pairs = [(torch.randn(size), torch.randn(size)) for size in sizes]
+    flat = grams(pairs, style) if cached else [x for x, _ in pairs] + [y for _, y in pairs]
+    wanted = range(len(pairs) if cached else 2 * len(pairs))
+    check_style(backend, on_device(backend, *flat), style_settings(style, target_is_gram=cached), wanted)
+
+
+def test_nan_reaches_the_loss(backend: Backend) -> None:
+    for style in STYLES:
+        for place in (0, 1):
+            pair = [t.clone() for t in style_pair(SIZE)]
+            pair[place][1, 2, 3, 4] = float("nan")
+            assert style_call(backend, style_settings(style))(*on_device(backend, *pair)).isnan()
+
+
+# ---- derivatives of derivatives ----------------------------------------------------------------------------------
+
+
+@grid(style=STYLES, predictions=(1, 2), target=("features", "other size", "gram"))
+def test_second_derivatives(backend: Backend, style: str, predictions: int, target: str) -> None:
+    """By input, target and the upstream gradient."""
+    plane = (3, 7) if target == "other size" else None
+    pair = style_pair((2, 4, 5, 6), predictions=predictions, target_plane=plane)
+    cached = target == "gram"
+    flat = on_device(backend, *(grams([pair], style) if cached else pair))
+    settings = style_settings(style, (0.7,), target_is_gram=cached)
+    formula = partial(style_formula, **settings)
+    firsts = (0,) if cached else (0, 1)
+
+    def sizes(x: Tensor, y: Tensor, upstream: Tensor, *seconds: Tensor) -> tuple[list[Tensor], Any]:
+        first = style_sizes(x, y, upstream, **settings)[1]
+        wanted = (*firsts, 2)
+        exact = evaluate(gradient_of(formula, firsts), [x, y, upstream], wanted, seconds)[1]
+        # Sums over a whole layer of both signs, of terms as large as the largest.
+        found = {i: g.abs().max().expand(g.shape) for i, g in zip(wanted, exact, strict=True)}
+        found[2] = sum((first[i] * second.abs()).sum() for i, second in zip(firsts, seconds)) / upstream
+        return [first[i] for i in firsts], found
+
+    check(
+        gradient_of(style_call(backend, settings), firsts),
+        gradient_of(formula, firsts),
+        [*flat, torch.tensor(1.3, device=backend.device)],
+        wanted=(*firsts, 2),
+        sizes=sizes,
+    )
+
+
+@grid(style=STYLES, cached=(False, True), autocast=(False, True))
+def test_create_graph_does_not_change_the_gradient(
+    backend: Backend, style: str, cached: bool, autocast: bool
+) -> None:
+    """Nor does an autocast region in which the gradient is asked for."""
+    if autocast and backend.name == "reference":
+        pytest.skip("the backward of a plain matmul follows autocast")
+    for dtypes in ("f32/f32", "f16/f32"):
+        pairs = [style_pair(size, predictions=2, dtypes=dtypes, seed=i) for i, size in enumerate(LAYERS[:2])]
+        flat = grams(pairs, style) if cached else [x for x, _ in pairs] + [y for _, y in pairs]
+        call = style_call(backend, style_settings(style, WEIGHTS[:2], target_is_gram=cached))
+        flat = on_device(backend, *flat)
+        wanted = 2 if cached else 4
+        _, first, (upstream,) = evaluate(call, flat, range(wanted))
+        leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(flat)]
+        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
+            again = torch.autograd.grad(call(*leaves), leaves[:wanted], upstream, create_graph=True)
+        for got, want in zip(again, first, strict=True):
+            eps = torch.finfo(want.dtype).eps
+            torch.testing.assert_close(
+                got.detach(), want, rtol=2 * eps, atol=3e-7 * float(want.abs().max()) + 6e-8
+            )
+
+
+def test_cached_gram_needs_no_features(backend: Backend) -> None:
+    """A Gram matrix of the truth without gradient: second derivatives by the input still work."""
+    x, gram = on_device(backend, *grams([style_pair(SIZE)], "chw-l2"))
+    x.requires_grad_()
+    loss = style_call(backend, style_settings("chw-l2", target_is_gram=True))(x, gram)
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.isfinite().all()
+    assert second.any()
+
+
+@grid(style=STYLES, predictions=(1, 2), cached=(False, True))
+def test_gradcheck(backend: Backend, style: str, predictions: int, cached: bool) -> None:
+    pair = style_pair((2, 3, 2, 2), predictions=predictions, dtypes="f64/f64")
+    skip_unsupported(backend, *pair)
+    flat = [t.requires_grad_(not cached) for t in (grams([pair], style) if cached else pair)]
+    flat[0].requires_grad_()
+    call = style_call(backend, style_settings(style, (0.7,), target_is_gram=cached))
+    assert torch.autograd.gradcheck(call, flat)
+    assert torch.autograd.gradgradcheck(call, flat)
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+CASES = {
+    "size": st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
+    "style": st.sampled_from(list(STYLES)),
+    "predictions": st.integers(1, 3),
+}
+
+
+@given(
+    **CASES,
+    dtypes=st.tuples(*[st.sampled_from(("f16", "bf16", "f32"))] * 2),
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
+)
+def test_any_input(
+    backend: Backend,
+    size: tuple[int, int, int, int],
+    style: str,
+    predictions: int,
+    dtypes: tuple[str, str],
+    layouts: tuple[str, str],
+) -> None:
+    pair = style_pair(
+        size, predictions=predictions, dtypes="/".join(dtypes), layouts="/".join(layouts), seed=sum(size)
+    )
+    run(backend, style, [pair])
+
+
+@given(**CASES, seed=st.integers(0, 99))
+def test_permuting_channels_changes_nothing(
+    backend: Backend, size: tuple[int, int, int, int], style: str, predictions: int, seed: int
+) -> None:
+    x, y = on_device(backend, *style_pair(size, predictions=predictions, seed=seed))
+    order = torch.randperm(size[1], generator=torch.Generator().manual_seed(seed))
+    call = style_call(backend, style_settings(style))
+    torch.testing.assert_close(call(x[:, order], y[:, order]), call(x, y), rtol=3e-6, atol=1e-7)
+
+
+@given(**CASES, power=st.integers(-8, 8))
+def test_scaling_both_scales_the_loss(
+    backend: Backend, size: tuple[int, int, int, int], style: str, predictions: int, power: int
+) -> None:
+    """By a power of two, exact in every sum: l1 of Gram matrices is of degree 2, l2 of degree 4."""
+    x, y = on_device(backend, *style_pair(size, predictions=predictions))
+    factor, degree = 2.0**power, 2 if style.endswith("l1") else 4
+    call = style_call(backend, style_settings(style))
+    assert torch.equal(call(factor * x, factor * y), factor**degree * call(x, y))
+
+
+def test_gram_factor_of_the_tests() -> None:
+    """The scale in the formula of these tests, against one that counts by hand."""
+    x = torch.ones(1, 2, 3, 4)
+    assert [float(gram_formula(x, n)[0, 0, 1]) for n in ("chw", "hw", "none")] == [0.5, 1.0, 12.0]
+    assert gram_factor("gatys", 2, 12) == 1.0
