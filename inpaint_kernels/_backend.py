@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from . import _extension
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _log = logging.getLogger("inpaint_kernels")
 _chosen: dict[tuple[object, ...], str] = {}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,6 +54,15 @@ def unavailable(
     return _extension.status()["cuda"]
 
 
+def _caller_level() -> int:
+    """`stacklevel` of the first frame outside this package, counted from the function that warns."""
+    package = __name__.rpartition(".")[0] + "."
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _resolve(
     op: str, available: tuple[str, ...], backend: str | None, device: str, dtypes: tuple[torch.dtype, ...]
 ) -> str:
@@ -64,7 +74,7 @@ def _resolve(
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
         return backend
     reasons = []
-    for candidate in _AUTOMATIC.get(device, ("reference",)):
+    for candidate in AUTOMATIC.get(device, ("reference",)):
         reason = unavailable(candidate, available, device, dtypes)
         if reason is None:
             break
@@ -72,7 +82,8 @@ def _resolve(
     if reasons and not torch.compiler.is_compiling():
         message = f"{op} runs on {candidate!r} because " + "; ".join(reasons)
         if candidate == "reference" and device == "cuda":
-            warnings.warn(message + ". `python -m inpaint_kernels doctor` tells what to do.", stacklevel=4)
+            message += ". `python -m inpaint_kernels doctor` tells what to do."
+            warnings.warn(message, stacklevel=_caller_level())
         else:
             _log.debug(message)
     return candidate

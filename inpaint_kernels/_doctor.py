@@ -113,7 +113,7 @@ def _choice_lines(op: _library.Op, device: str) -> list[str]:
             f", which fails: {reasons[forced]}" if reasons[forced] else ""
         )
     else:
-        order = _backend._AUTOMATIC[device]
+        order = _backend.AUTOMATIC[device]
         chosen = next(name for name in order if reasons[name] is None)
     absent = " (this torch sees no CUDA device)" if device == "cuda" and not torch.cuda.is_available() else ""
     lines = [f"    {device} tensors: {chosen}{absent}"]

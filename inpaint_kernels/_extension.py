@@ -18,7 +18,7 @@ _reasons: dict[str, str | None] = {}
 def build_info() -> dict[str, Any]:
     """What the build compiled and what it left out; empty when nothing was recorded."""
     try:
-        return json.loads((_HERE / "_build_info.json").read_text())
+        return json.loads((library_path("cpu").parent / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
 

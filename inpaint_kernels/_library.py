@@ -29,11 +29,11 @@ class _Route:
         self.backward = backward_op = _define(
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
-        inputs = len(forward_op._schema.arguments)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            found = op.backward(ctx, backward_op, ctx.needs_input_grad, *grads[: op.outputs])
-            return found + (None,) * (inputs - len(found))
+            needs = ctx.needs_input_grad
+            found = op.backward(ctx, backward_op, needs, *grads[: op.outputs])
+            return found + tuple([None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :])
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)

@@ -48,13 +48,20 @@ Sizes = Callable[..., tuple[Sequence[Tensor], dict[int, Tensor]]]
 
 
 def check(
-    call: Call, formula: Call, inputs: Sequence[Tensor | None], *, wanted: Sequence[int], sizes: Sizes
+    call: Call,
+    formula: Call,
+    inputs: Sequence[Tensor | None],
+    *,
+    wanted: Sequence[int],
+    sizes: Sizes,
+    masks: int = 0,
 ) -> None:
     """`harness.check_against_truth` for sums whose terms cancel, in the outputs as well as in the gradients.
 
-    A value may be off by FLOOR_ULPS of its terms, a stored half besides by one rounding of its own size.
+    A value may be off by FLOOR_ULPS of its terms, a stored half besides by one rounding of its own size. The last
+    `masks` inputs do not decide the dtype of the sums.
     """
-    acc = accumulate_dtype([t for t in inputs if t is not None])
+    acc = accumulate_dtype([t for t in inputs[: len(inputs) - masks] if t is not None])
     before = [None if t is None else (t.clone(), t._version) for t in inputs]
     with poisoned_allocations():
         outputs, gradients, upstream = evaluate(call, inputs, wanted)
@@ -245,7 +252,8 @@ def style_sizes(*flat: Tensor, **settings: Any) -> tuple[list[Tensor], dict[int,
     """Entries of G - G' are wrong by roundings of G and G', independently: over a layer they add as squares."""
     *flat, upstream = flat
     l1, count = settings["penalty"] == "l1", len(flat) // 2
-    value, gradients = style_formula(*flat, **settings).abs(), {}
+    absolute = settings | {"weights": [abs(w) for w in settings["weights"] or [1.0] * count]}
+    value, gradients = style_formula(*flat, **absolute), {}
     loud = _style_layers([t.abs() for t in flat], settings)
     for i, (x, y, gram, goal, factor) in enumerate(_style_layers(flat, settings)):
         d, terms = gram - goal, loud[i][2] + loud[i][3]
@@ -322,7 +330,8 @@ def distance_formula(*flat: Tensor, layers: int, select: bool = True, **settings
 def distance_sizes(*flat: Tensor, layers: int, **settings: Any) -> tuple[list[Tensor], dict[int, Tensor]]:
     """The gradient to a target is a sum over the predictions, of both signs."""
     *flat, upstream = flat
-    value = distance_formula(*flat, layers=layers, **settings)
+    absolute = settings | {"weights": [abs(w) for w in settings["weights"] or [1.0] * layers]}
+    value = distance_formula(*flat, layers=layers, **absolute)
     leaves = [t.detach().requires_grad_(i < layers) for i, t in enumerate(flat)]
     with torch.enable_grad():
         loss = distance_formula(*leaves, layers=layers, **settings)
@@ -376,4 +385,5 @@ def check_distance(
         flat,
         wanted=range(2 * layers) if wanted is None else wanted,
         sizes=partial(distance_sizes, layers=layers, **settings),
+        masks=len(flat) - 2 * layers,
     )

@@ -107,49 +107,36 @@ static inline PixelShape pixel_shape(const std::vector<int64_t>& size, bool chan
   return shape;
 }
 
-// Fills in the mask fields of `shape`; returns the mask, copied only if its H x W plane is not dense.
+// Fills in the mask fields of `shape`; returns the mask without dimensions it was expanded along, copied only
+// if its H x W plane is not dense.
 static inline Tensor prepare_mask(const Tensor& mask, const std::vector<int64_t>& size, bool channels_last,
                                   PixelShape& shape) {
   const int64_t H = size[2];
   const int64_t W = size[3];
-  const bool plane_only = mask.dim() == 2;
-  const auto sizes = mask.sizes();
-  STD_TORCH_CHECK(plane_only || mask.dim() == 4, "mask must have 2 or 4 dimensions");
-  const int64_t mask_n = plane_only ? 1 : sizes[0];
-  const int64_t mask_c = plane_only ? 1 : sizes[1];
-  STD_TORCH_CHECK(sizes[mask.dim() - 2] == H && sizes[mask.dim() - 1] == W &&
+  const int64_t dims = mask.dim();
+  STD_TORCH_CHECK(dims == 2 || dims == 4, "mask must have 2 or 4 dimensions");
+  Tensor ready = mask;
+  for (int64_t dim = 0; dims == 4 && dim < 2; ++dim) {
+    if (ready.size(dim) > 1 && ready.stride(dim) == 0) ready = torch::stable::narrow(ready, dim, 0, 1);
+  }
+  const int64_t mask_n = dims == 2 ? 1 : ready.size(0);
+  const int64_t mask_c = dims == 2 ? 1 : ready.size(1);
+  STD_TORCH_CHECK(ready.size(dims - 2) == H && ready.size(dims - 1) == W &&
                       (mask_n == 1 || mask_n == size[0]) && (mask_c == 1 || mask_c == size[1]),
                   "mask does not broadcast to pred");
+  // A single channel is a plane in both layouts; several follow the layout of pred.
+  const bool interleaved = channels_last && mask_c > 1;
+  const int64_t step = interleaved ? mask_c : 1;
+  const bool dense = (W == 1 || ready.stride(dims - 1) == step) &&
+                     (H == 1 || ready.stride(dims - 2) == W * step) && (!interleaved || ready.stride(1) == 1);
+  if (!dense)
+    ready =
+        torch::stable::contiguous(ready, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   shape.has_mask = true;
-  Tensor ready = mask;
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const auto strides = ready.strides();
-    const int64_t stride_h = strides[ready.dim() - 2];
-    const int64_t stride_w = strides[ready.dim() - 1];
-    const int64_t stride_n = mask_n == 1 ? 0 : strides[0];
-    const int64_t stride_c = mask_c == 1 ? 0 : strides[1];
-    const bool plane_dense = (W == 1 || stride_w == 1) && (H == 1 || stride_h == W);
-    if (stride_c == 0 && plane_dense) {
-      shape.mask_stride_n = stride_n;
-      shape.mask_repeat = channels_last ? size[1] : 1;
-      shape.mask_multiplicity = size[1];
-      return ready;
-    }
-    if (stride_c != 0 && channels_last) {
-      const bool dense =
-          stride_c == 1 && (W == 1 || stride_w == mask_c) && (H == 1 || stride_h == W * mask_c);
-      if (dense) {
-        shape.mask_stride_n = stride_n;
-        return ready;
-      }
-    } else if (stride_c != 0 && plane_dense) {
-      shape.mask_stride_n = stride_n;
-      shape.mask_stride_c = stride_c;
-      return ready;
-    }
-    ready = torch::stable::contiguous(
-        ready, channels_last && stride_c != 0 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
+  shape.mask_stride_n = mask_n == 1 ? 0 : ready.stride(0);
+  shape.mask_stride_c = mask_c == 1 || interleaved ? 0 : ready.stride(1);
+  shape.mask_repeat = channels_last && mask_c == 1 ? size[1] : 1;
+  shape.mask_multiplicity = mask_c == 1 ? size[1] : 1;
   return ready;
 }
 

@@ -175,7 +175,8 @@ void backward_run(const BackwardRun<T>& run) {
       out = V::signed_by(positive, negative, c);
     } else {
       out = c * penalty_grad<P>(V::load(run.pred + i) - V::load(run.target + i), param);
-      if constexpr (W == Weights::mask) out = select_zero_(mask, out);
+      // A region without a gradient has coefficient 0, and NaN in it must not reach the gradient.
+      if constexpr (W != Weights::none) out = select_zero_(W == Weights::mask ? mask : c, out);
     }
     if (run.stream) {
       if (run.grad_pred) out.stream(run.grad_pred + i);
@@ -196,7 +197,7 @@ void backward_run(const BackwardRun<T>& run) {
       out = apply_sign(word, static_cast<int>(i % 8), c);
     } else {
       out = c * penalty_grad<P>(run.pred[i] - run.target[i], run.param);
-      if constexpr (W == Weights::mask) out = select_zero_(mask, out);
+      if constexpr (W != Weights::none) out = select_zero_(W == Weights::mask ? mask : c, out);
     }
     if (run.grad_pred) run.grad_pred[i] = out;
     if (run.grad_target) run.grad_target[i] = T(0) - out;

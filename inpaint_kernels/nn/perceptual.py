@@ -49,8 +49,8 @@ class PerceptualLoss(nn.Module):
             forward and backward run for so many samples at a time inside the forward, and only the gradient of the
             images is kept. Value and gradient are the same; a second derivative is refused.
 
-    ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares several
-    predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming in
+    ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares
+    several predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming in
     `target`. Raises ValueError for shapes that disagree. Under ``torch.compile`` a streamed loss breaks the graph.
 
     Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016.
@@ -148,7 +148,8 @@ class PerceptualStyleLoss(nn.Module):
 
     Example:
         >>> import torch, inpaint_kernels as ik
-        >>> loss = ik.nn.PerceptualStyleLoss(ik.features.vgg16(weights=None), perceptual_weight=0.05, style_weight=120)
+        >>> trunk = ik.features.vgg16(weights=None)
+        >>> loss = ik.nn.PerceptualStyleLoss(trunk, perceptual_weight=0.05, style_weight=120)
         >>> pred = torch.rand(4, 3, 32, 32, requires_grad=True)  # raw and composite, stacked
         >>> loss(pred, torch.rand(2, 3, 32, 32)).total.backward()
     """

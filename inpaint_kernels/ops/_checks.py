@@ -66,6 +66,8 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """A float whose square float32 can hold: a smaller one is 0 where the formula needs it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 1e-18 <= value <= 1e18:
         raise ValueError(f"{name} must lie between 1e-18 and 1e18, got {value!r}")
     return float(value)

@@ -123,7 +123,7 @@ def global_factor(local: Tensor, process_group: Any) -> Tensor:
     """
     import torch.distributed as dist
 
-    total = local.detach().to(torch.float64)
+    total = local.detach().to(torch.float64, copy=True)
     dist.all_reduce(total, group=process_group)
     empty = total == 0
     return torch.where(empty, 0.0, dist.get_world_size(process_group) / torch.where(empty, 1.0, total))

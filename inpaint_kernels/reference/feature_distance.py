@@ -25,7 +25,7 @@ def feature_distance(
     for layer, (x, y, weight) in enumerate(zip(inputs, targets, weights, strict=True)):
         copies = x.shape[0] // y.shape[0] if y.shape[0] else 0
         goal = y.repeat(copies, 1, 1, 1)
-        mask = masks[layer] if masks is not None else None
+        mask = masks[layer].to(total.dtype) if masks is not None else None
         if mask is not None and mask.shape[0] not in (1, x.shape[0]):
             mask = mask.repeat(copies, 1, 1, 1)
         value = weighted_map(x, goal, mask, penalty, param)

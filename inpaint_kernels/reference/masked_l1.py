@@ -20,7 +20,10 @@ def penalty_value(d: Tensor, penalty: str, param: float) -> Tensor:
     if penalty == "charbonnier":
         return torch.sqrt(d * d + param * param)
     a = d.abs()
-    return torch.where(a <= param, 0.5 * d * d, param * (a - 0.5 * param))
+    inside = ~(a > param)
+    # The square of what lies outside would send back 0 * Inf.
+    q = torch.where(inside, d, torch.zeros((), dtype=d.dtype, device=d.device))
+    return torch.where(inside, 0.5 * q * q, param * (a - 0.5 * param))
 
 
 def penalty_grad(d: Tensor, penalty: str, param: float) -> Tensor:
@@ -91,6 +94,8 @@ def masked_loss(
     normalize: str,
 ) -> Tensor:
     """Masked pixel loss; arguments as the public functions of `ops/masked_l1.py`."""
+    if mask is not None:
+        mask = mask.to(accumulate_dtype(pred, target))
     value = weighted_map(pred, target, mask, penalty, param)
     if reduction == "none":
         return value

@@ -13,7 +13,7 @@ and 4 k written. Tiles and addressing: `pixel.py`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from itertools import accumulate
 
 import torch
 import triton
@@ -127,7 +127,7 @@ def forward_kernel(
     total,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
-    TILES: tl.constexpr,  # 9 of each layer, see `Layer`
+    TILES: tl.constexpr,  # 9 of each layer, see `plan.Layer`
     LAYERS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -262,7 +262,7 @@ def backward_kernel(
     strides,
     PENALTY: tl.constexpr,
     PARAM: tl.constexpr,
-    TILES: tl.constexpr,  # 9 of each layer, see `Layer`
+    TILES: tl.constexpr,  # 9 of each layer, see `plan.Layer`
     NUMBERS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
@@ -285,51 +285,6 @@ def backward_kernel(
                 TILES,
                 layer,
             )
-
-
-class Layer(NamedTuple):
-    """What a kernel is told about one layer."""
-
-    mask: Tensor | None
-    programs: int
-    warps: int
-    sizes: tuple[int, ...]  # length, groups, channels, tiles, chunks, samples
-    strides: tuple[int, int]  # of the mask: sample, channel
-    tile: tuple[Any, ...]  # MASK, CHANNELS, COPIES, SHARED, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH
-
-
-def make_layer(
-    size: Any,  # k N, C, H, W
-    batch: int,
-    channels_last: bool,
-    mask: Tensor | None,  # [H, W] or [1|N|kN, 1|C, H, W]
-    signs: bool,
-    width: int,
-    elements: int,
-) -> Layer:
-    """Work split of one layer; `elements` of the largest one choose the tile of all."""
-    ready = plan.prepare_mask(mask, size, channels_last)
-    copies = size[0] // batch
-    # Steps are written out once for every prediction: as many loads in flight as with one.
-    steps = max(1, plan.MAX_STEPS // copies)
-    work, kind = plan.make_plan((batch, *size[1:]), channels_last, ready, signs, False, elements, steps)
-    shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or copies == 1
-    return Layer(
-        ready.tensor,
-        work.programs,
-        work.warps,
-        (*work[:5], work.samples),
-        (ready.stride_n, ready.stride_c),
-        (kind, size[1] if kind == "interleaved" else 1, copies, shared, *work[5:9], width),
-    )
-
-
-def first_programs(layers: list[Layer]) -> tuple[int, ...]:
-    """First program of each layer, and their number."""
-    firsts = [0]
-    for layer in layers:
-        firsts.append(firsts[-1] + layer.programs)
-    return tuple(firsts)
 
 
 def forward(
@@ -360,7 +315,7 @@ def forward(
     goals = [plan.in_layout(target[i], channels_last[i]) for i in used]
     elements = max(goal.numel() for goal in goals)
     layers = [
-        make_layer(
+        plan.make_layer(
             x.shape,
             y.shape[0],
             channels_last[i],
@@ -371,7 +326,7 @@ def forward(
         )
         for i, x, y in zip(used, images, goals, strict=True)
     ]
-    firsts = first_programs(layers)
+    firsts = (0, *accumulate(layer.programs for layer in layers))
     programs = firsts[-1]
     with plan.on_device(input[0]):
         sums = torch.empty(2 * programs, dtype=torch.float32, device=device)
@@ -433,7 +388,7 @@ def backward(
     l1 = penalty == "l1"
     elements = max(grads[i].numel() // shapes[i][0] * sizes[5 * i + 4] for i in used)
     layers = [
-        make_layer(
+        plan.make_layer(
             shapes[i],
             sizes[5 * i + 4],
             bool(channels_last[i]),
@@ -445,7 +400,7 @@ def backward(
         )
         for i in used
     ]
-    firsts = first_programs(layers)
+    firsts = (0, *accumulate(layer.programs for layer in layers))
     with plan.on_device(grad):
         backward_kernel[(firsts[-1],)](
             grad,

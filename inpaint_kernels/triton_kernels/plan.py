@@ -1,4 +1,4 @@
-"""Host side shared by the Triton launchers of masked_l1 and hole_valid: layouts, masks, work split."""
+"""Host side shared by the Triton launchers: layouts, masks, work split."""
 
 from __future__ import annotations
 
@@ -155,6 +155,43 @@ def _plan(
         samples=samples,
         programs=samples * tiles * chunks,
         warps=warps,
+    )
+
+
+class Layer(NamedTuple):
+    """What the kernels of feature_distance are told about one layer."""
+
+    mask: Tensor | None
+    programs: int
+    warps: int
+    sizes: tuple[int, ...]  # length, groups, channels, tiles, chunks, samples
+    strides: tuple[int, int]  # of the mask: sample, channel
+    tile: tuple[Any, ...]  # MASK, CHANNELS, COPIES, SHARED, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH
+
+
+def make_layer(
+    size: Any,  # k N, C, H, W
+    batch: int,
+    channels_last: bool,
+    mask: Tensor | None,  # [H, W] or [1|N|kN, 1|C, H, W]
+    signs: bool,
+    width: int,
+    elements: int,
+) -> Layer:
+    """Work split of one layer; `elements` of the largest one choose the tile of all."""
+    ready = prepare_mask(mask, size, channels_last)
+    copies = size[0] // batch
+    # Steps are written out once for every prediction: as many loads in flight as with one.
+    steps = max(1, MAX_STEPS // copies)
+    work, kind = make_plan((batch, *size[1:]), channels_last, ready, signs, False, elements, steps)
+    shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or copies == 1
+    return Layer(
+        ready.tensor,
+        work.programs,
+        work.warps,
+        (*work[:5], work.samples),
+        (ready.stride_n, ready.stride_c),
+        (kind, size[1] if kind == "interleaved" else 1, copies, shared, *work[5:9], width),
     )
 
 

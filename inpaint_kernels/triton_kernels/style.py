@@ -7,7 +7,7 @@
 Saved for backward: the factors [k N, C, C] and references to the features.
 Forward, each layer: the Gram sums of input and target in one launch (two if their dtypes or layouts differ), then
 one that adds the spans up and forms difference, loss and factor; the target's Gram matrix is added up once for all
-its predictions. A last launch adds the losses. Backward: the product of `gram.py` for each layer.
+its predictions. A last launch adds the losses. Backward: the product of `product.py` for each layer.
 Bytes an element: forward one read of input and target, backward one read and one write for each gradient.
 """
 
@@ -22,6 +22,7 @@ from ..reference.gram import gram_scale
 from ..reference.style import style_coefficient
 from . import gram, pixel, plan
 from .gram import add_splits, second_stage_place, store_both
+from .product import launch_product
 
 
 @triton.jit(do_not_specialize=["samples", "splits", "target_splits"])
@@ -187,6 +188,6 @@ def backward(
 ) -> list[Tensor]:
     """Gradient of each layer's features: sign * grad * (the sum of its k factors) @ features."""
     return [
-        gram.launch_product(grad, factor, x, sign, factor.shape[0] // max(1, x.shape[0]), False)
+        launch_product(grad, factor, x, sign, factor.shape[0] // max(1, x.shape[0]), False)
         for factor, x in zip(factors, features, strict=True)
     ]
