@@ -30,10 +30,16 @@ class _Route:
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
 
+        nothing = (None,) * len(forward_op._schema.arguments)
+
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
             found = op.backward(ctx, backward_op, needs, *grads[: op.outputs])
-            return found + tuple([None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :])
+            if op.lists:
+                return found + tuple(
+                    [None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :]
+                )
+            return found + nothing[len(found) :]
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)
@@ -53,9 +59,7 @@ class _Route:
                 op.save(ctx, args, output)
                 return output[0] if op.outputs == 1 else output[: op.outputs]
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                return backward(ctx, *grads)
+        Function.backward = staticmethod(backward)  # type: ignore[method-assign]
 
         class ListFunction(torch.autograd.Function):
             # Lists of tensors are invisible to autograd.Function: they travel flat, with their lengths in front.

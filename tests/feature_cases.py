@@ -26,7 +26,7 @@ from harness import (
     poisoned_allocations,
     same_bits,
 )
-from pixel_cases import PARAMS, ratio, weighted
+from pixel_cases import PARAMS, make_mask, ratio, weighted
 from torch import Tensor
 
 from inpaint_kernels.ops.feature_distance import feature_distance
@@ -197,6 +197,29 @@ def distance_pair(
     return tuple(laid_out(t, layout) for t, layout in zip(pair, layouts.split("/"), strict=True))  # type: ignore[return-value]
 
 
+# Batch and channels of a mask, for N samples of C channels and k predictions.
+MASKS = {
+    "none": None,
+    "one": ("11hw", 1),
+    "plane": ("hw", 1),
+    "shared": ("n1hw", 1),
+    "channels": ("nchw", 1),
+    "each": ("n1hw", "k"),
+    "each-channels": ("nchw", "k"),
+    "row": ("n1h1", 1),
+}
+
+
+def layer_mask(
+    kind: str, size: tuple[int, int, int, int], predictions: int, dtype: str = "f32", **options: Any
+) -> Tensor | None:
+    if MASKS[kind] is None:
+        return None
+    shape, copies = MASKS[kind]
+    n = size[0] * (predictions if copies == "k" else 1)
+    return make_mask(shape, (n, *size[1:]), dtype, **options)
+
+
 # ---- gram_matrix -------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +299,12 @@ def style_sizes(*flat: Tensor, **settings: Any) -> tuple[list[Tensor], dict[int,
 def style_settings(style: str, weights: Sequence[float] | None = None, target_is_gram: bool = False) -> Any:
     normalize, penalty = STYLES[style]
     return {"normalize": normalize, "penalty": penalty, "weights": weights, "target_is_gram": target_is_gram}
+
+
+def grams(pairs: Sequence[tuple[Tensor, Tensor]], style: str) -> list[Tensor]:
+    """(*inputs, *Gram matrices of the targets)."""
+    normalize = STYLES[style][0]
+    return [x for x, _ in pairs] + [gram_formula(y.double(), normalize).to(y.dtype) for _, y in pairs]
 
 
 def style_call(backend: Backend | None, settings: dict[str, Any]) -> Call:

@@ -91,11 +91,27 @@ static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
     }
     case Dtype::bf16: {
       const uint16_t* s = static_cast<const uint16_t*>(src);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8) {
+          const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i));
+          _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)));
+        }
+      }
+#endif
       for (; i < n; ++i) dst[i] = static_cast<T>(bits_to_float(static_cast<uint32_t>(s[i]) << 16));
       break;
     }
     default: {  // bool and uint8 are plain weights
       const uint8_t* s = static_cast<const uint8_t*>(src);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8) {
+          const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + i));
+          _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
+        }
+      }
+#endif
       for (; i < n; ++i) dst[i] = static_cast<T>(static_cast<int>(s[i]));
     }
   }
@@ -131,9 +147,45 @@ static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
     }
     default: {
       uint16_t* d = static_cast<uint16_t*>(dst);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8) {
+          const __m256 x = _mm256_loadu_ps(src + i);
+          const __m256i bits = _mm256_castps_si256(x);
+          const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+          const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+          const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+          const __m256i wide =
+              _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);  // 8 x 32 bits
+          // packus works within 128-bit halves: the permutation brings the two wanted quarters together.
+          const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i), _mm256_castsi256_si128(packed));
+        }
+      }
+#endif
       for (; i < n; ++i) d[i] = float_to_bfloat16(static_cast<float>(src[i]));
     }
   }
+}
+
+// dst[3 * i + c] = src[i], i < n: the mask of an interleaved image of three channels.
+template <typename T>
+static void triple(const T* src, int64_t n, T* dst) {
+  int64_t i = 0;
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i first = _mm256_setr_epi32(0, 0, 0, 1, 1, 1, 2, 2);
+    const __m256i second = _mm256_setr_epi32(2, 3, 3, 3, 4, 4, 4, 5);
+    const __m256i third = _mm256_setr_epi32(5, 5, 6, 6, 6, 7, 7, 7);
+    for (; i + 8 <= n; i += 8) {
+      const __m256 x = _mm256_loadu_ps(src + i);
+      _mm256_storeu_ps(dst + 3 * i, _mm256_permutevar8x32_ps(x, first));
+      _mm256_storeu_ps(dst + 3 * i + 8, _mm256_permutevar8x32_ps(x, second));
+      _mm256_storeu_ps(dst + 3 * i + 16, _mm256_permutevar8x32_ps(x, third));
+    }
+  }
+#endif
+  for (; i < n; ++i) dst[3 * i] = dst[3 * i + 1] = dst[3 * i + 2] = src[i];
 }
 
 }  // namespace IK_ISA

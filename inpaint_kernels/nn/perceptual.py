@@ -50,8 +50,8 @@ class PerceptualLoss(nn.Module):
             images is kept. Value and gradient are the same; a second derivative is refused.
 
     ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares
-    several predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming in
-    `target`. Raises ValueError for shapes that disagree. Under ``torch.compile`` a streamed loss breaks the graph.
+    several predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming
+    in `target`. Raises ValueError for shapes that disagree. Under ``torch.compile`` a streamed loss breaks the graph.
 
     Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016.
 

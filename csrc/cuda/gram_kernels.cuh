@@ -1,0 +1,321 @@
+// Forward kernels of Gram matrices and of the style loss.
+//
+//   G = s X X^T, X [C, M];   loss = w coefficient sum p(G - G')
+//
+// First stage: one block for a 64 x 64 tile of the lower triangle of one sample and one part of its pixels;
+// the partial tiles go to a workspace. Tiles, parts and with them all sums depend on C and M alone: a sample
+// has the same matrix in every batch. Blocks of all layers, inputs and targets fill one launch; tiles of the
+// same pixels are neighbours and share them in L2. Second stage: a block adds the parts of 16 rows of a tile
+// in double, in order, and forms the matrix, or the loss, its factor F (d loss / d X = F X) and a partial
+// loss.
+//
+// Bytes: X once for every 64 rows of C (once in all for C <= 64), 16 KB written and read for each tile and
+// part.
+#pragma once
+
+#include "common/gram.h"
+#include "cuda/gram_tile.cuh"
+
+namespace ik::cuda {
+
+constexpr int kGramTile = 64;
+constexpr int kGramEntries = kGramTile * kGramTile;
+constexpr int kGramThreads = 128;
+constexpr int kGramStages = 4;
+constexpr int kStripRows = 16;
+constexpr int kStrips = kGramTile / kStripRows;
+constexpr int kStripThreads = 256;
+constexpr int kTotalThreads = 1024;
+constexpr int kMaxGramJobs = 16;
+constexpr int kMaxStyleJobs = 8;
+
+// How the Gram matrix of one sample is cut up.
+struct GramSplit {
+  int32_t tiles;  // of the lower triangle
+  int32_t parts;
+  int32_t part_pixels;
+};
+
+static inline GramSplit gram_split(int64_t channels, int64_t pixels) {
+  const int64_t side = (channels + kGramTile - 1) / kGramTile;
+  GramSplit split{static_cast<int32_t>(side * (side + 1) / 2), 0, 0};
+  if (split.tiles == 0 || pixels == 0) return split;
+  // 64 blocks a sample fill a GPU from two samples on. A part shorter than 512 pixels would write a sizeable
+  // share of what it reads, one longer than 8192 would add up too many roundings.
+  const int64_t wanted = split.tiles < 64 ? 64 / split.tiles : 1;
+  int64_t length = (pixels + wanted - 1) / wanted;
+  length = length < 512 ? 512 : (length < 8192 ? length : 8192);
+  length = (length + 63) / 64 * 64;
+  split.part_pixels = static_cast<int32_t>(length);
+  split.parts = static_cast<int32_t>((pixels + length - 1) / length);
+  return split;
+}
+
+// Tile `index` of the lower triangle, row by row: (0,0) (1,0) (1,1) (2,0) ...
+struct TilePlace {
+  int32_t row;
+  int32_t column;
+};
+
+IK_HD TilePlace tile_place(int index) {
+  int row = 0;
+  while (index > row) index -= ++row;
+  return {row, index};
+}
+
+struct GramJob {
+  const void* features;  // [N, C, M], channels_last: [N, M, C]
+  float* partials;       // [N, tiles, parts, 64, 64]
+  int64_t pixels;
+  int32_t channels;
+  GramSplit split;
+  uint32_t first_block;
+  bool aligned;  // every row starts at a multiple of 16 bytes
+};
+
+struct GramJobs {
+  GramJob job[kMaxGramJobs];
+  int32_t count;
+};
+
+template <typename T, bool kChannelsLast>
+__global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_CONSTANT GramJobs jobs) {
+  using Shape = TileShape<T, kGramTile, kChannelsLast>;
+  __shared__ Words memory[kGramStages][2][Shape::kBytes / 16];
+  const GramJob& job = jobs.job[find_job(jobs.job, jobs.count)];
+  const uint32_t block = blockIdx.x - job.first_block;
+  const int tile_index = static_cast<int>(block % static_cast<uint32_t>(job.split.tiles));
+  const uint32_t rest = block / static_cast<uint32_t>(job.split.tiles);
+  const int part = static_cast<int>(rest % static_cast<uint32_t>(job.split.parts));
+  const int64_t sample = rest / static_cast<uint32_t>(job.split.parts);
+  const TilePlace tile = tile_place(tile_index);
+  const bool diagonal = tile.row == tile.column;
+  const int64_t begin = static_cast<int64_t>(part) * job.split.part_pixels;
+  const int64_t left = job.pixels - begin;
+  const int length = static_cast<int>(left < job.split.part_pixels ? left : job.split.part_pixels);
+  const int stages = (length + kDepth<T> - 1) / kDepth<T>;
+
+  const int64_t line = kChannelsLast ? job.channels : job.pixels;  // elements from line to line
+  const int64_t row_step = kGramTile * (kChannelsLast ? 1 : job.pixels);
+  const int64_t pixel_step = kChannelsLast ? job.channels : 1;
+  const T* first =
+      static_cast<const T*>(job.features) + sample * job.channels * job.pixels + begin * pixel_step;
+  const auto load = [&](int stage) {
+    if (stage < stages) {
+      const int depth = length - stage * kDepth<T>;
+#pragma unroll
+      for (int operand = 0; operand < 2; ++operand) {
+        if (operand == 1 && diagonal) break;
+        const int place = operand == 0 ? tile.row : tile.column;
+        const int rows = job.channels - place * kGramTile;
+        const T* source = first + place * row_step + static_cast<int64_t>(stage) * kDepth<T> * pixel_step;
+        load_tile<T, Shape, kGramThreads>(reinterpret_cast<char*>(memory[stage % kGramStages][operand]),
+                                          source, line, kChannelsLast ? depth : rows,
+                                          kChannelsLast ? rows : depth, job.aligned);
+      }
+    }
+    // Also without copies: the count of groups tells which stage has arrived.
+    commit_copies();
+  };
+
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp_row = warp / 2 * kWarpRows;
+  const int warp_column = warp % 2 * kWarpRows;
+  // Above the diagonal.
+  const bool idle = diagonal && warp_column > warp_row;
+  WarpSums sums = {};
+#pragma unroll 1
+  for (int stage = 0; stage < kGramStages - 1; ++stage) load(stage);
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) {
+    wait_for_copies<kGramStages - 2>();
+    // Everyone's copies are there, and everyone is done with the stage that the next load overwrites.
+    __syncthreads();
+    load(stage + kGramStages - 1);
+    const char* rows = reinterpret_cast<const char*>(memory[stage % kGramStages][0]);
+    const char* columns = diagonal ? rows : reinterpret_cast<const char*>(memory[stage % kGramStages][1]);
+    constexpr Low kLow = sizeof(T) == 4 ? Low::split : Low::none;
+    if (!idle) multiply_stage<T, Shape, Shape, kLow>(rows, warp_row, columns, nullptr, warp_column, sums);
+  }
+  if (idle) return;
+  float* out =
+      job.partials + ((sample * job.split.tiles + tile_index) * job.split.parts + part) * kGramEntries;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int row = warp_row + sum_row(m, pair);
+        const int column = warp_column + sum_column(n);
+        store_pair(out + row * kGramTile + column, sums[m][n][2 * pair], sums[m][n][2 * pair + 1]);
+      }
+    }
+  }
+}
+
+// Where a thread of the second stage works: four neighbours of one row, in the tile and in the matrix.
+struct StripPlace {
+  int64_t sample;
+  int32_t tile;
+  int32_t strip;
+  int32_t row;     // of the matrix
+  int32_t column;  // of the matrix, the first of four
+  int32_t offset;  // in the tile
+
+  __device__ __forceinline__ bool counts(int q, int channels) const {
+    return row < channels && column + q <= row;
+  }
+};
+
+IK_DEVICE StripPlace strip_place(uint32_t block, const GramSplit& split) {
+  StripPlace place;
+  const uint32_t tiles = static_cast<uint32_t>(split.tiles);
+  place.strip = static_cast<int>(block % kStrips);
+  place.tile = static_cast<int>(block / kStrips % tiles);
+  place.sample = block / kStrips / tiles;
+  const TilePlace tile = tile_place(place.tile);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = place.strip * kStripRows + thread / (kGramTile / 4);
+  const int column = thread % (kGramTile / 4) * 4;
+  place.row = tile.row * kGramTile + row;
+  place.column = tile.column * kGramTile + column;
+  place.offset = row * kGramTile + column;
+  return place;
+}
+
+// The four entries of sample `sample`, added over its parts and scaled. Entries above the diagonal are
+// undefined.
+IK_DEVICE void add_parts(const float* partials, const GramSplit& split, int64_t sample,
+                         const StripPlace& place, double scale, float (&gram)[4]) {
+  const float* data =
+      partials + (sample * split.tiles + place.tile) * split.parts * kGramEntries + place.offset;
+  double sum[4] = {};
+#pragma unroll 4
+  for (int part = 0; part < split.parts; ++part) {
+    const Words words = *reinterpret_cast<const Words*>(data + static_cast<int64_t>(part) * kGramEntries);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) sum[q] += static_cast<double>(bits_to_float(words.word[q]));
+  }
+#pragma unroll
+  for (int q = 0; q < 4; ++q) gram[q] = static_cast<float>(sum[q] * scale);
+}
+
+// Stores a strip of a symmetric matrix [C, C] and its mirror image. Called by all threads.
+IK_DEVICE void store_symmetric(const StripPlace& place, const float (&value)[4], int channels, float* out) {
+  __shared__ float strip[kStripRows][kGramTile + 1];
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    strip[thread / (kGramTile / 4)][thread % (kGramTile / 4) * 4 + q] = value[q];
+    if (place.counts(q, channels))
+      out[static_cast<int64_t>(place.row) * channels + place.column + q] = value[q];
+  }
+  __syncthreads();
+  const TilePlace tile = tile_place(place.tile);
+  const int column = tile.column * kGramTile + thread / 4;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const int r = thread % 4 * 4 + q;
+    const int row = tile.row * kGramTile + place.strip * kStripRows + r;
+    if (row < channels && column < row)
+      out[static_cast<int64_t>(column) * channels + row] = strip[r][thread / 4];
+  }
+}
+
+struct GramTotalArgs {
+  const float* partials;
+  float* gram;  // [N, C, C]
+  double scale;
+  int32_t channels;
+  GramSplit split;
+};
+
+static __global__ void __launch_bounds__(kStripThreads) gram_total(const GramTotalArgs args) {
+  const StripPlace place = strip_place(blockIdx.x, args.split);
+  float value[4];
+  add_parts(args.partials, args.split, place.sample, place, args.scale, value);
+  store_symmetric(place, value, args.channels, args.gram + place.sample * args.channels * args.channels);
+}
+
+struct StyleJob {
+  const float* input;   // partials [k N, tiles, parts, 64, 64]
+  const float* target;  // partials [N, tiles, target parts, 64, 64], unless a matrix is given
+  const float* gram;    // [N, C, C], or null
+  float* factors;       // [k N, C, C] or null
+  double input_scale;
+  double target_scale;
+  double weight;  // of the summed penalties
+  float factor;   // 2 input_scale weight
+  int32_t channels;
+  int32_t batch;        // N
+  int32_t predictions;  // k
+  GramSplit split;
+  GramSplit target_split;
+  uint32_t first_block;
+};
+
+struct StyleJobs {
+  StyleJob job[kMaxStyleJobs];
+  double* losses;  // one for each block
+  int32_t count;
+  bool l1;
+};
+
+static __global__ void __launch_bounds__(kStripThreads) style_total(const IK_GRID_CONSTANT StyleJobs jobs) {
+  const StyleJob& job = jobs.job[find_job(jobs.job, jobs.count)];
+  const StripPlace place = strip_place(blockIdx.x - job.first_block, job.split);
+  const int64_t matrix = static_cast<int64_t>(job.channels) * job.channels;
+  // Goals of an entry and of its mirror image: a matrix the user gives need not be symmetric.
+  float goal[4];
+  float mirrored[4];
+  // Not `target`, which is null for a target without pixels too.
+  if (job.gram == nullptr) {
+    add_parts(job.target, job.target_split, place.sample, place, job.target_scale, goal);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) mirrored[q] = goal[q];
+  } else {
+    const float* gram = job.gram + place.sample * matrix;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const bool counts = place.counts(q, job.channels);
+      const int64_t row = place.row;
+      const int64_t column = place.column + q;
+      goal[q] = counts ? gram[row * job.channels + column] : 0.0f;
+      mirrored[q] = counts ? gram[column * job.channels + row] : 0.0f;
+    }
+  }
+  double loss = 0.0;
+#pragma unroll 1
+  for (int prediction = 0; prediction < job.predictions; ++prediction) {
+    const int64_t sample = static_cast<int64_t>(prediction) * job.batch + place.sample;
+    float gram[4];
+    float factor[4];
+    add_parts(job.input, job.split, sample, place, job.input_scale, gram);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const double d = static_cast<double>(gram[q] - goal[q]);
+      const double mirror = static_cast<double>(gram[q] - mirrored[q]);
+      const bool diagonal = place.row == place.column + q;
+      const double penalty = style_penalty(jobs.l1, d) + (diagonal ? 0.0 : style_penalty(jobs.l1, mirror));
+      if (place.counts(q, job.channels)) loss += penalty;
+      const double slope = 0.5 * (style_penalty_grad(jobs.l1, d) + style_penalty_grad(jobs.l1, mirror));
+      factor[q] = job.factor * static_cast<float>(slope);
+    }
+    if (job.factors != nullptr) store_symmetric(place, factor, job.channels, job.factors + sample * matrix);
+  }
+  loss = block_total<kStripThreads>(loss);
+  if (threadIdx.x == 0) jobs.losses[blockIdx.x] = loss * job.weight;
+}
+
+static __global__ void __launch_bounds__(kTotalThreads)
+    style_loss_total(const double* losses, int64_t count, float* loss) {
+  double sum = 0.0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kTotalThreads) sum += losses[i];
+  sum = block_total<kTotalThreads>(sum);
+  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
+}
+
+}  // namespace ik::cuda

@@ -1,0 +1,121 @@
+"""feature_distance: second derivatives, and the gradients to a mask."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import (
+    MASKS,
+    check,
+    distance_call,
+    distance_formula,
+    distance_pair,
+    distance_settings,
+    distance_sizes,
+    layer_mask,
+)
+from harness import Backend, evaluate, gradient_of, grid
+from pixel_cases import away_from_kinks, on_device, skip_unsupported
+from torch import Tensor
+
+import inpaint_kernels as ik
+
+PENALTIES = ("l1", "l2", "charbonnier")
+SIZE = (2, 5, 9, 14)
+
+
+@grid(penalty=PENALTIES, mask=MASKS, layout=("contiguous", "channels_last"))
+def test_second_derivatives(backend: Backend, penalty: str, mask: str, predictions: int, layout: str) -> None:
+    pair = distance_pair(SIZE, predictions=predictions, layouts=f"{layout}/{layout}")
+    masks = [m for m in [layer_mask(mask, SIZE, predictions)] if m is not None]
+    settings = distance_settings(penalty, weights=(0.7,))
+    formula = partial(distance_formula, layers=1, **settings)
+
+    def inner(call: Any) -> Any:
+        # (input, target, upstream, *masks): the upstream gradient last is what `gradient_of` expects.
+        return lambda x, y, up, *masks: gradient_of(lambda a, b: call(a, b, *masks))(x, y, up)
+
+    def sizes(x: Tensor, y: Tensor, up: Tensor, *rest: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        masks, seconds = rest[: len(rest) - 2], rest[len(rest) - 2 :]
+        first = distance_sizes(x, y, *masks, up, layers=1, **settings)[1]
+        exact = evaluate(inner(formula), [x, y, up, *masks], (0, 1, 2), seconds)[1]
+        largest = [g.abs().max().expand(g.shape) for g in exact[:2]]
+        whole = sum((first[i] * seconds[i].abs()).sum() for i in (0, 1)) / up
+        return [first[0], first[1]], {0: largest[0], 1: largest[1], 2: whole}
+
+    up = torch.tensor(1.3)
+    check(
+        inner(distance_call(backend, 1, settings)),
+        inner(formula),
+        on_device(backend, *pair, up, *masks),
+        wanted=(0, 1, 2),
+        sizes=sizes,
+    )
+
+
+@grid(penalty=PENALTIES, mask=MASKS, dtypes=("f32/f32", "f16/f32"))
+def test_create_graph_does_not_change_the_gradient(
+    backend: Backend, penalty: str, mask: str, dtypes: str
+) -> None:
+    """Nor does an autocast region."""
+    pair = distance_pair(SIZE, predictions=2, dtypes=dtypes)
+    masks = [m for m in [layer_mask(mask, SIZE, 2)] if m is not None]
+    call = distance_call(backend, 1, distance_settings(penalty))
+    flat = on_device(backend, *pair, *masks)
+    _, first, (upstream,) = evaluate(call, flat, (0, 1))
+    leaves = [t.detach().requires_grad_(i < 2) for i, t in enumerate(flat)]
+    with torch.autocast(backend.device, torch.bfloat16):
+        again = torch.autograd.grad(call(*leaves), leaves[:2], upstream, create_graph=True)
+    for got, want in zip(again, first, strict=True):
+        half = want.dtype == torch.float16
+        torch.testing.assert_close(
+            got.detach(),
+            want,
+            rtol=2e-3 if half else 1e-6,
+            atol=6e-8 if half else 1e-7 * float(want.abs().max()),
+        )
+
+
+@grid(penalty=PENALTIES, mask=("none", "shared", "each-channels", "plane"), predictions=(1, 2))
+def test_gradcheck(backend: Backend, penalty: str, mask: str, predictions: int) -> None:
+    size = (2, 2, 2, 2)
+    x, y = distance_pair(size, predictions=predictions, dtypes="f64/f64")
+    skip_unsupported(backend, x)
+    x, _ = away_from_kinks(x, y.repeat(predictions, 1, 1, 1))
+    masks = [m for m in [layer_mask(mask, size, predictions, "f64")] if m is not None]
+    call = distance_call(backend, 1, distance_settings(penalty))
+    leaves = (x.requires_grad_(), y.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: call(a, b, *masks), leaves)
+    assert torch.autograd.gradgradcheck(lambda a, b: call(a, b, *masks), leaves)
+
+
+@grid(penalty=PENALTIES, mask=("one", "plane", "shared", "each-channels"), normalize=("mask", "image"))
+def test_gradient_to_the_mask(penalty: str, mask: str, normalize: str) -> None:
+    """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
+    pair = distance_pair(SIZE, predictions=2)
+    settings = distance_settings(penalty, normalize=normalize)
+
+    def sizes(*flat: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        values, found = distance_sizes(*flat, layers=1, **settings)
+        by_mask = evaluate(formula, flat[:3], (2,), flat[3:])[1][0]
+        return values, found | {2: by_mask.abs().max().expand(by_mask.shape)}
+
+    formula = partial(distance_formula, layers=1, select=False, **settings)
+    check(
+        distance_call(None, 1, settings),
+        formula,
+        [*pair, layer_mask(mask, SIZE, 2)],
+        wanted=(0, 1, 2),
+        sizes=sizes,
+    )
+
+
+def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
+    x, y, mask = on_device(kernel, *distance_pair(SIZE), layer_mask("shared", SIZE, 1))
+    with pytest.raises(RuntimeError, match="mask"):
+        ik.feature_distance(x, y, mask=mask.requires_grad_(), backend=kernel.name)
+    with torch.no_grad():
+        ik.feature_distance(x, y, mask=mask, backend=kernel.name)

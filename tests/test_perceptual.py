@@ -1,0 +1,446 @@
+"""PerceptualLoss, StyleLoss, PerceptualStyleLoss: the plain and the streamed path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import distance_formula, distance_settings, style_formula, style_settings
+from harness import generator
+from torch import Tensor, nn
+from training_checks import kept_bytes, ops_called
+
+import inpaint_kernels as ik
+from inpaint_kernels.features import FrozenTrunk
+from inpaint_kernels.nn import PerceptualLoss, PerceptualStyleLoss, StyleLoss
+
+N = 5
+TAPS = ["1", "4", "6"]
+WEIGHTS = [0.5, 2.0, 1.0]
+
+
+def net(
+    channels: int = 6, activation: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True)
+) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        activation(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        activation(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(channels, 8, 3, padding=1),
+        activation(),
+    )
+
+
+def trunk(**options: Any) -> FrozenTrunk:
+    return FrozenTrunk(net(), TAPS, "imagenet", **options)
+
+
+def images(predictions: int = 1, size: tuple[int, ...] = (N, 3, 12, 10)) -> tuple[Tensor, Tensor]:
+    rng = generator(3)
+    return torch.rand(predictions * size[0], *size[1:], generator=rng), torch.rand(size, generator=rng)
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "perceptual": lambda **o: PerceptualLoss(o.pop("trunk", None) or trunk(), weights=WEIGHTS, **o),
+    "perceptual-l2": lambda **o: PerceptualLoss(
+        o.pop("trunk", None) or trunk(), penalty="l2", layer_reduction="mean", **o
+    ),
+    "style": lambda **o: StyleLoss(o.pop("trunk", None) or trunk(), weights=WEIGHTS, **o),
+    "style-hw-l2": lambda **o: StyleLoss(o.pop("trunk", None) or trunk(), penalty="l2", normalize="hw", **o),
+    "style-gatys": lambda **o: StyleLoss(o.pop("trunk", None) or trunk(), normalize="gatys", **o),
+    "both": lambda **o: PerceptualStyleLoss(
+        o.pop("trunk", None) or trunk(), perceptual_weight=0.05, style_weight=120.0, **o
+    ),
+    "both-taps": lambda **o: PerceptualStyleLoss(
+        o.pop("trunk", None) or trunk(),
+        perceptual_taps=["1", "6"],
+        style_taps=[1],
+        perceptual_weights=[1.0, 0.5],
+        style_weights=[2.0],
+        perceptual_weight=0.1,
+        style_weight=250.0,
+        **o,
+    ),
+}
+
+
+def total(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else found.total
+
+
+def gradient(loss: nn.Module, pred: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    leaf = pred.detach().clone().requires_grad_()
+    value = total(loss(leaf, target))
+    (value * scale).backward()
+    return value.detach(), leaf.grad
+
+
+def features_by_hand(x: Tensor) -> list[Tensor]:
+    found = []
+    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+    x = (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    for index, child in enumerate(net(activation=nn.ReLU).to(x)):
+        x = child(x)
+        if str(index) in TAPS:
+            found.append(x)
+    return found
+
+
+def by_hand(name: str, pred: Tensor, target: Tensor) -> Tensor:
+    flat = [*features_by_hand(pred), *features_by_hand(target)]
+    three = {"layers": 3}
+    if name == "perceptual":
+        return distance_formula(*flat, **three, **distance_settings("l1", weights=WEIGHTS))
+    if name == "perceptual-l2":
+        return distance_formula(*flat, **three, **distance_settings("l2", layer_reduction="mean"))
+    if name.startswith("style"):
+        kind = {"style": "chw-l1", "style-hw-l2": "hw-l2", "style-gatys": "gatys"}[name]
+        return style_formula(*flat, **style_settings(kind, WEIGHTS if name == "style" else None))
+    if name == "both":
+        perceptual = distance_formula(*flat, **three, **distance_settings("l1"))
+        return 0.05 * perceptual + 120.0 * style_formula(*flat, **style_settings("chw-l1"))
+    some = [flat[0], flat[2], flat[3], flat[5]]
+    perceptual = distance_formula(*some, layers=2, **distance_settings("l1", weights=[1.0, 0.5]))
+    return 0.1 * perceptual + 250.0 * style_formula(flat[1], flat[4], **style_settings("chw-l1", [2.0]))
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+CHUNKS = (None, 1, 2, 3, N, N + 4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("predictions", [1, 2, 3])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_value_and_gradient(name: str, predictions: int, chunk: int | None) -> None:
+    """Plain or streamed, the formula in float64 to within roundings of float32 convolutions."""
+    pred, target = images(predictions)
+    value, found = gradient(LOSSES[name](chunk=chunk), pred, target)
+    exact = pred.double().requires_grad_()
+    want = by_hand(name, exact, target.double())
+    want.backward()
+    assert value.shape == ()
+    assert relative(value, want.detach()) < 2e-6
+    assert relative(found, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 3.0, 2.0**24])
+def test_any_upstream_scale(name: str, chunk: int | None, scale: float) -> None:
+    pred, target = images(2)
+    one = gradient(LOSSES[name](chunk=chunk), pred, target)[1]
+    found = gradient(LOSSES[name](chunk=chunk), pred, target, scale)[1]
+    assert relative(found, one * scale) < 1e-5 if scale else not found.any()
+
+
+def test_terms_are_raw_and_the_total_weighted() -> None:
+    pred, target = images(2)
+    for chunk in (None, 2):
+        loss = LOSSES["both"](chunk=chunk)
+        found = loss(pred, target)
+        assert type(found).__name__ == "PerceptualStyle"
+        torch.testing.assert_close(found.total, 0.05 * found.perceptual + 120 * found.style)
+        torch.testing.assert_close(found.perceptual, PerceptualLoss(trunk())(pred, target))
+        torch.testing.assert_close(found.style, StyleLoss(trunk())(pred, target))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_one_pass_of_the_trunk_serves_both_terms(chunk: int | None) -> None:
+    """One over all predictions together, one over the target without gradient; for every chunk when streamed."""
+    shared = trunk()
+    calls: list[tuple[int, bool]] = []
+    shared.register_forward_hook(lambda _m, inputs, out: calls.append((len(inputs[0]), out[0].requires_grad)))
+    pred, target = images(2)
+    gradient(LOSSES["both"](trunk=shared, chunk=chunk), pred, target)
+    pieces = 1 if chunk is None else -(-N // chunk)
+    assert len(calls) == 2 * pieces
+    assert sum(count for count, grad in calls if grad) == 2 * N
+    assert sum(count for count, grad in calls if not grad) == N
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_streamed_keeps_two_percent_of_the_plain_path(name: str) -> None:
+    vgg = ik.features.vgg16(weights=None)
+    options = {"trunk": vgg} if name != "both-taps" else {"trunk": FrozenTrunk(vgg.features, ["1", "6", "9"])}
+    if name.startswith("both-taps"):
+        options["trunk"].names = TAPS
+    pred, target = images(2, (2, 3, 32, 32))
+    pred.requires_grad_()
+    plain, streamed = (kept_bytes(LOSSES[name](**options, chunk=chunk), pred, target) for chunk in (None, 1))
+    assert streamed <= 0.02 * plain
+    assert streamed <= pred.nbytes + 64
+    with torch.no_grad():
+        assert kept_bytes(LOSSES[name](**options, chunk=1), pred, target) == 0
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradient_no_backward_runs(name: str, context: Callable[[], Any]) -> None:
+    pred, target = images(2)
+    pred.requires_grad_()
+    want = total(LOSSES[name]()(pred, target)).detach()
+    for requires_grad in (True, False):
+        with context():
+            loss, leaf = LOSSES[name](chunk=2), pred.detach().requires_grad_(requires_grad)
+            called = ops_called(lambda loss=loss, leaf=leaf: loss(leaf, target))
+            value = total(loss(leaf, target))
+        assert not [op for op in called if "backward" in op]
+        assert not value.requires_grad
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
+    loss = LOSSES[name](chunk=2)
+    called = ops_called(lambda: loss(pred.detach(), target))
+    assert not [op for op in called if "backward" in op]
+    assert not total(loss(pred.detach(), target)).requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_target_gradient(name: str) -> None:
+    """Right on the plain path; refused, not dropped, by the streamed one."""
+    pred, target = images(2)
+    leaf = target.clone().requires_grad_()
+    total(LOSSES[name]()(pred, leaf)).backward()
+    exact = target.double().requires_grad_()
+    by_hand(name, pred.double(), exact).backward()
+    assert relative(leaf.grad, exact.grad) < 1e-5
+    with pytest.raises(ValueError, match=r"target.*chunk=None"):
+        LOSSES[name](chunk=2)(pred, leaf)
+    with torch.no_grad():
+        LOSSES[name](chunk=2)(pred, leaf)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("allow_unused", [False, True])
+def test_second_derivative_of_the_streamed_path_is_refused(name: str, allow_unused: bool) -> None:
+    """With the way out named; the first derivative under create_graph=True is right."""
+    pred, target = images(2)
+    _, want = gradient(LOSSES[name](), pred, target)
+    pred.requires_grad_()
+    value = total(LOSSES[name](chunk=2)(pred, target))
+    (first,) = torch.autograd.grad(value, pred, create_graph=True)
+    assert relative(first.detach(), want) < 1e-5
+    with pytest.raises(RuntimeError, match="chunk=None"):
+        torch.autograd.grad(first.square().sum(), pred, allow_unused=allow_unused)
+
+
+def test_second_derivative_of_the_plain_path() -> None:
+    """With activations and penalties that have one."""
+    smooth = FrozenTrunk(net(2, nn.Softplus), ["1", "5"], "imagenet").double()
+    rng = generator(4)
+    pred, target = (torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=rng) for _ in range(2))
+    for loss in (
+        PerceptualLoss(smooth, penalty="l2"),
+        PerceptualLoss(smooth, penalty="charbonnier"),
+        StyleLoss(smooth, penalty="l2", weights=[1e2, 1e2]),
+        StyleLoss(smooth, normalize="gatys"),
+    ):
+        pred.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, target), pred)
+        assert torch.autograd.gradgradcheck(lambda x, loss=loss: loss(x, target), pred)
+
+
+def scaled_gradient(chunk: int | None, half_images: bool, name: str) -> tuple[Tensor, Tensor]:
+    """(gradient under a GradScaler in float16, the same in float64)."""
+    layers = FrozenTrunk(net(32), TAPS, "imagenet", autocast=torch.float16)
+    exact = FrozenTrunk(net(32), TAPS, "imagenet").double()
+    make = {
+        "perceptual": lambda t, c: PerceptualLoss(t, weights=[0.05] * 3, chunk=c),
+        "style": lambda t, c: StyleLoss(t, chunk=c),
+    }[name]
+    pred, target = images(2, (2, 3, 64, 64))
+    if half_images:
+        pred, target = pred.half(), target.half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    leaf = nn.Parameter(pred.float())
+    optimizer = torch.optim.SGD([leaf], lr=1.0)
+    scaler.scale(make(layers, chunk)(leaf.half() if half_images else leaf, target)).backward()
+    scaler.unscale_(optimizer)
+    return leaf.grad, gradient(make(exact, None), pred.double(), target.double())[1]
+
+
+@pytest.mark.parametrize("name", ["perceptual", "style"])
+@pytest.mark.parametrize("half_images", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_grad_scaler_in_float16(name: str, half_images: bool, chunk: int) -> None:
+    """Gradients too small for float16 survive: the scale must reach the trunk before they are rounded."""
+    plain, want = scaled_gradient(None, half_images, name)
+    streamed, _ = scaled_gradient(chunk, half_images, name)
+    assert streamed.isfinite().all()
+    assert relative(streamed, want) <= 1.5 * relative(plain, want) + 1e-4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_images(name: str, dtype: torch.dtype) -> None:
+    """The trunk itself in float32: gradients in the images' dtype, rounded as by the plain path."""
+    pred, target = (x.to(dtype) for x in images(2))
+    exact = pred.double().requires_grad_()
+    by_hand(name, exact, target.double()).backward()
+    scale = 1 / float(exact.grad.abs().max())
+    for chunk in (None, 2):
+        _, found = gradient(LOSSES[name](chunk=chunk), pred, target, scale)
+        assert found.dtype == dtype
+        assert relative(found, exact.grad * scale) < torch.finfo(dtype).eps, chunk
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_inside_an_autocast_region(name: str) -> None:
+    pred, target = images(2)
+    found = []
+    for chunk in (None, 2):
+        leaf = pred.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = total(LOSSES[name](chunk=chunk)(leaf, target))
+        assert value.dtype == torch.float32
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    assert relative(found[1][0], found[0][0]) < 1e-2
+    assert relative(found[1][1], found[0][1]) < 3e-2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_layouts_of_the_images(layout: str, chunk: int | None) -> None:
+    pred, target = images(2)
+    _, want = gradient(LOSSES["both"](), pred, target)
+
+    def view(x: Tensor) -> Tensor:
+        if layout == "channels_last":
+            return x.contiguous(memory_format=torch.channels_last)
+        return x.mT.contiguous().mT if layout == "transposed" else x[:, :1].expand(-1, 3, -1, -1)
+
+    leaf = view(pred).detach().requires_grad_()
+    (found,) = torch.autograd.grad(LOSSES["both"](chunk=chunk)(leaf, view(target)).total, leaf)
+    if layout == "expanded":
+        _, want = gradient(LOSSES["both"](), view(pred).contiguous(), view(target).contiguous())
+    assert relative(found, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_identical_images(name: str, chunk: int | None) -> None:
+    _, target = images()
+    value, found = gradient(LOSSES[name](chunk=chunk), target.clone(), target)
+    assert value == 0
+    assert not found.any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_empty_batch(name: str, dtype: torch.dtype, chunk: int | None) -> None:
+    pred, target = (x.to(dtype) for x in images(1, (0, 3, 8, 8)))
+    value, found = gradient(LOSSES[name](trunk=trunk().to(dtype), chunk=chunk), pred, target)
+    assert value == 0
+    assert value.dtype == dtype
+    assert found.shape == pred.shape
+
+
+def test_gray_images() -> None:
+    pred, target = images(2, (N, 1, 12, 10))
+    plain, streamed = (gradient(LOSSES["both"](chunk=chunk), pred, target) for chunk in (None, 2))
+    assert relative(streamed[1], plain[1]) < 1e-5
+    assert streamed[1].shape == pred.shape
+
+
+def test_only_the_images_get_gradients_and_nothing_changes() -> None:
+    for chunk in (None, 2):
+        loss = LOSSES["both"](chunk=chunk)
+        before = copy.deepcopy(loss.state_dict())
+        pred, target = images(2)
+        kept = pred.clone(), target.clone()
+        gradient(loss, pred, target)
+        assert all(p.grad is None for p in loss.parameters())
+        assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
+        assert torch.equal(pred, kept[0])
+        assert torch.equal(target, kept[1])
+        assert list(loss.state_dict()) == [f"trunk.{k}" for k in trunk().state_dict()]
+        assert list(loss.parameters()) == list(loss.trunk.parameters())
+
+
+def test_in_a_training_step_with_other_losses() -> None:
+    """The kept gradient joins the graph like any other, also when the loss is used twice."""
+    generator_net = nn.Conv2d(3, 3, 3, padding=1)
+    _, target = images()
+    found = []
+    for chunk in (None, 2):
+        loss = LOSSES["both"](chunk=chunk)
+        generator_net.zero_grad()
+        raw = generator_net(target)
+        composite = 0.5 * raw + 0.5 * target
+        value = loss(torch.cat([raw, composite]), target).total + ik.masked_l1_loss(raw, target)
+        (value + 0.1 * loss(raw, target).total).backward()
+        found.append([p.grad.clone() for p in generator_net.parameters()])
+    for plain, streamed in zip(*found, strict=True):
+        assert relative(streamed, plain) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss, PerceptualStyleLoss])
+def test_bad_chunk(kind: Any, chunk: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="chunk"):
+        kind(trunk(), chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize(
+    ("pred", "target", "error", "words"),
+    [
+        ((5, 3, 8, 8), (2, 3, 8, 8), ValueError, r"pred.*\(5, 3, 8, 8\).*\(2, 3, 8, 8\)"),
+        ((2, 3, 8, 8), (4, 3, 8, 8), ValueError, "pred.*target"),
+        ((2, 3, 8, 8), (2, 3, 8, 6), ValueError, "pred.*target"),
+        ((2, 1, 8, 8), (2, 3, 8, 8), ValueError, "pred.*target"),
+        ((3, 8, 8), (3, 8, 8), ValueError, r"pred.*\(N, C, H, W\)"),
+        (None, (2, 3, 8, 8), TypeError, "pred.*Tensor"),
+        ((2, 3, 8, 8), None, TypeError, "target.*Tensor"),
+    ],
+)
+def test_bad_images(chunk: int | None, pred: Any, target: Any, error: type[Exception], words: str) -> None:
+    pair = [None if size is None else torch.rand(size) for size in (pred, target)]
+    with pytest.raises(error, match=words):
+        PerceptualLoss(trunk(), chunk=chunk)(*pair)
+
+
+def test_bad_options() -> None:
+    """Named no later than the first call."""
+    pred, target = images()
+    for make, words in (
+        (lambda: PerceptualLoss(trunk(), weights=[1.0]), "weights.*1 entries for 3"),
+        (lambda: PerceptualLoss(trunk(), penalty="huber"), "penalty.*'huber'"),
+        (lambda: PerceptualLoss(trunk(), layer_reduction="max"), "layer_reduction.*'max'"),
+        (lambda: StyleLoss(trunk(), normalize="c"), "normalize.*'c'"),
+        (lambda: StyleLoss(trunk(), normalize="gatys", penalty="l1"), "gatys"),
+        (lambda: PerceptualStyleLoss(trunk(), style_taps=["pool9"]), "style_taps.*pool9.*1, 4, 6"),
+        (lambda: PerceptualStyleLoss(trunk(), perceptual_taps=[3]), "perceptual_taps.*3"),
+        (lambda: PerceptualStyleLoss(trunk(), perceptual_taps=[]), "perceptual_taps.*empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()(pred, target)
+
+
+def test_taps_by_layer_name() -> None:
+    vgg = ik.features.vgg16(("pool1", "relu2_2"), weights=None)
+    pred, target = images(1, (1, 3, 16, 16))
+    named = PerceptualStyleLoss(vgg, perceptual_taps=["relu2_2"], style_taps=["pool1"])(pred, target)
+    placed = PerceptualStyleLoss(vgg, perceptual_taps=[1], style_taps=[0])(pred, target)
+    for got, want in zip(named, placed, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["perceptual", "style", "both"])
+def test_plain_path_compiles_to_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    pred, target = images(2)
+    want = gradient(LOSSES[name](), pred, target)
+    compiled = torch.compile(LOSSES[name](), fullgraph=True, backend="aot_eager")
+    found = gradient(compiled, pred, target)
+    assert relative(found[0], want[0]) < 1e-5
+    assert relative(found[1], want[1]) < 1e-5

@@ -1,0 +1,101 @@
+"""style_loss: second derivatives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import (
+    STYLES,
+    check,
+    grams,
+    style_call,
+    style_formula,
+    style_pair,
+    style_settings,
+    style_sizes,
+)
+from harness import Backend, evaluate, gradient_of, grid
+from pixel_cases import on_device, skip_unsupported
+from torch import Tensor
+
+SIZE = (2, 5, 9, 14)
+LAYERS = ((2, 3, 12, 10), (2, 17, 6, 5))
+WEIGHTS = (0.5, 2.0)
+
+
+@grid(style=STYLES, predictions=(1, 2), target=("features", "other size", "gram"))
+def test_second_derivatives(backend: Backend, style: str, predictions: int, target: str) -> None:
+    """By input, target and the upstream gradient."""
+    plane = (3, 7) if target == "other size" else None
+    pair = style_pair((2, 4, 5, 6), predictions=predictions, target_plane=plane)
+    cached = target == "gram"
+    flat = on_device(backend, *(grams([pair], style) if cached else pair))
+    settings = style_settings(style, (0.7,), target_is_gram=cached)
+    formula = partial(style_formula, **settings)
+    firsts = (0,) if cached else (0, 1)
+
+    def sizes(x: Tensor, y: Tensor, upstream: Tensor, *seconds: Tensor) -> tuple[list[Tensor], Any]:
+        first = style_sizes(x, y, upstream, **settings)[1]
+        wanted = (*firsts, 2)
+        exact = evaluate(gradient_of(formula, firsts), [x, y, upstream], wanted, seconds)[1]
+        # Sums over a whole layer of both signs, of terms as large as the largest.
+        found = {i: g.abs().max().expand(g.shape) for i, g in zip(wanted, exact, strict=True)}
+        found[2] = sum((first[i] * second.abs()).sum() for i, second in zip(firsts, seconds)) / upstream
+        return [first[i] for i in firsts], found
+
+    check(
+        gradient_of(style_call(backend, settings), firsts),
+        gradient_of(formula, firsts),
+        [*flat, torch.tensor(1.3, device=backend.device)],
+        wanted=(*firsts, 2),
+        sizes=sizes,
+    )
+
+
+@grid(style=STYLES, cached=(False, True), autocast=(False, True))
+def test_create_graph_does_not_change_the_gradient(
+    backend: Backend, style: str, cached: bool, autocast: bool
+) -> None:
+    """Nor does an autocast region in which the gradient is asked for."""
+    if autocast and backend.name == "reference":
+        pytest.skip("the backward of a plain matmul follows autocast")
+    for dtypes in ("f32/f32", "f16/f32"):
+        pairs = [style_pair(size, predictions=2, dtypes=dtypes, seed=i) for i, size in enumerate(LAYERS)]
+        flat = grams(pairs, style) if cached else [x for x, _ in pairs] + [y for _, y in pairs]
+        call = style_call(backend, style_settings(style, WEIGHTS, target_is_gram=cached))
+        flat = on_device(backend, *flat)
+        wanted = 2 if cached else 4
+        _, first, (upstream,) = evaluate(call, flat, range(wanted))
+        leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(flat)]
+        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
+            again = torch.autograd.grad(call(*leaves), leaves[:wanted], upstream, create_graph=True)
+        for got, want in zip(again, first, strict=True):
+            eps = torch.finfo(want.dtype).eps
+            torch.testing.assert_close(
+                got.detach(), want, rtol=2 * eps, atol=3e-7 * float(want.abs().max()) + 6e-8
+            )
+
+
+def test_cached_gram_needs_no_features(backend: Backend) -> None:
+    """A Gram matrix of the truth without gradient: second derivatives by the input still work."""
+    x, gram = on_device(backend, *grams([style_pair(SIZE)], "chw-l2"))
+    x.requires_grad_()
+    loss = style_call(backend, style_settings("chw-l2", target_is_gram=True))(x, gram)
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.isfinite().all()
+    assert second.any()
+
+
+@grid(style=STYLES, predictions=(1, 2), cached=(False, True))
+def test_gradcheck(backend: Backend, style: str, predictions: int, cached: bool) -> None:
+    pair = style_pair((2, 3, 2, 2), predictions=predictions, dtypes="f64/f64")
+    skip_unsupported(backend, *pair)
+    flat = [t.requires_grad_(not cached) for t in (grams([pair], style) if cached else pair)]
+    flat[0].requires_grad_()
+    call = style_call(backend, style_settings(style, (0.7,), target_is_gram=cached))
+    assert torch.autograd.gradcheck(call, flat)
+    assert torch.autograd.gradgradcheck(call, flat)

@@ -1,0 +1,262 @@
+"""vgg16, vgg19, alexnet: torchvision's structure, weights from files, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inpaint_kernels.features import FrozenTrunk, alexnet, vgg16, vgg19
+
+# {child: shape of its weight}, from torchvision 0.20.
+VGG16 = {
+    0: (64, 3, 3, 3),
+    2: (64, 64, 3, 3),
+    5: (128, 64, 3, 3),
+    7: (128, 128, 3, 3),
+    10: (256, 128, 3, 3),
+    12: (256, 256, 3, 3),
+    14: (256, 256, 3, 3),
+    17: (512, 256, 3, 3),
+    **dict.fromkeys((19, 21, 24, 26, 28), (512, 512, 3, 3)),
+}
+VGG19 = {
+    0: (64, 3, 3, 3),
+    2: (64, 64, 3, 3),
+    5: (128, 64, 3, 3),
+    7: (128, 128, 3, 3),
+    10: (256, 128, 3, 3),
+    **dict.fromkeys((12, 14, 16), (256, 256, 3, 3)),
+    19: (512, 256, 3, 3),
+    **dict.fromkeys((21, 23, 25, 28, 30, 32, 34), (512, 512, 3, 3)),
+}
+ALEXNET = {
+    0: (64, 3, 11, 11),
+    3: (192, 64, 5, 5),
+    6: (384, 192, 3, 3),
+    8: (256, 384, 3, 3),
+    10: (256, 256, 3, 3),
+}
+NETS: dict[str, tuple[Callable[..., FrozenTrunk], dict[int, tuple[int, ...]], str, str]] = {
+    # loader, convolutions, last tap, an early tap
+    "vgg16": (vgg16, VGG16, "pool5", "relu1_2"),
+    "vgg19": (vgg19, VGG19, "pool5", "relu1_2"),
+    "alexnet": (alexnet, ALEXNET, "pool5", "relu1"),
+}
+CLASSIFIER = {"classifier.6.weight": (1000, 4096), "classifier.6.bias": (1000,)}
+
+
+def state_dict(net: str) -> dict[str, Tensor]:
+    """All keys and shapes of the official file, each tensor one number expanded: a file of a few kilobytes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for child, shape in NETS[net][1].items():
+        shapes[f"features.{child}.weight"] = shape
+        shapes[f"features.{child}.bias"] = shape[:1]
+    return {
+        key: torch.full((1,), 0.01 + 0.001 * i).expand(shape)
+        for i, (key, shape) in enumerate((shapes | CLASSIFIER).items())
+    }
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_keys_and_shapes_are_torchvisions(net: str) -> None:
+    load, convolutions, last, _ = NETS[net]
+    found = {key: tuple(t.shape) for key, t in load((last,), weights=None).state_dict().items()}
+    want = {}
+    for child, shape in convolutions.items():
+        want |= {f"features.{child}.weight": shape, f"features.{child}.bias": shape[:1]}
+    assert found == want
+
+
+def test_layers_are_torchvisions() -> None:
+    """Strides, paddings and pooling, which no state dict tells."""
+    kinds = {
+        "vgg16": "CRCRM CRCRM CRCRCRM CRCRCRM CRCRCRM",
+        "vgg19": "CRCRM CRCRM CRCRCRCRM CRCRCRCRM CRCRCRCRM",
+        "alexnet": "CRM CRM CRCRCRM",
+    }
+    for net, (load, _, last, _) in NETS.items():
+        children = list(load((last,), weights=None).features)
+        assert "".join(type(m).__name__[0] for m in children) == kinds[net].replace(" ", "")
+        for module in children:
+            if isinstance(module, torch.nn.MaxPool2d):
+                assert (module.kernel_size, module.stride) == ((3, 2) if net == "alexnet" else (2, 2))
+                assert (module.padding, module.ceil_mode) == (0, False)
+        convolutions = [(m.stride[0], m.padding[0]) for m in children if isinstance(m, torch.nn.Conv2d)]
+        if net == "alexnet":
+            assert convolutions == [(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
+        else:
+            assert set(convolutions) == {(1, 1)}
+
+
+def test_layers_by_name_and_number() -> None:
+    names = {
+        vgg16: {"relu1_1": "1", "pool1": "4", "relu2_2": "8", "pool2": "9", "relu3_3": "15", "pool3": "16"},
+        vgg19: {
+            "relu1_1": "1",
+            "relu2_1": "6",
+            "relu3_1": "11",
+            "relu4_1": "20",
+            "relu5_1": "29",
+            "conv4_2": "21",
+        },
+        alexnet: {"relu1": "1", "relu2": "4", "relu3": "7", "relu4": "9", "relu5": "11"},
+    }
+    for load, known in names.items():
+        assert load(tuple(known), weights=None).taps == tuple(known.values())
+        assert load(tuple(known.values()), weights=None).taps == tuple(known.values())
+    with pytest.raises(ValueError, match=r"taps.*conv9_9.*vgg16 has conv1_1"):
+        vgg16(("conv9_9",), weights=None)
+    with pytest.raises(ValueError, match=r"taps.*31.*0 to 30"):
+        vgg16(("31",), weights=None)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("as_string", [True, False])
+def test_weights_from_a_file(tmp_path: Path, net: str, as_string: bool) -> None:
+    """Every parameter, in its place; what the trunk does not use may be there or not."""
+    load, _, last, early = NETS[net]
+    content = state_dict(net)
+    path = saved(tmp_path / "net.pth", content)
+    for tap in (last, early):
+        trunk = load((tap,), weights=str(path) if as_string else path)
+        for key, value in trunk.state_dict().items():
+            assert torch.equal(value, content[key])
+        assert not any(p.requires_grad for p in trunk.parameters())
+
+
+def test_half_weights_are_read_into_float32(tmp_path: Path) -> None:
+    content = {key: value.half() for key, value in state_dict("alexnet").items()}
+    trunk = alexnet(("relu1",), weights=saved(tmp_path / "net.pth", content))
+    assert all(p.dtype == torch.float32 for p in trunk.parameters())
+    assert torch.equal(trunk.features[0].weight, content["features.0.weight"].float())
+
+
+ADVICE = r"(.|\n)*weights=None for random"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match="weights.*" + str(path) + ADVICE):
+            vgg16(weights=path)
+
+
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_damaged_file(tmp_path: Path, content: str) -> None:
+    path = saved(tmp_path / "net.pth", state_dict("vgg16"))
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "text": b"<html>404</html>", "empty": b""}[content]
+    )
+    with pytest.raises(ValueError, match="weights.*" + str(path) + ADVICE):
+        vgg16(weights=path)
+
+
+class Malicious:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (self.marker,))
+
+
+@pytest.mark.parametrize("protocol", ["zip", "pickle"])
+def test_code_in_a_file_never_runs(tmp_path: Path, protocol: str) -> None:
+    marker = tmp_path / "ran"
+    path = tmp_path / "net.pth"
+    content = state_dict("alexnet") | {"features.0.weight": Malicious(str(marker))}
+    if protocol == "zip":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Malicious(str(marker))}))
+    with pytest.raises(ValueError, match="weights.*" + str(path) + ADVICE):
+        alexnet(weights=path)
+    assert not marker.exists()
+
+
+WRONG_CONTENT: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.zeros(3),
+    "list": lambda: [torch.zeros(3)],
+    "no keys": dict,
+    "wrapped": lambda: {"state_dict": state_dict("vgg16")},
+    "without prefix": lambda: {k.removeprefix("features."): v for k, v in state_dict("vgg16").items()},
+    "key missing": lambda: {k: v for k, v in state_dict("vgg16").items() if k != "features.12.bias"},
+    "not a tensor": lambda: state_dict("vgg16") | {"features.0.weight": 3},
+    "wrong shape": lambda: state_dict("vgg16") | {"features.5.weight": torch.zeros(128, 64, 5, 5)},
+    "one channel": lambda: state_dict("vgg16") | {"features.0.weight": torch.zeros(64, 1, 3, 3)},
+    "alexnet": lambda: state_dict("alexnet"),
+    "vgg19": lambda: state_dict("vgg19"),
+}
+
+
+@pytest.mark.parametrize("content", WRONG_CONTENT)
+@pytest.mark.parametrize("tap", ["pool3", "pool5"])
+def test_another_file(tmp_path: Path, content: str, tap: str) -> None:
+    """The first ten convolutions of VGG19 fit into VGG16: wrong numbers, if nobody looked at the rest."""
+    path = saved(tmp_path / "net.pth", WRONG_CONTENT[content]())
+    with pytest.raises(ValueError, match="weights"):
+        vgg16((tap,), weights=path)
+
+
+@pytest.mark.parametrize("tap", ["relu1_1", "relu3_1", "relu5_1"])
+def test_vgg16_is_no_vgg19(tmp_path: Path, tap: str) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        vgg19((tap,), weights=saved(tmp_path / "net.pth", state_dict("vgg16")))
+
+
+OFFICIAL = {
+    "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+    "alexnet": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_default_weights_come_from_torchs_loader(monkeypatch: pytest.MonkeyPatch, net: str) -> None:
+    """From the official address, its checksum verified, without running code."""
+    load, _, last, _ = NETS[net]
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def loader(url: str, **options: Any) -> dict[str, Tensor]:
+        calls.append((url, options))
+        return state_dict(net)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", loader)
+    trunk = load((last,))
+    assert torch.equal(trunk.features[0].weight, state_dict(net)["features.0.weight"])
+    (url, options), *rest = calls
+    assert not rest
+    assert url == OFFICIAL[net]
+    assert options["check_hash"] is True
+    assert options["weights_only"] is True
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(url: str, **_: Any) -> dict[str, Tensor]:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", loader)
+    with pytest.raises(RuntimeError, match="vgg19.*Name or service not known" + ADVICE):
+        vgg19()
+
+
+def test_torchvision_agrees() -> None:
+    """Where it is installed."""
+    models = pytest.importorskip("torchvision.models")
+    for net, (load, _, last, _) in NETS.items():
+        theirs = getattr(models, net)(weights=None).eval()
+        trunk = load((last,), weights=None, preprocess="none")
+        trunk.load_state_dict({k: v for k, v in theirs.state_dict().items() if k.startswith("features.")})
+        x = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(trunk(x)[0], theirs.features(x))
