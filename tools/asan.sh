@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The CPU library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set
 # this machine has.
-#   tools/asan.sh [python [pytest arguments]]       default: the tests of every op in csrc/cpu
+#   tools/asan.sh [python [pytest arguments]]       default: the tests of every op
 #   SHARED=1        each test under one of the instruction sets instead of under each
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,9 +12,8 @@ cxx=${CXX:-g++}
 INPAINT_KERNELS_BUILD=cpu "$python" setup.py -q build_ext --sanitize --build-lib build/sanitize
 
 if [ $# -eq 0 ]; then
-  for source in csrc/cpu/*.cpp; do
-    test=tests/test_$(basename "$source" .cpp).py
-    if [ -f "$test" ]; then set -- "$@" "$test"; fi
+  for op in $("$python" -c 'from inpaint_kernels import _library; print(*_library.OPS)'); do
+    set -- "$@" "tests/test_$op.py"
   done
 fi
 

@@ -70,7 +70,7 @@ def _formula(ctx: Any, i: int, grad: Tensor, saved: tuple[Tensor, ...]) -> Tenso
     size, channels_last, _, _ = ctx.layers[i]
     copies = size[0] // size[4] if size[4] else 0
     mask = masks[i] if mask_count else None
-    if mask is not None and mask.shape[0] not in (1, size[0]):
+    if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, size[0]):
         mask = mask.repeat(copies, 1, 1, 1)
     coefficient = grad * saved[0][i]
     if penalty != "l1":
@@ -104,7 +104,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
             [] if l1 else [kept[count + i] for i in wanted],
             [n for i in wanted for n in ctx.layers[i][0]],
             [int(ctx.layers[i][1]) for i in wanted],
-            [_checks.FLOATS.index(ctx.layers[i][2]) for i in wanted],
+            # A target's gradient is a sum over the predictions: not of rounded terms.
+            [_checks.FLOATS.index(scale.dtype if needs[1][i] else ctx.layers[i][2]) for i in wanted],
             penalty,
             param,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _library
 from ..reference import gram as reference
 from ..reference.masked_l1 import accumulate_dtype
-from . import _checks
+from . import _checks, _pixel
 
 NORMALIZATIONS = ("chw", "hw", "none")
 
@@ -21,7 +21,7 @@ def _fake(features: Tensor, normalize: str) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, features: Tensor, normalize: str) -> Tensor:
-    return torch.empty_like(features)
+    return _pixel.empty_image(features, features.shape, _pixel.is_channels_last(features), features.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -38,7 +38,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     n, c, h, w = features.shape
     x = features.to(grad.dtype).reshape(n, c, h * w)
     scale = reference.gram_scale(ctx.normalize, c, h * w)
-    product = torch.bmm(grad + grad.mT, x) * scale
+    with torch.autocast(x.device.type, enabled=False):
+        product = torch.bmm(grad + grad.mT, x) * scale
     return (product.reshape(n, c, h, w).to(features.dtype),)
 
 

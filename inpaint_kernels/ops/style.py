@@ -34,7 +34,7 @@ def _fake(
 
 
 def _backward_fake(grad: Tensor, factors: list[Tensor], features: list[Tensor], sign: float) -> list[Tensor]:
-    return [torch.empty_like(x) for x in features]
+    return [_pixel.empty_image(x, x.shape, _pixel.is_channels_last(x), x.dtype) for x in features]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -61,7 +61,12 @@ def _graph_factor(factor: Tensor, x: Tensor, target: Tensor | None, weight: floa
 
 def _product(factor: Tensor, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    return torch.bmm(factor, x.to(factor.dtype).reshape(n, c, h * w)).reshape(n, c, h, w)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(factor, x.to(factor.dtype).reshape(n, c, h * w)).reshape(n, c, h, w)
+
+
+def _gram_scale(normalize: str, x: Tensor) -> float:
+    return gram_scale("none" if normalize == "gatys" else normalize, x.shape[1], x.shape[2] * x.shape[3])
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -76,17 +81,20 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
         wanted = [i for i in range(layers) if needs[side][i]]
         if not wanted:
             continue
+        # A factor carries the scale of the input's Gram matrix; the target's differs if its size does.
+        ratios = [_gram_scale(normalize, maps[i]) / _gram_scale(normalize, features[i]) for i in wanted]
         if not torch.is_grad_enabled():
-            found = op(grad, [factors[i] for i in wanted], [maps[i] for i in wanted], sign)
+            scaled = [factors[i] if r == 1 else factors[i] * r for i, r in zip(wanted, ratios, strict=True)]
+            found = op(grad, scaled, [maps[i] for i in wanted], sign)
         else:
             found = []
-            for i in wanted:
+            for i, ratio in zip(wanted, ratios, strict=True):
                 factor = factors[i]
                 if penalty == "l2":
                     factor = _graph_factor(factor, features[i], targets[i], weights[i], normalize)
                 if side == 1:
                     factor = _pixel.sum_copies(factor, batches[i])
-                found.append((sign * grad * _product(factor, maps[i])).to(maps[i].dtype))
+                found.append((sign * ratio * grad * _product(factor, maps[i])).to(maps[i].dtype))
         for i, value in zip(wanted, found, strict=True):
             grads[side][i] = value
     return grads

@@ -26,7 +26,7 @@ def feature_distance(
         copies = x.shape[0] // y.shape[0] if y.shape[0] else 0
         goal = y.repeat(copies, 1, 1, 1)
         mask = masks[layer].to(total.dtype) if masks is not None else None
-        if mask is not None and mask.shape[0] not in (1, x.shape[0]):
+        if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, x.shape[0]):
             mask = mask.repeat(copies, 1, 1, 1)
         value = weighted_map(x, goal, mask, penalty, param)
         total = total + weight * reduce_map(value, mask, normalize)

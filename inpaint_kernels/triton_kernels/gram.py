@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.gram import gram_scale
 from . import plan
-from .product import launch_product, load_features, multiply_add, precision
+from .product import gram_scale, launch_product, load_features, multiply_add, precision
 
 # Programs that fill the largest GPU listed (148 multiprocessors) a few times over.
 PROGRAMS = 528

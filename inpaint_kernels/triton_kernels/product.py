@@ -366,3 +366,17 @@ def launch_product(
             num_warps=8 if block_r == 128 or mode != "half" else 4,
         )
     return out
+
+
+def gram_scale(normalize: str, channels: int, pixels: int) -> float:
+    """Factor of F F^T, as csrc/common/gram.h."""
+    count = {"chw": channels * pixels, "hw": pixels}.get(normalize, 1)
+    return 1.0 / count if count else 1.0
+
+
+def style_coefficient(normalize: str, channels: int, pixels: int, predictions: int) -> float:
+    """Factor of the summed penalties of one layer, as csrc/common/gram.h."""
+    count = predictions * channels**2
+    if normalize == "gatys":
+        count *= 4 * pixels**2
+    return 1.0 / count if count else 0.0

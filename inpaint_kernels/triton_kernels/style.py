@@ -18,11 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.gram import gram_scale
-from ..reference.style import style_coefficient
 from . import gram, pixel, plan
 from .gram import add_splits, second_stage_place, store_both
-from .product import launch_product
+from .product import gram_scale, launch_product, style_coefficient
 
 
 @triton.jit(do_not_specialize=["samples", "splits", "target_splits"])
