@@ -9,7 +9,9 @@ import torch
 from harness import Backend
 from training_checks import ops_called
 
-import inpaint_kernels as ik
+from inpaint_kernels.ops.feature_distance import feature_distance
+from inpaint_kernels.ops.gram import gram_matrix
+from inpaint_kernels.ops.style import style_loss
 
 SIZE = (4, 3, 8, 8)
 
@@ -103,9 +105,9 @@ BAD_DISTANCE: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Excep
 CASES = {
     f"{name}-{case}": (function, *row)
     for name, function, rows in (
-        ("gram", ik.gram_matrix, BAD_GRAM),
-        ("style", ik.style_loss, BAD_STYLE),
-        ("distance", ik.feature_distance, BAD_DISTANCE),
+        ("gram", gram_matrix, BAD_GRAM),
+        ("style", style_loss, BAD_STYLE),
+        ("distance", feature_distance, BAD_DISTANCE),
     )
     for case, row in rows.items()
 }
@@ -130,19 +132,19 @@ def test_good_arguments(backend: Backend) -> None:
     x = features(device=backend.device)
     one = {"backend": backend.name}
     for found in (
-        ik.gram_matrix(x, **one),
-        ik.style_loss(x, x[:2], weights=2, **one),
-        ik.style_loss((x,), [x[:1]], weights=(0.5,), **one),
-        ik.style_loss(x, x[:2, :, :3, :5], **one),
-        ik.feature_distance((x, x), (x, x[:1]), mask=[x[:, :1], x[0, 0]], **one),
-        ik.feature_distance(x, x[:2], mask=x[:2, :, :1, :1], layer_reduction="mean", **one),
-        ik.feature_distance(x, x, weights=-1, eps=-5.0, **one),
+        gram_matrix(x, **one),
+        style_loss(x, x[:2], weights=2, **one),
+        style_loss((x,), [x[:1]], weights=(0.5,), **one),
+        style_loss(x, x[:2, :, :3, :5], **one),
+        feature_distance((x, x), (x, x[:1]), mask=[x[:, :1], x[0, 0]], **one),
+        feature_distance(x, x[:2], mask=x[:2, :, :1, :1], layer_reduction="mean", **one),
+        feature_distance(x, x, weights=-1, eps=-5.0, **one),
     ):
         assert found.dtype == torch.float32
         assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [ik.style_loss, ik.feature_distance])
+@pytest.mark.parametrize("function", [style_loss, feature_distance])
 def test_meta_tensors_and_wrong_devices(function: Any) -> None:
     """A kernel of another device says so."""
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):

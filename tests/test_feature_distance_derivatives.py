@@ -21,7 +21,7 @@ from harness import Backend, evaluate, gradient_of, grid
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
 
-import inpaint_kernels as ik
+from inpaint_kernels.ops.feature_distance import feature_distance
 
 PENALTIES = ("l1", "l2", "charbonnier")
 SIZE = (2, 5, 9, 14)
@@ -117,6 +117,6 @@ def test_gradient_to_the_mask(penalty: str, mask: str, normalize: str) -> None:
 def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
     x, y, mask = on_device(kernel, *distance_pair(SIZE), layer_mask("shared", SIZE, 1))
     with pytest.raises(RuntimeError, match="mask"):
-        ik.feature_distance(x, y, mask=mask.requires_grad_(), backend=kernel.name)
+        feature_distance(x, y, mask=mask.requires_grad_(), backend=kernel.name)
     with torch.no_grad():
-        ik.feature_distance(x, y, mask=mask, backend=kernel.name)
+        feature_distance(x, y, mask=mask, backend=kernel.name)

@@ -37,6 +37,7 @@ from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
 
 import inpaint_kernels as ik
+from inpaint_kernels.ops.gram import gram_matrix
 from inpaint_kernels.ops.style import style_loss
 
 SIZE = (2, 5, 9, 14)
@@ -179,9 +180,7 @@ def test_cached_gram_of_the_package(backend: Backend) -> None:
     """Cached or not, the same loss and the same gradient, up to rounding."""
     x, y = on_device(backend, *style_pair(SIZE, predictions=2))
     for style, (normalize, _) in STYLES.items():
-        cached = ik.gram_matrix(
-            y, normalize="none" if normalize == "gatys" else normalize, backend=backend.name
-        )
+        cached = gram_matrix(y, normalize="none" if normalize == "gatys" else normalize, backend=backend.name)
         plain = evaluate(style_call(backend, style_settings(style)), [x, y], (0,))
         call = style_call(backend, style_settings(style, target_is_gram=True))
         result = evaluate(call, [x, cached], (0,), plain[2])
@@ -198,17 +197,17 @@ def test_gatys_is_the_published_formula(backend: Backend) -> None:
         for a, b in zip(x.double().view(n, c, h * w), y.double().view(n, c, h * w), strict=True):
             want += weight * float((a @ a.T - b @ b.T).norm() ** 2) / (4 * c**2 * (h * w) ** 2) / n
     flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
-    got = ik.style_loss(flat[:3], flat[3:], weights=WEIGHTS, normalize="gatys", backend=backend.name)
+    got = style_loss(flat[:3], flat[3:], weights=WEIGHTS, normalize="gatys", backend=backend.name)
     assert float(got) == pytest.approx(want, rel=2e-6)
 
 
 def test_defaults(backend: Backend) -> None:
     x, y = on_device(backend, *style_pair(SIZE))
     assert torch.equal(
-        ik.style_loss(x, y, backend=backend.name), style_call(backend, style_settings("chw-l1"))(x, y)
+        style_loss(x, y, backend=backend.name), style_call(backend, style_settings("chw-l1"))(x, y)
     )
-    both = ik.style_loss((x, x), (y, y), weights=(1, 0.5), backend=backend.name)
-    torch.testing.assert_close(both, 1.5 * ik.style_loss(x, y, backend=backend.name), rtol=1e-6, atol=0)
+    both = style_loss((x, x), (y, y), weights=(1, 0.5), backend=backend.name)
+    torch.testing.assert_close(both, 1.5 * style_loss(x, y, backend=backend.name), rtol=1e-6, atol=0)
 
 
 @grid(style=STYLES, dtype=("f32", "f16"), layout=("contiguous", "channels_last"))

@@ -62,10 +62,11 @@ void set_tiling(Layer& layer, const std::vector<int64_t>& sizes, const Tensor* m
   if (args.mask_per_prediction) args.mask.shared = false;
 }
 
-// Input and target in one dtype and layout.
-void set_images(Layer& layer, const Tensor& input, const Tensor& target, bool channels_last) {
-  const bool mixed = input.scalar_type() != target.scalar_type();
-  layer.dtype = mixed ? ScalarType::Float : input.scalar_type();
+// Input and target in one layout and in dtype `wanted`, or in float32 if one of them has another dtype.
+void set_images(Layer& layer, const Tensor& input, const Tensor& target, ScalarType wanted,
+                bool channels_last) {
+  const bool same = input.scalar_type() == wanted && target.scalar_type() == wanted;
+  layer.dtype = same ? wanted : ScalarType::Float;
   for (const Tensor* image : {&input, &target}) {
     const Tensor typed =
         image->scalar_type() == layer.dtype ? *image : torch::stable::to(*image, layer.dtype);
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> feature_distance(
         empty_1d(input[i], save_signs ? predictions * layer.shape.sign_bytes() : 0, ScalarType::Byte));
     numel.push_back(static_cast<double>(predictions) * static_cast<double>(layer.shape.numel()));
     if (numel.back() == 0) continue;
-    set_images(layer, input[i], target[i], channels_last);
+    set_images(layer, input[i], target[i], input[i].scalar_type(), channels_last);
     const int E = elements_of(layer.dtype);
     set_tiling(layer, sizes, mask.empty() ? nullptr : &mask[i], channels_last, E);
     const int64_t size = static_cast<int64_t>(layer.kept[0].element_size());
@@ -229,7 +230,7 @@ std::vector<Tensor> feature_distance_backward(
     gradients.push_back(empty_image(scale, {size[0], size[1], size[2], size[3]}, last, types[i]));
     if (gradients.back().numel() == 0) continue;
     layer.dtype = types[i];
-    if (!l1) set_images(layer, input[i], target[i], last);
+    if (!l1) set_images(layer, input[i], target[i], types[i], last);
     const int E = elements_of(layer.dtype);
     set_tiling(layer, size, mask.empty() ? nullptr : &mask[i], last, E);
     layer.args.scale_index = static_cast<int32_t>(i);
