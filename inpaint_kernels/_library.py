@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,9 @@ class _Route:
     """One backend of one op: its forward and backward operators, and the eager autograd node over them."""
 
     def __init__(self, op: Op, backend: str) -> None:
-        self.forward = forward_op = _define(f"{op.name}_{backend}", op.schema, op.fake)
+        self.forward = forward_op = _define(
+            f"{op.name}_{backend}", op.schema, functools.partial(op.fake, backend)
+        )
         self.backward = backward_op = _define(
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
@@ -114,7 +117,8 @@ class Op:
         name: the op's name in every folder.
         schema, backward_schema: arguments and returns, "(Tensor pred, ...) -> (Tensor, ...)".
         outputs: how many leading outputs are differentiable; the rest is what the backward needs.
-        fake, backward_fake: the same functions on metadata alone.
+        fake, backward_fake: the same functions on metadata alone. `fake(backend, ...)` is told the backend, for what
+            a forward keeps for its own backward may differ.
         save: `save(ctx, inputs, output)` stores what the backward needs.
         backward: `backward(ctx, op, needs, *grads)` returns the gradients of the leading inputs (a list for a list);
             `needs` tells which are wanted, nested likewise. With grad mode on (`create_graph=True`) it must use

@@ -216,9 +216,14 @@ def test_stopped_run_leaves_the_last_checkpoint(
         if trainer.step == 6:
             signal.raise_signal(number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_one_step", stopped)
-        status, _, err = run("--steps", 10, "--no-compare")
+    # A background job of a shell ignores SIGINT, and so do the tests started by one.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Trainer, "_one_step", stopped)
+            status, _, err = run("--steps", 10, "--no-compare")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     out = tmp_path / "out"
     last = err.splitlines()[-1]
     assert status == 2

@@ -46,7 +46,8 @@ def test_l1_keeps_two_bits_an_element(kernel: Backend, normalize: str, dtypes: s
     def step(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return call(pred * 2, target * 2, mask)
 
-    assert kept_bytes(step, *leaves) <= pred.numel() / 4 + 2 * 8 * 8
+    # cpu also keeps the mask as bits, to spare its backward the mask itself.
+    assert kept_bytes(step, *leaves) <= pred.numel() / 4 + mask.numel() / 8 + 2 * 8 * 8
     with torch.no_grad():
         assert kept_bytes(step, *leaves) == 0
 

@@ -118,6 +118,16 @@ def test_sizes(backend: Backend, size: str, mode: str, layout: str, penalty: str
     check(backend, *pair, make_mask("n1hw", SIZES[size]), penalty, mode)
 
 
+@grid(size=SIZES, mask=("n1hw", "nchw"), mode=("mask", "none"), layout=("contiguous", "channels_last"))
+def test_masks_of_zeros_and_ones(backend: Backend, size: str, mask: str, mode: str, layout: str) -> None:
+    """Which the signs contain already; one fraction, in the last place, must undo that."""
+    pair = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
+    weights = make_mask(mask, SIZES[size], values="binary")
+    check(backend, *pair, weights, "l1", mode)
+    weights[-1, -1, -1, -1] = 0.5
+    check(backend, *pair, weights, "l1", mode)
+
+
 @grid(size=GPU_SIZES, layout=("contiguous", "channels_last"), penalty=("l1", "huber"), dtype=("f32", "bf16"))
 def test_large_sizes(kernel: Backend, size: str, layout: str, penalty: str, dtype: str) -> None:
     if kernel.device != "cuda":

@@ -9,7 +9,8 @@
 
 namespace ik {
 
-enum class Dtype : int { f32, f64, f16, bf16, boolean, u8 };
+// bits: a mask of zeros and ones, 8 elements a byte.
+enum class Dtype : int { f32, f64, f16, bf16, boolean, u8, bits };
 
 static inline int64_t dtype_bytes(Dtype dtype) {
   return dtype == Dtype::f64                           ? 8
@@ -115,6 +116,20 @@ static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
       for (; i < n; ++i) dst[i] = static_cast<T>(static_cast<int>(s[i]));
     }
   }
+}
+
+// dst[i] = bit i of src.
+template <typename T>
+static void unpack_bits(const uint8_t* src, int64_t n, T* dst) {
+  using V = Vec<T>;
+  const V one(T(1));
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    uint32_t word = 0;
+    for (int g = 0; g < V::lanes / 8; ++g) word |= static_cast<uint32_t>(src[i / 8 + g]) << (8 * g);
+    V::signed_by(word, 0, one).store(dst + i);
+  }
+  for (; i < n; ++i) dst[i] = static_cast<T>((src[i / 8] >> (i % 8)) & 1);
 }
 
 // dst[i] = src[i] rounded to nearest even; dst is f16, bf16, f32 or f64.

@@ -81,10 +81,14 @@ std::vector<Tensor> feature_distance_backward(
     const int64_t batch = sizes[5 * i + 4];
     const ScalarType dtype = kFloats[dtypes[i]];
     const bool l1 = input.empty();
-    PixelTensors t =
-        backward_tensors(l1 ? std::optional<Tensor>() : input[i], l1 ? std::optional<Tensor>() : target[i],
-                         std::nullopt, l1 ? std::optional<Tensor>(signs[i]) : std::nullopt, size,
-                         channels_last[i] != 0, dtype, l1 ? dtype : target[i].scalar_type(), penalty, param);
+    const auto only = [](bool kept, const std::vector<Tensor>& of, size_t layer) {
+      return kept ? std::optional<Tensor>(of[layer]) : std::nullopt;
+    };
+    PixelTensors t = backward_tensors(only(!l1, input, i), only(!l1, target, i), only(l1, signs, i), size,
+                                      channels_last[i] != 0, l1 ? dtype : input[i].scalar_type(),
+                                      l1 ? dtype : target[i].scalar_type(), penalty, param);
+    // The gradient may be wanted in another dtype than the input's.
+    t.call.grad_pred_dtype = dtype_code(dtype);
     if (batch > 0) t.call.copies = size[0] / batch;
     if (!mask.empty()) set_layer_mask(t, mask[i], batch);
     const std::vector<double> coefficient(static_cast<size_t>(size[0]), per_layer[i]);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hole_valid(const Tensor& pred,    // 
   PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
   t.call.regions = 2;
   t.call.mask_is_hole = mask_is_hole;
-  Tensor signs = make_signs(t, pred, save_signs);
+  Tensor signs = make_signs(t, pred, save_signs, mask);
   Tensor losses[2] = {empty_scalar(pred, t.dtype), empty_scalar(pred, t.dtype)};
   Tensor scale = empty_strided(pred, {t.size[0], 2}, {2, 1}, t.dtype);
   reduce(t, parse_normalize(normalize), losses, scale);
@@ -34,9 +34,10 @@ std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad
                                                ScalarType pred_dtype, ScalarType target_dtype,
                                                const std::string& penalty, double param, bool mask_is_hole,
                                                bool need_pred, bool need_target) {
-  PixelTensors t = backward_tensors(pred, target, mask, signs, size, channels_last, pred_dtype, target_dtype,
-                                    penalty, param);
+  PixelTensors t =
+      backward_tensors(pred, target, signs, size, channels_last, pred_dtype, target_dtype, penalty, param);
   t.call.regions = 2;
+  set_backward_mask(t, mask);
   t.call.mask_is_hole = mask_is_hole;
   const std::vector<double> coefficient = coefficients(scale, {grad_hole, grad_valid});
   t.call.coefficient = coefficient.data();

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                
                                              const std::string& reduction, const std::string& normalize,
                                              bool save_signs) {
   PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
-  Tensor signs = make_signs(t, pred, save_signs);
+  Tensor signs = make_signs(t, pred, save_signs, mask);
   if (reduction == "none") {
     Tensor out = empty_image(pred, t.size, t.channels_last, t.dtype);
     t.call.map = out.mutable_data_ptr();
@@ -35,8 +35,9 @@ std::tuple<Tensor, Tensor> masked_l1_backward(
     const std::optional<Tensor>& target, const std::vector<int64_t>& size, bool channels_last,
     ScalarType pred_dtype, ScalarType target_dtype, const std::string& penalty, double param, bool need_pred,
     bool need_target) {
-  PixelTensors t = backward_tensors(pred, target, mask, signs, size, channels_last, pred_dtype, target_dtype,
-                                    penalty, param);
+  PixelTensors t =
+      backward_tensors(pred, target, signs, size, channels_last, pred_dtype, target_dtype, penalty, param);
+  set_backward_mask(t, mask);
   std::vector<double> coefficient;
   if (grad.dim() == 0) {
     coefficient = coefficients(scale, {grad});

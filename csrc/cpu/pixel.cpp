@@ -3,7 +3,8 @@
 // Forward: every unit (see pixel.h) adds up weight * penalty(pred - target) and the weights of one or two
 // regions, and packs the signs of the differences for l1. Backward: coefficient * weight * penalty'(d), from
 // the signs for l1 and from pred and target otherwise. float32 is read in place; other types go through
-// L1-resident buffers. Bytes an element, float32 and l1: forward 8.25 + mask, backward 4.25 + mask.
+// L1-resident buffers. Bytes an element, float32 and l1: forward 8.25 + mask, backward 4.25, as a mask of
+// zeros and ones is not read again.
 #include "cpu/pixel.h"
 
 #include <type_traits>
@@ -16,6 +17,8 @@ namespace IK_ISA {
 namespace {
 
 constexpr int64_t kChunk = PixelCall::chunk;
+// Elements converted at a time: the buffers of two inputs and two outputs are half of a 32 KiB L1 cache.
+constexpr int64_t kBlock = 1024;
 // Gradients larger than this leave the cache anyway: written around it they spare the read for ownership.
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
@@ -278,6 +281,10 @@ constexpr Dtype dtype_of(const double*) { return Dtype::f64; }
 // `n` elements at `offset` of `data` as T: in place when stored as T, else converted into `buffer`.
 template <typename T>
 const T* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, T* buffer) {
+  if (dtype == Dtype::bits) {
+    unpack_bits(static_cast<const uint8_t*>(data) + offset / 8, n, buffer);
+    return buffer;
+  }
   const char* at = static_cast<const char*>(data) + offset * dtype_bytes(dtype);
   if (dtype == dtype_of(buffer)) return reinterpret_cast<const T*>(at);
   convert_to(dtype, at, n, buffer);
@@ -331,51 +338,94 @@ struct Unit {
   }
 };
 
-// Calls f(row, weight, target) for every (segment, prediction) of a unit; row counts the segments of pred.
+// Whether all weights are 0 or 1; packs them into `bits` unless null.
+template <typename T>
+bool pack_binary(const T* weight, int64_t n, uint8_t* bits) {
+  using V = Vec<T>;
+  // w^2 - w is 0 for 0 and 1 alone; NaN and Inf make it NaN.
+  V off(T(0));
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    const V w = V::load(weight + i);
+    off = off + abs_(w * w - w);
+    if (bits == nullptr) continue;
+    const uint32_t word = w.positive_bits();
+    for (int g = 0; g < V::lanes / 8; ++g) bits[i / 8 + g] = static_cast<uint8_t>(word >> (8 * g));
+  }
+  double rest = 0;
+  while (i < n) {
+    const int64_t end = i + 8 < n ? i + 8 : n;
+    uint32_t word = 0;
+    for (int64_t at = i; at < end; ++at) {
+      rest += std::fabs(weight[at] * weight[at] - weight[at]);
+      word |= uint32_t(weight[at] > T(0)) << (at - i);
+    }
+    if (bits != nullptr) bits[i / 8] = static_cast<uint8_t>(word);
+    i = end;
+  }
+  return off.sum() + rest == 0;
+}
+
+// Calls f(sample, row, weight) for every (segment, prediction) of a unit; row counts the segments of pred.
 template <typename T, typename F>
-IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* target_buffer, T* mask_buffer,
-                            F&& f) {
+IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* mask_buffer, F&& f) {
   const PixelShape& shape = call.shape;
   const int64_t samples = shape.samples / call.copies;
   const T* weight = nullptr;
   for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
-    const int64_t target_row = unit.sample * shape.segments + segment;
-    const T* target = nullptr;
-    if (call.target != nullptr) {
-      target = fetch(call.target, call.target_dtype, target_row * shape.length + unit.start, unit.n,
-                     target_buffer);
-    }
     for (int64_t copy = 0; copy < call.copies; ++copy) {
       const int64_t sample = copy * samples + unit.sample;
       if (shape.has_mask && (weight == nullptr || shape.mask_stride_c != 0 || call.mask_per_copy)) {
         weight = fetch_mask(call, call.mask_per_copy ? sample : unit.sample, segment, unit.start, unit.n,
                             mask_buffer);
+        if (call.binary != nullptr) {
+          uint8_t* bits = call.mask_bits != nullptr && segment == 0
+                              ? call.mask_bits + sample * shape.groups() + unit.start / 8
+                              : nullptr;
+          if (!pack_binary(weight, unit.n, bits)) __atomic_store_n(call.binary, 0, __ATOMIC_RELAXED);
+        }
       }
-      f(sample, sample * shape.segments + segment, weight, target);
+      f(sample, sample * shape.segments + segment, weight);
     }
+  }
+}
+
+// Calls f(begin, n) for the blocks of a unit: the whole unit where nothing needs converting.
+template <typename T, typename F>
+IK_INLINE void for_each_block(const PixelCall& call, const Unit& unit, F&& f) {
+  constexpr Dtype stored = dtype_of(static_cast<const T*>(nullptr));
+  const bool in_place = call.pred_dtype == stored && call.target_dtype == stored &&
+                        call.grad_pred_dtype == stored && call.grad_target_dtype == stored;
+  const int64_t step = in_place ? kChunk : kBlock;
+  for (int64_t begin = 0; begin < unit.n; begin += step) {
+    f(begin, unit.n - begin < step ? unit.n - begin : step);
   }
 }
 
 template <typename T>
 void forward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  alignas(64) T pred[kChunk], target_buffer[kChunk], mask_buffer[kChunk];
+  alignas(64) T pred[kBlock], target[kBlock], mask_buffer[kChunk];
+  const int64_t target_segments = call.shape.samples / call.copies * call.shape.segments;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
     Totals totals;
-    for_each_run(
-        call, unit, target_buffer, mask_buffer, [&](int64_t, int64_t row, const T* weight, const T* target) {
-          const int64_t offset = row * call.shape.length + unit.start;
-          ForwardRun<T> run;
-          run.pred = fetch(call.pred, call.pred_dtype, offset, unit.n, pred);
-          run.target = target;
-          run.weight = weight;
-          run.n = unit.n;
-          run.param = static_cast<T>(call.param);
-          run.mask_is_hole = call.mask_is_hole;
-          run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
-          run.map = call.map ? static_cast<T*>(call.map) + offset : nullptr;
-          forward_dispatch(call, run, totals);
-        });
+    for_each_run(call, unit, mask_buffer, [&](int64_t, int64_t row, const T* weight) {
+      for_each_block<T>(call, unit, [&](int64_t begin, int64_t n) {
+        const int64_t start = unit.start + begin;
+        const int64_t offset = row * call.shape.length + start;
+        ForwardRun<T> run;
+        run.pred = fetch(call.pred, call.pred_dtype, offset, n, pred);
+        run.target = fetch(call.target, call.target_dtype, row % target_segments * call.shape.length + start,
+                           n, target);
+        run.weight = weight ? weight + begin : nullptr;
+        run.n = n;
+        run.param = static_cast<T>(call.param);
+        run.mask_is_hole = call.mask_is_hole;
+        run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + start / 4 : nullptr;
+        run.map = call.map ? static_cast<T*>(call.map) + offset : nullptr;
+        forward_dispatch(call, run, totals);
+      });
+    });
     if (call.partials != nullptr) {
       double* out = call.partials + 4 * index;
       for (int r = 0; r < 2; ++r) {
@@ -402,36 +452,39 @@ IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 
 template <typename T>
 void backward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  alignas(64) T pred[kChunk], target_buffer[kChunk], mask_buffer[kChunk], grad_pred[kChunk],
-      grad_target[kChunk];
+  alignas(64) T pred[kBlock], target[kBlock], mask_buffer[kChunk], grad_pred[kBlock], grad_target[kBlock];
+  const int64_t target_segments = call.shape.samples / call.copies * call.shape.segments;
   const bool large = call.shape.numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
-    for_each_run(
-        call, unit, target_buffer, mask_buffer,
-        [&](int64_t sample, int64_t row, const T* weight, const T* target) {
-          const int64_t offset = row * call.shape.length + unit.start;
-          BackwardRun<T> run;
-          run.pred = call.pred ? fetch(call.pred, call.pred_dtype, offset, unit.n, pred) : nullptr;
-          run.target = target;
-          run.weight = weight;
-          run.grad = call.grad_map ? static_cast<const T*>(call.grad_map) + offset : nullptr;
-          run.n = unit.n;
-          for (int r = 0; r < 2; ++r) {
-            const bool given = r < call.regions && call.coefficient != nullptr;
-            run.coefficient[r] = given ? static_cast<T>(call.coefficient[sample * call.regions + r]) : T(0);
-          }
-          run.param = static_cast<T>(call.param);
-          run.mask_is_hole = call.mask_is_hole;
-          run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + unit.start / 4 : nullptr;
-          run.grad_pred = output_at(call.grad_pred, call.pred_dtype, offset, grad_pred);
-          run.grad_target = output_at(call.grad_target, call.target_dtype, offset, grad_target);
-          run.stream = large && aligned(run.grad_pred) && aligned(run.grad_target) &&
-                       run.grad_pred != grad_pred && run.grad_target != grad_target;
-          backward_dispatch(call, run);
-          store_output(call.grad_pred, call.pred_dtype, offset, unit.n, grad_pred);
-          store_output(call.grad_target, call.target_dtype, offset, unit.n, grad_target);
-        });
+    for_each_run(call, unit, mask_buffer, [&](int64_t sample, int64_t row, const T* weight) {
+      for_each_block<T>(call, unit, [&](int64_t begin, int64_t n) {
+        const int64_t start = unit.start + begin;
+        const int64_t offset = row * call.shape.length + start;
+        BackwardRun<T> run;
+        run.pred = call.pred ? fetch(call.pred, call.pred_dtype, offset, n, pred) : nullptr;
+        run.target = call.target ? fetch(call.target, call.target_dtype,
+                                         row % target_segments * call.shape.length + start, n, target)
+                                 : nullptr;
+        run.weight = weight ? weight + begin : nullptr;
+        run.grad = call.grad_map ? static_cast<const T*>(call.grad_map) + offset : nullptr;
+        run.n = n;
+        for (int r = 0; r < 2; ++r) {
+          const bool given = r < call.regions && call.coefficient != nullptr;
+          run.coefficient[r] = given ? static_cast<T>(call.coefficient[sample * call.regions + r]) : T(0);
+        }
+        run.param = static_cast<T>(call.param);
+        run.mask_is_hole = call.mask_is_hole;
+        run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + start / 4 : nullptr;
+        run.grad_pred = output_at(call.grad_pred, call.grad_pred_dtype, offset, grad_pred);
+        run.grad_target = output_at(call.grad_target, call.grad_target_dtype, offset, grad_target);
+        run.stream = large && aligned(run.grad_pred) && aligned(run.grad_target) &&
+                     run.grad_pred != grad_pred && run.grad_target != grad_target;
+        backward_dispatch(call, run);
+        store_output(call.grad_pred, call.grad_pred_dtype, offset, n, grad_pred);
+        store_output(call.grad_target, call.grad_target_dtype, offset, n, grad_target);
+      });
+    });
   }
 #if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
   if (large) _mm_sfence();

@@ -27,11 +27,14 @@ struct PixelCall {
   const void* target = nullptr;  // [N / copies, segments, length]
   const void* mask = nullptr;
   Dtype pred_dtype{}, target_dtype{}, mask_dtype{};
+  Dtype grad_pred_dtype{}, grad_target_dtype{};
   uint8_t* signs = nullptr;  // [N * segments, groups, 2]; written forward, read backward (l1)
 
   // Forward.
-  double* partials = nullptr;  // [units, 4]: sum and weight of the first, then of the second region
-  void* map = nullptr;         // [N, segments, length] float or double: reduction="none"
+  double* partials = nullptr;    // [units, 4]: sum and weight of the first, then of the second region
+  void* map = nullptr;           // [N, segments, length] float or double: reduction="none"
+  uint8_t* binary = nullptr;     // set to 0 if a weight is neither 0 nor 1
+  uint8_t* mask_bits = nullptr;  // [N, groups]: the mask of the first segment, a bit an element
 
   // Backward.
   const double* coefficient = nullptr;  // [N, regions]: grad * scale

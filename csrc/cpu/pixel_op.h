@@ -66,6 +66,8 @@ struct PixelTensors {
   void set_types(ScalarType pred, ScalarType target) {
     call.pred_dtype = dtype_code(pred);
     call.target_dtype = dtype_code(target);
+    call.grad_pred_dtype = call.pred_dtype;
+    call.grad_target_dtype = call.target_dtype;
     dtype = accumulate_type(pred, target);
     call.wide = dtype == ScalarType::Double;
   }
@@ -84,10 +86,12 @@ static inline PixelTensors forward_tensors(const Tensor& pred, const Tensor& tar
   return t;
 }
 
-static inline PixelTensors backward_tensors(
-    const std::optional<Tensor>& pred, const std::optional<Tensor>& target, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& signs, const std::vector<int64_t>& size, bool channels_last,
-    ScalarType pred_dtype, ScalarType target_dtype, const std::string& penalty, double param) {
+static inline PixelTensors backward_tensors(const std::optional<Tensor>& pred,
+                                            const std::optional<Tensor>& target,
+                                            const std::optional<Tensor>& signs,
+                                            const std::vector<int64_t>& size, bool channels_last,
+                                            ScalarType pred_dtype, ScalarType target_dtype,
+                                            const std::string& penalty, double param) {
   PixelTensors t;
   t.size = size;
   t.channels_last = channels_last;
@@ -96,7 +100,6 @@ static inline PixelTensors backward_tensors(
   t.call.param = param;
   t.set_types(pred_dtype, target_dtype);
   t.set_images(pred, target);
-  t.set_mask(mask);
   if (signs.has_value()) t.call.signs = static_cast<uint8_t*>(signs->data_ptr());
   STD_TORCH_CHECK((t.call.penalty == Penalty::l1 ? t.call.signs != nullptr || t.call.shape.numel() == 0
                                                  : pred.has_value() && target.has_value()),
@@ -104,15 +107,67 @@ static inline PixelTensors backward_tensors(
   return t;
 }
 
-static inline Tensor make_signs(PixelTensors& t, const Tensor& like, bool save_signs) {
-  Tensor signs = empty_1d(like, save_signs ? t.call.shape.sign_bytes() : 0, ScalarType::Byte);
-  if (save_signs) {
-    t.call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
-    // channels_last may need fewer groups; an output left unwritten in part would differ between runs.
-    const int64_t used = 2 * t.call.shape.samples * t.call.shape.segments * t.call.shape.groups();
-    std::fill(t.call.signs + used, t.call.signs + signs.numel(), uint8_t(0));
+// What an l1 forward of `cpu` appends to the signs (ops/_pixel.py: fake_signs), so that its backward need not
+// read a mask of zeros and ones again: a byte that is 1 for such a mask, and for two regions that mask as
+// bits.
+struct MaskTail {
+  int64_t at = 0;
+  int64_t bits_bytes = 0;
+  bool packs = false;  // a plane that all channels share; an interleaved one would have to be spread first
+
+  MaskTail(const PixelShape& shape, int regions, const Tensor& mask) {
+    at = shape.sign_bytes();
+    if (regions == 1 || shape.channels == 1) return;
+    bits_bytes = shape.samples * ((shape.pixels + 7) / 8);
+    packs = shape.segments == shape.channels &&
+            (mask.dim() == 2 || mask.sizes()[1] == 1 || mask.strides()[1] == 0);
+  }
+  int64_t bytes() const { return 1 + bits_bytes; }
+};
+
+static inline Tensor make_signs(PixelTensors& t, const Tensor& like, bool save_signs,
+                                const std::optional<Tensor>& mask = std::nullopt) {
+  PixelCall& call = t.call;
+  if (!save_signs) return empty_1d(like, 0, ScalarType::Byte);
+  const int64_t sign_bytes = call.shape.sign_bytes();
+  std::optional<MaskTail> tail;
+  if (mask.has_value()) tail.emplace(call.shape, call.regions, *mask);
+  Tensor signs = empty_1d(like, sign_bytes + (tail ? tail->bytes() : 0), ScalarType::Byte);
+  call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  // channels_last may need fewer groups; an output left unwritten in part would differ between runs.
+  const int64_t used = 2 * call.shape.samples * call.shape.segments * call.shape.groups();
+  std::fill(call.signs + used, call.signs + sign_bytes, uint8_t(0));
+  if (!tail) return signs;
+  call.binary = call.signs + sign_bytes;
+  *call.binary = 1;
+  uint8_t* bits = call.binary + 1;
+  if (tail->packs) {
+    call.mask_bits = bits;
+  } else {
+    std::fill(bits, bits + tail->bits_bytes, uint8_t(0));
   }
   return signs;
+}
+
+// The mask of a backward, with t.call.regions set: none where the signs tell all, else its bits if they were
+// kept.
+static inline void set_backward_mask(PixelTensors& t, const std::optional<Tensor>& mask) {
+  if (!mask.has_value()) return;
+  PixelCall& call = t.call;
+  if (call.penalty == Penalty::l1 && call.shape.numel() > 0) {
+    const MaskTail tail(call.shape, call.regions, *mask);
+    if (call.signs[tail.at] == 1) {
+      if (call.regions == 1) return;
+      if (tail.packs) {
+        call.shape.has_mask = true;
+        call.shape.mask_stride_n = 8 * call.shape.groups();
+        call.mask = call.signs + tail.at + 1;
+        call.mask_dtype = Dtype::bits;
+        return;
+      }
+    }
+  }
+  t.set_mask(mask);
 }
 
 template <typename T>

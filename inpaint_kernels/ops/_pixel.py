@@ -21,10 +21,20 @@ def empty_image(like: Tensor, size: Any, channels_last: bool, dtype: torch.dtype
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-def fake_signs(pred: Tensor, save_signs: bool) -> Tensor:
-    """Two bits an element, padded to groups of 8 in every channel plane."""
+def fake_signs(
+    pred: Tensor, save_signs: bool, backend: str = "", mask: Tensor | None = None, regions: int = 1
+) -> Tensor:
+    """Two bits an element, padded to groups of 8 in every channel plane.
+
+    `cpu` appends a byte that tells whether the mask holds zeros and ones only, for two regions followed by such
+    a mask packed into bits: its backward then reads no mask.
+    """
     n, c, h, w = pred.shape
-    return pred.new_empty(2 * n * c * ((h * w + 7) // 8) if save_signs else 0, dtype=torch.uint8)
+    groups = (h * w + 7) // 8
+    size = 2 * n * c * groups
+    if backend == "cpu" and mask is not None:
+        size += 1 + (n * groups if regions == 2 and c > 1 else 0)
+    return pred.new_empty(size if save_signs else 0, dtype=torch.uint8)
 
 
 def fake_gradients(

@@ -15,6 +15,7 @@ from . import _checks, _pixel
 
 
 def _fake(
+    backend: str,
     input: list[Tensor],
     target: list[Tensor],
     mask: list[Tensor],

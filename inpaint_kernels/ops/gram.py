@@ -15,7 +15,7 @@ from . import _checks, _pixel
 NORMALIZATIONS = ("chw", "hw", "none")
 
 
-def _fake(features: Tensor, normalize: str) -> Tensor:
+def _fake(backend: str, features: Tensor, normalize: str) -> Tensor:
     n, c = features.shape[:2]
     return features.new_empty((n, c, c), dtype=accumulate_dtype(features))
 

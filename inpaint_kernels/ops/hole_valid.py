@@ -21,6 +21,7 @@ class HoleValid(NamedTuple):
 
 
 def _fake(
+    backend: str,
     pred: Tensor,
     target: Tensor,
     mask: Tensor,
@@ -35,7 +36,7 @@ def _fake(
         pred.new_empty((), dtype=dtype),
         pred.new_empty((), dtype=dtype),
         pred.new_empty((pred.shape[0], 2), dtype=dtype),
-        _pixel.fake_signs(pred, save_signs),
+        _pixel.fake_signs(pred, save_signs, backend, mask, regions=2),
     )
 
 
@@ -147,7 +148,8 @@ def hole_valid_loss(
         ``HoleValid(hole, valid)``: two scalars, float32, float64 if an input is float64.
 
     Differentiable in `pred` and `target` (l1: subgradient 0 where they are equal), twice. If `mask` requires a
-    gradient the differentiable reference runs instead of a kernel. For the l1 gradient 2 bits an element are kept.
+    gradient the differentiable reference runs instead of a kernel. For the l1 gradient 2 bits an element
+    are kept, on the CPU 1 more a pixel.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above.

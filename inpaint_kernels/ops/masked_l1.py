@@ -15,6 +15,7 @@ _IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType t
 
 
 def _fake(
+    backend: str,
     pred: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -25,7 +26,7 @@ def _fake(
     save_signs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _pixel.accumulate(pred, target)
-    signs = _pixel.fake_signs(pred, save_signs)
+    signs = _pixel.fake_signs(pred, save_signs, backend, mask)
     if reduction == "none":
         out = _pixel.empty_image(pred, pred.shape, _pixel.is_channels_last(pred), dtype)
         return out, pred.new_empty(0, dtype=dtype), signs

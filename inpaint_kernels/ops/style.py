@@ -18,6 +18,7 @@ NORMALIZATIONS = ("chw", "hw", "none", "gatys")
 
 
 def _fake(
+    backend: str,
     input: list[Tensor],
     target: list[Tensor],
     weights: list[float],
