@@ -62,6 +62,127 @@ IK_INLINE uint16_t float_to_bfloat16(float x) {
   return x != x ? static_cast<uint16_t>(0x7fc0u) : rounded;
 }
 
+// Half types as stored.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// One element, or a vector of them, as the type the kernels compute in.
+template <typename T>
+IK_INLINE T load_one(const T* p) {
+  return *p;
+}
+IK_INLINE float load_one(const Half* p) { return half_to_float(p->bits); }
+IK_INLINE float load_one(const Bfloat16* p) { return bits_to_float(static_cast<uint32_t>(p->bits) << 16); }
+IK_INLINE void store_one(float x, Half* p) { p->bits = float_to_half(x); }
+IK_INLINE void store_one(float x, Bfloat16* p) { p->bits = float_to_bfloat16(x); }
+template <typename T>
+IK_INLINE void store_one(T x, T* p) {
+  *p = x;
+}
+
+template <typename T>
+IK_INLINE Vec<T> load_vec(const T* p) {
+  return Vec<T>::load(p);
+}
+// `stream` writes around the cache and needs an aligned address.
+template <typename T>
+IK_INLINE void store_vec(Vec<T> x, T* p, bool stream) {
+  stream ? x.stream(p) : x.store(p);
+}
+
+#if defined(IK_ISA_AVX512)
+
+IK_INLINE Vec<float> load_vec(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+IK_INLINE Vec<float> load_vec(const Bfloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+IK_INLINE void store_bits(__m256i bits, void* p, bool stream) {
+  __m256i* at = reinterpret_cast<__m256i*>(p);
+  stream ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
+}
+IK_INLINE void store_vec(Vec<float> x, Half* p, bool stream) {
+  store_bits(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), p, stream);
+}
+IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool stream) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
+  store_bits(_mm512_cvtepi32_epi16(rounded), p, stream);
+}
+
+#elif defined(IK_ISA_AVX2)
+
+IK_INLINE Vec<float> load_vec(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+IK_INLINE Vec<float> load_vec(const Bfloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+IK_INLINE void store_bits(__m128i bits, void* p, bool stream) {
+  __m128i* at = reinterpret_cast<__m128i*>(p);
+  stream ? _mm_stream_si128(at, bits) : _mm_storeu_si128(at, bits);
+}
+IK_INLINE void store_vec(Vec<float> x, Half* p, bool stream) {
+  store_bits(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), p, stream);
+}
+IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool stream) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+  // packus works within 128-bit halves: the permutation brings the two wanted quarters together.
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
+  store_bits(_mm256_castsi256_si128(packed), p, stream);
+}
+
+#else
+
+template <typename S>
+IK_INLINE Vec<float> load_halves(const S* p) {
+  Vec<float> x;
+  for (int i = 0; i < Vec<float>::lanes; ++i) x.v[i] = load_one(p + i);
+  return x;
+}
+IK_INLINE Vec<float> load_vec(const Half* p) { return load_halves(p); }
+IK_INLINE Vec<float> load_vec(const Bfloat16* p) { return load_halves(p); }
+template <typename S>
+IK_INLINE void store_halves(Vec<float> x, S* p) {
+  for (int i = 0; i < Vec<float>::lanes; ++i) store_one(x.v[i], p + i);
+}
+IK_INLINE void store_vec(Vec<float> x, Half* p, bool) { store_halves(x, p); }
+IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool) { store_halves(x, p); }
+
+#endif
+
+// dst[i] = src[i], i < n, of one stored type.
+template <typename S, typename T>
+static void convert_run_to(const S* src, int64_t n, T* dst) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
+  }
+  for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
+}
+template <typename S, typename T>
+static void convert_run_from(const T* src, int64_t n, S* dst) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) store_vec(Vec<T>::load(src + i), dst + i, false);
+  }
+  for (; i < n; ++i) store_one(static_cast<float>(src[i]), dst + i);
+}
+
 // dst[i] = src[i], i < n.
 template <typename T>
 static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
@@ -77,32 +198,10 @@ static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
       for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
       break;
     }
-    case Dtype::f16: {
-      const uint16_t* s = static_cast<const uint16_t*>(src);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i));
-          _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
-        }
-      }
-#endif
-      for (; i < n; ++i) dst[i] = static_cast<T>(half_to_float(s[i]));
-      break;
-    }
-    case Dtype::bf16: {
-      const uint16_t* s = static_cast<const uint16_t*>(src);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i));
-          _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)));
-        }
-      }
-#endif
-      for (; i < n; ++i) dst[i] = static_cast<T>(bits_to_float(static_cast<uint32_t>(s[i]) << 16));
-      break;
-    }
+    case Dtype::f16:
+      return convert_run_to(static_cast<const Half*>(src), n, dst);
+    case Dtype::bf16:
+      return convert_run_to(static_cast<const Bfloat16*>(src), n, dst);
     default: {  // bool and uint8 are plain weights
       const uint8_t* s = static_cast<const uint8_t*>(src);
 #if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
@@ -147,39 +246,10 @@ static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
       for (; i < n; ++i) d[i] = static_cast<double>(src[i]);
       break;
     }
-    case Dtype::f16: {
-      uint16_t* d = static_cast<uint16_t*>(dst);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i), h);
-        }
-      }
-#endif
-      for (; i < n; ++i) d[i] = float_to_half(static_cast<float>(src[i]));
-      break;
-    }
-    default: {
-      uint16_t* d = static_cast<uint16_t*>(dst);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m256 x = _mm256_loadu_ps(src + i);
-          const __m256i bits = _mm256_castps_si256(x);
-          const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-          const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-          const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-          const __m256i wide =
-              _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);  // 8 x 32 bits
-          // packus works within 128-bit halves: the permutation brings the two wanted quarters together.
-          const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i), _mm256_castsi256_si128(packed));
-        }
-      }
-#endif
-      for (; i < n; ++i) d[i] = float_to_bfloat16(static_cast<float>(src[i]));
-    }
+    case Dtype::f16:
+      return convert_run_from(src, n, static_cast<Half*>(dst));
+    default:
+      return convert_run_from(src, n, static_cast<Bfloat16*>(dst));
   }
 }
 

@@ -34,6 +34,9 @@ using ik::max_;
 using ik::min_;
 using ik::select_zero_;
 using ik::sqrt_;
+// value where weight == 0, else 0.
+IK_INLINE float select_if_zero_(float weight, float value) { return weight == 0.0f ? value : 0.0f; }
+IK_INLINE double select_if_zero_(double weight, double value) { return weight == 0.0 ? value : 0.0; }
 
 template <typename T>
 struct Vec {
@@ -95,6 +98,7 @@ IK_VEC_BINARY(operator/, a.v[i] / b.v[i])
 IK_VEC_BINARY(min_, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 IK_VEC_BINARY(max_, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 IK_VEC_BINARY(select_zero_, a.v[i] == T(0) ? T(0) : b.v[i])
+IK_VEC_BINARY(select_if_zero_, a.v[i] == T(0) ? b.v[i] : T(0))
 #undef IK_VEC_BINARY
 template <typename T>
 IK_INLINE Vec<T> abs_(Vec<T> a) {
@@ -148,6 +152,9 @@ IK_INLINE Vec<float> sqrt_(Vec<float> a) { return _mm512_sqrt_ps(a.v); }
 IK_INLINE Vec<float> select_zero_(Vec<float> weight, Vec<float> value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v);
 }
+IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight.v, _mm512_setzero_ps(), _CMP_EQ_OQ), value.v);
+}
 
 #elif defined(IK_ISA_AVX2)
 
@@ -199,6 +206,9 @@ IK_INLINE Vec<float> abs_(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps
 IK_INLINE Vec<float> sqrt_(Vec<float> a) { return _mm256_sqrt_ps(a.v); }
 IK_INLINE Vec<float> select_zero_(Vec<float> weight, Vec<float> value) {
   return _mm256_and_ps(_mm256_cmp_ps(weight.v, _mm256_setzero_ps(), _CMP_NEQ_UQ), value.v);
+}
+IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
+  return _mm256_and_ps(_mm256_cmp_ps(weight.v, _mm256_setzero_ps(), _CMP_EQ_OQ), value.v);
 }
 
 #endif
