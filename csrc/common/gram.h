@@ -30,4 +30,15 @@ IK_HD double style_penalty_grad(bool l1, double d) {
   return l1 ? (d > 0.0 ? 1.0 : (d < 0.0 ? -1.0 : 0.0)) : 2.0 * d;
 }
 
+// An entry below the diagonal of G - G' stands for its mirror image too, whose difference is another if a
+// given G' is not symmetric.
+IK_HD double style_entry(bool l1, double d, double mirrored, bool diagonal) {
+  return style_penalty(l1, d) + (diagonal ? 0.0 : style_penalty(l1, mirrored));
+}
+
+// Mean slope of the two: F made symmetric, with the same F + F^T.
+IK_HD double style_entry_grad(bool l1, double d, double mirrored) {
+  return 0.5 * (style_penalty_grad(l1, d) + style_penalty_grad(l1, mirrored));
+}
+
 }  // namespace ik

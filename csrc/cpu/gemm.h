@@ -49,16 +49,16 @@ IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T
   }
 }
 
-// out[r * ldo + c] = (add ? out : 0) + sum_k a[r * a_row + k * a_k] * b[k * b_k + c] for kOuterRows rows and
-// kOuterCols columns: the columns of b are contiguous.
+// out[r * ldo + c] = sum_k a[r * a_row + k * a_k] * b[k * b_k + c] for kOuterRows rows and kOuterCols
+// columns: the columns of b are contiguous. `stream` writes around the cache and needs an aligned out.
 template <typename T, int Rows>
 IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n,
-                          bool add, T* out, int64_t ldo) {
+                          bool stream, T* out, int64_t ldo) {
   using V = Vec<T>;
   V sums[Rows][kOuterVectors];
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < kOuterVectors; ++v) {
-      sums[r][v] = add ? V::load(out + r * ldo + v * V::lanes) : V(T(0));
+      sums[r][v] = V(T(0));
     }
   }
   for (int64_t k = 0; k < n; ++k) {
@@ -70,7 +70,10 @@ IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, in
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kOuterVectors; ++v) sums[r][v].store(out + r * ldo + v * V::lanes);
+    for (int v = 0; v < kOuterVectors; ++v) {
+      T* at = out + r * ldo + v * V::lanes;
+      stream ? sums[r][v].stream(at) : sums[r][v].store(at);
+    }
   }
 }
 

@@ -10,6 +10,7 @@
 #include "common/op_args.h"
 #include "cpu/convert.h"
 #include "cpu/gram_kernels.h"
+#include "cpu/output.h"
 #include "cpu/scalar.h"
 #include "cpu/torch_dtype.h"
 
@@ -98,7 +99,7 @@ static std::unique_ptr<T[]> padded_factor(int64_t samples, int64_t channels, con
 template <typename T>
 static Tensor symmetric_product(const Features& features, const T* factor) {
   Tensor out =
-      empty_image(features.ready, features.size, features.channels_last, features.ready.scalar_type());
+      empty_output(features.ready, features.size, features.channels_last, features.ready.scalar_type());
   SymmetricProductCall call;
   call.map = features.map;
   call.factor = factor;

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                
   PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
   Tensor signs = make_signs(t, pred, save_signs, mask);
   if (reduction == "none") {
-    Tensor out = empty_image(pred, t.size, t.channels_last, t.dtype);
+    Tensor out = empty_output(pred, t.size, t.channels_last, t.dtype);
     t.call.map = out.mutable_data_ptr();
     if (t.call.shape.numel() > 0) run_units(t.call, kernels_for(t.call).forward);
     return {out, empty_1d(pred, 0, t.dtype), signs};

@@ -9,6 +9,7 @@
 
 #include "common/op_args.h"
 #include "cpu/convert.h"
+#include "cpu/output.h"
 #include "cpu/pixel.h"
 #include "cpu/scalar.h"
 #include "cpu/torch_dtype.h"
@@ -244,7 +245,7 @@ static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Te
                                                        ScalarType pred_dtype, ScalarType target_dtype,
                                                        bool need_pred, bool need_target) {
   auto make = [&](bool needed, ScalarType dtype) {
-    return needed ? empty_image(like, t.size, t.channels_last, dtype) : empty_1d(like, 0, dtype);
+    return needed ? empty_output(like, t.size, t.channels_last, dtype) : empty_1d(like, 0, dtype);
   };
   Tensor grad_pred = make(need_pred, pred_dtype);
   Tensor grad_target = make(need_target, target_dtype);

@@ -50,13 +50,11 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
       for (int64_t i = 0; i < C; ++i) {
         for (int64_t j = 0; j <= i; ++j) {
           const double d = gram[i * C + j] * scale - goal[i * C + j];
-          // An entry off the diagonal stands for its mirror image too. A given Gram matrix need not be
-          // symmetric.
           double mirrored = d;
           if (is_gram) mirrored = gram[i * C + j] * scale - goal[j * C + i];
-          loss += i == j ? style_penalty(l1, d) : style_penalty(l1, d) + style_penalty(l1, mirrored);
+          loss += style_entry(l1, d, mirrored, i == j);
           if (factor != nullptr) {
-            const double slope = 0.5 * (style_penalty_grad(l1, d) + style_penalty_grad(l1, mirrored));
+            const double slope = style_entry_grad(l1, d, mirrored);
             const T value = static_cast<T>(2 * scale * coefficient * slope);
             factor[(n * C + i) * C + j] = value;
             factor[(n * C + j) * C + i] = value;
