@@ -74,6 +74,10 @@ std::vector<Tensor> feature_distance_backward(
   constexpr ScalarType kFloats[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16,
                                     ScalarType::Double};
   const std::vector<double> per_layer = coefficients(scale, {grad});
+  int64_t elements = 0;
+  for (size_t i = 0; i < dtypes.size(); ++i) {
+    elements += sizes[5 * i] * sizes[5 * i + 1] * sizes[5 * i + 2] * sizes[5 * i + 3];
+  }
   std::vector<Tensor> out;
   for (size_t i = 0; i < dtypes.size(); ++i) {
     const std::vector<int64_t> size(sizes.begin() + static_cast<int64_t>(5 * i),
@@ -93,7 +97,7 @@ std::vector<Tensor> feature_distance_backward(
     if (!mask.empty()) set_layer_mask(t, mask[i], batch);
     const std::vector<double> coefficient(static_cast<size_t>(size[0]), per_layer[i]);
     t.call.coefficient = coefficient.data();
-    out.push_back(std::get<0>(differentiate(t, grad, dtype, dtype, true, false)));
+    out.push_back(std::get<0>(differentiate(t, grad, dtype, dtype, true, false, elements)));
   }
   return out;
 }

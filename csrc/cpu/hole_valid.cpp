@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad
   t.call.mask_is_hole = mask_is_hole;
   const std::vector<double> coefficient = coefficients(scale, {grad_hole, grad_valid});
   t.call.coefficient = coefficient.data();
-  return differentiate(t, scale, pred_dtype, target_dtype, need_pred, need_target);
+  return differentiate(t, scale, pred_dtype, target_dtype, need_pred, need_target, t.call.shape.numel());
 }
 
 }  // namespace

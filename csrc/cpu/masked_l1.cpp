@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> masked_l1_backward(
   } else {
     t.call.grad_map = t.add(grad, true);
   }
-  return differentiate(t, grad, pred_dtype, target_dtype, need_pred, need_target);
+  return differentiate(t, grad, pred_dtype, target_dtype, need_pred, need_target, t.call.shape.numel());
 }
 
 }  // namespace

@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kChunk = PixelCall::chunk;
 // Elements converted at a time: the buffers of two inputs and two outputs are half of a 32 KiB L1 cache.
 constexpr int64_t kBlock = 1024;
-// Gradients larger than this leave the cache anyway: written around it they spare the read for ownership.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 // Calls f<P>() for the run-time penalty.
 template <typename F>
@@ -288,7 +286,6 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
   alignas(64) T mask_buffer[kChunk], pred[kBlock], target[kBlock];
   alignas(64) S grad_pred[kBlock], grad_target[kBlock];
   const int64_t target_rows = call.shape.samples / call.copies * call.shape.segments;
-  const bool large = call.shape.numel() * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
     for_each_run<false>(call, unit, mask_buffer, [&](int64_t sample, int64_t row, const RunMask<T>& mask) {
@@ -311,7 +308,7 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
         run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + start / 4 : nullptr;
         run.grad_pred = output_at(call.grad_pred, call.grad_pred_dtype, offset, grad_pred);
         run.grad_target = output_at(call.grad_target, call.grad_target_dtype, offset, grad_target);
-        run.stream = large && in_place && aligned(run.grad_pred) && aligned(run.grad_target);
+        run.stream = call.stream && in_place && aligned(run.grad_pred) && aligned(run.grad_target);
         backward_dispatch(call, run);
         store_output(call.grad_pred, call.grad_pred_dtype, offset, n, grad_pred);
         store_output(call.grad_target, call.grad_target_dtype, offset, n, grad_target);
@@ -319,7 +316,7 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
     });
   }
 #if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (large) _mm_sfence();
+  if (call.stream) _mm_sfence();
 #endif
 }
 

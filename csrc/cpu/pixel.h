@@ -41,6 +41,7 @@ struct PixelCall {
   const void* grad_map = nullptr;       // [N, segments, length] float or double: reduction="none"
   void* grad_pred = nullptr;
   void* grad_target = nullptr;
+  bool stream = false;  // write the gradients around the cache
 
   // A unit is up to 4 segments of one sample over one chunk of elements: a mask shared by the channels is
   // then read from memory once. Fixed by the shape alone, so that results do not depend on the number of

@@ -177,6 +177,14 @@ static void write_scale(const std::vector<double>& values, Tensor& scale) {
   for (size_t i = 0; i < values.size(); ++i) out[i] = static_cast<T>(values[i]);
 }
 
+// Without a mask the planes of a sample are one run, whose sign groups fall on the same bytes if planes are
+// whole groups. Small planes then cost no more than large ones.
+static inline void join_segments(PixelShape& shape) {
+  if (shape.has_mask || shape.length % 8 != 0) return;
+  shape.length *= shape.segments;
+  shape.segments = 1;
+}
+
 // What the forward kernel adds up: [units, 4], see PixelCall.
 struct Sums {
   size_t units;
@@ -184,6 +192,7 @@ struct Sums {
 };
 
 static inline Sums unit_sums(PixelCall& call) {
+  join_segments(call.shape);
   const size_t units = static_cast<size_t>(call.units());
   Sums sums{units, std::unique_ptr<double[]>(new double[4 * units])};
   call.partials = sums.partials.get();
@@ -240,10 +249,15 @@ static inline std::vector<double> coefficients(const Tensor& scale,
   return out;
 }
 
-// Allocates the gradients asked for, runs the backward kernel.
+// Gradients of more bytes than this leave the cache anyway: written around it they spare the read for
+// ownership.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+// Allocates the gradients asked for, runs the backward kernel; `elements` counts all gradients of the op.
 static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Tensor& like,
                                                        ScalarType pred_dtype, ScalarType target_dtype,
-                                                       bool need_pred, bool need_target) {
+                                                       bool need_pred, bool need_target, int64_t elements) {
+  t.call.stream = elements * dtype_bytes(dtype_code(pred_dtype)) > kStreamBytes;
   auto make = [&](bool needed, ScalarType dtype) {
     return needed ? empty_output(like, t.size, t.channels_last, dtype) : empty_1d(like, 0, dtype);
   };
@@ -251,6 +265,7 @@ static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Te
   Tensor grad_target = make(need_target, target_dtype);
   if (need_pred) t.call.grad_pred = grad_pred.mutable_data_ptr();
   if (need_target) t.call.grad_target = grad_target.mutable_data_ptr();
+  join_segments(t.call.shape);
   if (t.call.shape.numel() > 0) run_units(t.call, kernels_for(t.call).backward);
   return {grad_pred, grad_target};
 }
