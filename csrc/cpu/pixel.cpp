@@ -34,8 +34,8 @@ IK_INLINE void with_penalty(Penalty penalty, F&& f) {
   }
 }
 
-template <Penalty P, bool MAP, bool SIGNS, typename S, typename T>
-void forward_weights(const PixelCall& call, const ForwardRun<S, T>& run, bool binary, double* sum) {
+template <Penalty P, bool MAP, bool SIGNS, typename S, typename T, int K>
+void forward_weights(const PixelCall& call, const ForwardRun<S, T, K>& run, bool binary, double* sum) {
   if (run.weight == nullptr) return forward_run<P, Weights::none, MAP, SIGNS>(run, sum);
   if (call.regions == 1) {
     if (binary) return forward_run<P, Weights::binary_mask, MAP, SIGNS>(run, sum);
@@ -48,18 +48,20 @@ void forward_weights(const PixelCall& call, const ForwardRun<S, T>& run, bool bi
 }
 
 // S: the stored type of pred and target.
-template <typename S, typename T>
-void forward_dispatch(const PixelCall& call, const ForwardRun<S, T>& run, bool binary, double* sum) {
-  if constexpr (!std::is_same<S, T>::value) {
-    if (run.signs != nullptr) return forward_weights<Penalty::l1, false, true>(call, run, binary, sum);
+template <typename S, typename T, int K>
+void forward_dispatch(const PixelCall& call, const ForwardRun<S, T, K>& run, bool binary, double* sum) {
+  if constexpr (K > 1) {
+    forward_weights<Penalty::l1, false, true>(call, run, binary, sum);
+  } else if constexpr (!std::is_same<S, T>::value) {
+    if (run.signs[0] != nullptr) return forward_weights<Penalty::l1, false, true>(call, run, binary, sum);
     forward_weights<Penalty::l1, false, false>(call, run, binary, sum);
   } else {
     with_penalty(call.penalty, [&](auto p) {
       constexpr Penalty P = decltype(p)::value;
       if constexpr (P == Penalty::l1) {
-        if (run.signs != nullptr && run.map != nullptr)
+        if (run.signs[0] != nullptr && run.map != nullptr)
           return forward_weights<P, true, true>(call, run, binary, sum);
-        if (run.signs != nullptr) return forward_weights<P, false, true>(call, run, binary, sum);
+        if (run.signs[0] != nullptr) return forward_weights<P, false, true>(call, run, binary, sum);
       }
       if (run.map != nullptr) return forward_weights<P, true, false>(call, run, binary, sum);
       forward_weights<P, false, false>(call, run, binary, sum);
@@ -163,14 +165,14 @@ struct RunMask {
   MaskScan scan;
 };
 
-// Calls f(sample, row, mask) for every (segment, prediction) of a unit; row counts the segments of pred.
-template <bool SCAN, typename T, typename F>
+// Calls f(sample, row, mask) for every (segment, K predictions) of a unit; row counts the segments of pred.
+template <bool SCAN, int K, typename T, typename F>
 IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* mask_buffer, F&& f) {
   const PixelShape& shape = call.shape;
   const int64_t samples = shape.samples / call.copies;
   RunMask<T> mask;
   for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
-    for (int64_t copy = 0; copy < call.copies; ++copy) {
+    for (int64_t copy = 0; copy < call.copies; copy += K) {
       const int64_t sample = copy * samples + unit.sample;
       if (shape.has_mask && (mask.weight == nullptr || shape.mask_stride_c != 0 || call.mask_per_copy)) {
         mask.weight = fetch_mask(call, call.mask_per_copy ? sample : unit.sample, segment, unit.start, unit.n,
@@ -197,8 +199,9 @@ IK_INLINE void for_each_block(const Unit& unit, bool in_place, F&& f) {
   }
 }
 
-// S: the type pred and target are stored in, or T for any: then others are converted in blocks.
-template <typename S, typename T>
+// S: the type pred and target are stored in, or T for any: then others are converted in blocks. K:
+// predictions that pass over the target together, each a stream of reads of its own.
+template <typename S, typename T, int K>
 void forward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
   constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
   const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
@@ -209,23 +212,26 @@ void forward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_en
     const Unit unit(call, index);
     double sum[2] = {0, 0};
     double weight[2] = {0, 0};
-    for_each_run<true>(call, unit, mask_buffer, [&](int64_t, int64_t row, const RunMask<T>& mask) {
+    for_each_run<true, K>(call, unit, mask_buffer, [&](int64_t, int64_t row, const RunMask<T>& mask) {
       const bool swapped = call.regions == 2 && !call.mask_is_hole;
-      weight[swapped ? 1 : 0] += mask.weight ? mask.scan.weight : static_cast<double>(unit.n);
-      weight[swapped ? 0 : 1] += mask.scan.rest;
+      weight[swapped ? 1 : 0] += K * (mask.weight ? mask.scan.weight : static_cast<double>(unit.n));
+      weight[swapped ? 0 : 1] += K * mask.scan.rest;
       for_each_block(unit, in_place, [&](int64_t begin, int64_t n) {
         const int64_t start = unit.start + begin;
-        const int64_t offset = row * call.shape.length + start;
         const int64_t target_offset = row % target_rows * call.shape.length + start;
-        ForwardRun<S, T> run;
-        run.pred = fetch(call.pred, call.pred_dtype, offset, n, pred);
+        ForwardRun<S, T, K> run;
         run.target = fetch(call.target, call.target_dtype, target_offset, n, target);
         run.weight = mask.weight ? mask.weight + begin : nullptr;
         run.n = n;
         run.param = static_cast<T>(call.param);
         run.mask_is_hole = call.mask_is_hole;
-        run.signs = call.signs ? call.signs + 2 * row * call.shape.groups() + start / 4 : nullptr;
-        run.map = call.map ? static_cast<T*>(call.map) + offset : nullptr;
+        for (int k = 0; k < K; ++k) {
+          const int64_t copy_row = row + k * target_rows;
+          const int64_t offset = copy_row * call.shape.length + start;
+          run.pred[k] = fetch(call.pred, call.pred_dtype, offset, n, pred);
+          run.signs[k] = call.signs ? call.signs + 2 * copy_row * call.shape.groups() + start / 4 : nullptr;
+        }
+        run.map = call.map ? static_cast<T*>(call.map) + row * call.shape.length + start : nullptr;
         forward_dispatch(call, run, mask.scan.binary, sum);
       });
     });
@@ -248,16 +254,26 @@ IK_INLINE bool with_half(Penalty penalty, Dtype first, Dtype second, F&& f) {
   return false;
 }
 
+template <typename S, typename T>
+void forward_units_as(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
+  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
+  const bool pairs =
+      in_place && call.copies % 2 == 0 && !call.mask_per_copy && call.signs != nullptr && call.map == nullptr;
+  pairs ? forward_units_of<S, T, 2>(call, unit_begin, unit_end)
+        : forward_units_of<S, T, 1>(call, unit_begin, unit_end);
+}
+
 template <typename T>
 void forward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
   if constexpr (std::is_same<T, float>::value) {
     if (call.map == nullptr && with_half(call.penalty, call.pred_dtype, call.target_dtype, [&](auto half) {
-          forward_units_of<decltype(half), T>(call, unit_begin, unit_end);
+          forward_units_as<decltype(half), T>(call, unit_begin, unit_end);
         })) {
       return;
     }
   }
-  forward_units_of<T, T>(call, unit_begin, unit_end);
+  forward_units_as<T, T>(call, unit_begin, unit_end);
 }
 
 template <typename S>
@@ -288,7 +304,7 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
   const int64_t target_rows = call.shape.samples / call.copies * call.shape.segments;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
     const Unit unit(call, index);
-    for_each_run<false>(call, unit, mask_buffer, [&](int64_t sample, int64_t row, const RunMask<T>& mask) {
+    for_each_run<false, 1>(call, unit, mask_buffer, [&](int64_t sample, int64_t row, const RunMask<T>& mask) {
       for_each_block(unit, in_place, [&](int64_t begin, int64_t n) {
         const int64_t start = unit.start + begin;
         const int64_t offset = row * call.shape.length + start;

@@ -66,15 +66,16 @@ MaskScan scan_mask(const T* mask, int64_t n, uint8_t* bits) {
           off.sum() + static_cast<double>(tail_off) == 0};
 }
 
-template <typename S, typename T>
+// K predictions of one target.
+template <typename S, typename T, int K = 1>
 struct ForwardRun {
-  const S* pred;
+  const S* pred[K];
   const S* target;
   const T* weight;
   int64_t n;
   T param;
   bool mask_is_hole;
-  uint8_t* signs;
+  uint8_t* signs[K];
   T* map;
 };
 
@@ -131,47 +132,54 @@ IK_INLINE V forward_step(V pred, V target, V mask, V one, V param, bool mask_is_
 }
 
 // Adds the sums of the run to sum[0] and sum[1].
-template <Penalty P, Weights W, bool MAP, bool SIGNS, typename S, typename T>
-void forward_run(const ForwardRun<S, T>& run, double* sum) {
+template <Penalty P, Weights W, bool MAP, bool SIGNS, typename S, typename T, int K>
+void forward_run(const ForwardRun<S, T, K>& run, double* sum) {
   using V = Vec<T>;
   const V one(T(1)), param(run.param);
   // Two independent sets of accumulators hide the latency of the additions.
   V sums[2][2] = {{V(T(0)), V(T(0))}, {V(T(0)), V(T(0))}};
   int64_t i = 0;
   for (; i + 2 * V::lanes <= run.n; i += 2 * V::lanes) {
-    uint32_t positive = 0;
-    uint32_t negative = 0;
+    uint32_t positive[K] = {};
+    uint32_t negative[K] = {};
     for (int u = 0; u < 2; ++u) {
       const int64_t at = i + u * V::lanes;
-      prefetch(run.pred + at);
       prefetch(run.target + at);
-      V out;
-      const V d = forward_step<P, W>(load_vec(run.pred + at), load_vec(run.target + at),
-                                     W == Weights::none ? one : V::load(run.weight + at), one, param,
-                                     run.mask_is_hole, sums[u], out);
-      if constexpr (MAP) out.store(run.map + at);
-      if constexpr (SIGNS) {
-        positive |= d.positive_bits() << (u * V::lanes);
-        negative |= d.negative_bits() << (u * V::lanes);
+      const V target = load_vec(run.target + at);
+      const V mask = W == Weights::none ? one : V::load(run.weight + at);
+      for (int k = 0; k < K; ++k) {
+        prefetch(run.pred[k] + at);
+        V out;
+        const V d = forward_step<P, W>(load_vec(run.pred[k] + at), target, mask, one, param, run.mask_is_hole,
+                                       sums[u], out);
+        if constexpr (MAP) out.store(run.map + at);
+        if constexpr (SIGNS) {
+          positive[k] |= d.positive_bits() << (u * V::lanes);
+          negative[k] |= d.negative_bits() << (u * V::lanes);
+        }
       }
     }
-    if constexpr (SIGNS) store_signs(run.signs + i / 4, 2 * V::lanes, positive, negative);
+    if constexpr (SIGNS) {
+      for (int k = 0; k < K; ++k) store_signs(run.signs[k] + i / 4, 2 * V::lanes, positive[k], negative[k]);
+    }
   }
   T tail_sums[2] = {T(0), T(0)};
   while (i < run.n) {
     const int64_t end = i + 8 < run.n ? i + 8 : run.n;
-    uint32_t word = 0;
-    for (int64_t at = i; at < end; ++at) {
-      T out;
-      const T d = forward_step<P, W, T>(load_one(run.pred + at), load_one(run.target + at),
-                                        W == Weights::none ? T(1) : run.weight[at], T(1), run.param,
-                                        run.mask_is_hole, tail_sums, out);
-      if constexpr (MAP) run.map[at] = out;
-      if constexpr (SIGNS) word |= sign_bits(d) << (at - i);
-    }
-    if constexpr (SIGNS) {
-      run.signs[i / 4] = static_cast<uint8_t>(word);
-      run.signs[i / 4 + 1] = static_cast<uint8_t>(word >> 8);
+    for (int k = 0; k < K; ++k) {
+      uint32_t word = 0;
+      for (int64_t at = i; at < end; ++at) {
+        T out;
+        const T d = forward_step<P, W, T>(load_one(run.pred[k] + at), load_one(run.target + at),
+                                          W == Weights::none ? T(1) : run.weight[at], T(1), run.param,
+                                          run.mask_is_hole, tail_sums, out);
+        if constexpr (MAP) run.map[at] = out;
+        if constexpr (SIGNS) word |= sign_bits(d) << (at - i);
+      }
+      if constexpr (SIGNS) {
+        run.signs[k][i / 4] = static_cast<uint8_t>(word);
+        run.signs[k][i / 4 + 1] = static_cast<uint8_t>(word >> 8);
+      }
     }
     i = end;
   }
