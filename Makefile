@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .NOTPARALLEL:
-.PHONY: help demo test test-interpreter test-resources bench tables lint format wheel asan gpu build doctor clean
+.PHONY: help demo style test test-interpreter test-resources bench tables lint format wheel asan gpu build doctor clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -29,13 +29,15 @@ help:
 demo: $(VENV)/.stamp-demo build ## train a small inpainting network on real photographs
 	$(BIN)/python examples/train.py $(ARGS)
 
+style: $(VENV)/.stamp-demo build ## move a photograph toward the style of another one
+	$(BIN)/python examples/style_transfer.py $(ARGS)
+
 test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton through its interpreter
 	$(PYTEST) -n 2 tests $(ARGS)
 	$(MAKE) test-interpreter
 
 # In a process of its own: interpreted and compiled kernels cannot live side by side.
-# gram, style and feature_distance join with their release.
-TRITON_OPS = masked_l1 hole_valid
+TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
 TRITON_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py))
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \

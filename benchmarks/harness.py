@@ -1,36 +1,17 @@
-"""What every benchmark shares: cases, providers, the correctness gate and the interleaved measurement.
+"""What a benchmark states: cases, inputs, formulas, minimum bytes, tolerances.
 
-A `bench_<op>.py` defines one `BENCHMARK`. All providers of a case get the same inputs, give the same scalar
-and the same gradients, and are timed in one run, in a new random order every round, so that a slow phase of
-the machine or what one provider leaves in caches and heap falls on all alike. A provider whose loss or
-gradients are off is not timed.
+A `bench_<op>.py` defines one `BENCHMARK`; `providers.py` builds and checks what is timed, `session.py` times it.
+All providers of a case get the same inputs, give the same scalar and the same gradients.
 """
 
 from __future__ import annotations
 
-import gc
-import random
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .measure import (
-    CopyMeter,
-    Inputs,
-    Samples,
-    Step,
-    cache_bytes,
-    clear_gradients,
-    count_launches,
-    measure_memory,
-    run_step,
-    tensors,
-    time_burst,
-)
 
 Terms = tuple[Tensor, ...]
 Formula = Callable[..., Terms]
@@ -38,10 +19,8 @@ Formula = Callable[..., Terms]
 MODES = ("forward", "backward", "full")
 # Small enough that the host's work, not the arithmetic, is what a call costs.
 SMALL_NUMEL = 1 << 17
-_BURST_MS = 40.0
-_COMPILE_TUNED = {"triton.cooperative_reductions": True, "combo_kernels": True}
-# Own implementations, by device type.
-_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# Channels and reduction of VGG16's first three poolings, the maps most inpainting objectives read.
+VGG16_POOLS = ((64, 2), (128, 4), (256, 8))
 
 
 @dataclass(frozen=True)
@@ -92,7 +71,9 @@ class Benchmark:
     """One op. `eager`, `rewrite` and `fused` build, for a case, a function `(**inputs) -> terms`.
 
     The loss that is timed and differentiated is the sum of the terms times `weights`. `tolerances` maps a
-    dtype to the largest relative error of the loss and of the gradients against float64.
+    dtype to the largest relative error of the loss and of the gradients against float64. `variants` names own
+    providers that stand in for one of each backend. Of a `heavy` one a step takes seconds and is spent in library
+    convolutions: a few rounds of single steps, no compiled providers, bandwidth left out.
     """
 
     op: str
@@ -104,32 +85,11 @@ class Benchmark:
     tolerances: Mapping[torch.dtype, float]
     rewrite: Callable[[Case], Formula | None] = lambda case: None
     weights: tuple[float, ...] = (1.0,)
+    variants: tuple[str, ...] = ()
+    heavy: bool = False
 
-
-@dataclass(frozen=True)
-class Provider:
-    """`step` gives the loss and is what is timed; `formula` gives its terms."""
-
-    name: str
-    formula: Formula
-    step: Step
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a provider has no times: `red` when it ran and was wrong or crashed, else it cannot run here."""
-
-    provider: str
-    reason: str
-    red: bool
-
-
-@dataclass
-class Report:
-    """Everything measured about one case; rows are dictionaries with the columns of the CSV."""
-
-    rows: list[dict[str, object]] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    def rounds(self, quick: bool) -> int:
+        return (2 if self.heavy else 3) if quick else (5 if self.heavy else 30)
 
 
 def weighted_sum(terms: Terms, weights: tuple[float, ...]) -> Tensor:
@@ -166,245 +126,39 @@ def image_inputs(case: Case, device: torch.device, generator: torch.Generator) -
     }
 
 
-def providers(benchmark: Benchmark, case: Case, device: torch.device) -> list[str]:
-    """Names of all providers of a case, baselines first."""
-    names = ["eager", "compile"]
-    if benchmark.rewrite(case) is not None:
-        names += ["rewrite", "compile-rewrite"]
-    if device.type == "cuda":
-        names.append("compile-tuned")
-    return names + [f"ik-{backend}" for backend in _BACKENDS[device.type]]
+def feature_inputs(
+    case: Case, device: torch.device, generator: torch.Generator, copies: int = 1
+) -> dict[str, Tensor | None]:
+    """`input<l>` that need their gradients and `target<l>`, like what follows a ReLU, for every layer of `layers`.
+
+    With `copies` = k an input is k predictions of N samples each, stacked. Parts of it, `input<l>_part<j>`, are
+    given as well: formulas that take each prediction apart would else pay for the gradient of taking apart.
+    Channels of the target are by turns half and four times as large as those of the input, so that no entry of
+    the Gram matrices is near a tie, whose sign rounding decides.
+    """
+    found: dict[str, Tensor | None] = {}
+    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    n = case.shape[0]
+
+    def positive(samples: int, shape: Sequence[int]) -> Tensor:
+        return torch.randn((samples, *shape), generator=generator).clamp_(min=0)
+
+    for layer, (c, h, w) in enumerate(layers(case)):
+        scale = torch.where(torch.arange(c) % 2 == 0, 0.5, 4.0).view(1, c, 1, 1)
+        stacked, target = (
+            t.to(device, case.dtype).contiguous(memory_format=memory_format)
+            for t in (positive(copies * n, (c, h, w)), positive(n, (c, h, w)) * scale)
+        )
+        found[f"input{layer}"], found[f"target{layer}"] = stacked.requires_grad_(), target
+        if copies > 1:
+            for j, part in enumerate(stacked.detach().split(n)):
+                found[f"input{layer}_part{j}"] = part.requires_grad_()
+    return found
 
 
-def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
-    """One provider; a compiled one is compiled by its first call."""
-    if name.startswith("ik-"):
-        formula: Formula | None = benchmark.fused(case, name.removeprefix("ik-"))
-    elif name.endswith("rewrite"):
-        formula = benchmark.rewrite(case)
-    else:
-        formula = benchmark.eager(case)
-    assert formula is not None, f"{benchmark.op} has no {name}"
-    terms, weights = formula, benchmark.weights
-
-    # Refers to nothing but these two: torch.compile guards whatever a closure reaches, in every call.
-    def step(**inputs: Tensor | None) -> Tensor:
-        return weighted_sum(terms(**inputs), weights)
-
-    if name.startswith("compile"):
-        options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
-        return Provider(name, terms, torch.compile(step, fullgraph=True, dynamic=False, options=options))
-    return Provider(name, terms, step)
-
-
-def _leaves(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
-
-
-def _truth(benchmark: Benchmark, case: Case, inputs: Inputs) -> tuple[list[float], dict[str, Tensor]]:
-    """Terms and gradients of the eager formula in float64."""
-    exact: dict[str, Tensor | None] = {
-        name: None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-        for name, t in inputs.items()
-    }
-    terms = benchmark.eager(case)(**exact)
-    weighted_sum(terms, benchmark.weights).backward()
-    return [float(t.detach()) for t in terms], {
-        name: t.grad for name, t in _leaves(exact).items() if t.grad is not None
-    }
-
-
-def gate(benchmark: Benchmark, case: Case, provider: Provider, inputs: Inputs) -> str | None:
-    """None when the provider computes the loss and every gradient, else what is wrong with it."""
-    tolerance = benchmark.tolerances[case.dtype]
-    exact_terms, exact_gradients = _truth(benchmark, case, inputs)
-    # Memory that the provider gets but fails to write then holds NaN.
-    poison = [torch.full_like(t, float("nan")) for t in tensors(inputs)]
-    del poison
-    with torch.no_grad():
-        terms = [float(t) for t in provider.formula(**inputs)]
-    loss = provider.step(**inputs)
-    loss.backward()
-    gradients = {name: t.grad for name, t in _leaves(inputs).items()}
-    clear_gradients(inputs)
-
-    if len(terms) != len(exact_terms):
-        return f"{len(terms)} terms, {len(exact_terms)} expected"
-    exact_loss = sum(w * t for w, t in zip(benchmark.weights, exact_terms))
-    for got, exact in zip([float(loss.detach()), *terms], [exact_loss, *exact_terms]):
-        # Written so that NaN fails.
-        if not abs(got - exact) <= tolerance * abs(exact):
-            return f"got {got:.9g} where float64 gives {exact:.9g}"
-    if gradients.keys() != exact_gradients.keys():
-        return f"gradients of {sorted(gradients)}, {sorted(exact_gradients)} expected"
-    for name, exact_gradient in exact_gradients.items():
-        gradient = gradients[name]
-        if gradient is None or gradient.shape != exact_gradient.shape or gradient.dtype != case.dtype:
-            return f"gradient of {name} is missing or has the wrong shape or dtype"
-        difference = gradient.double() - exact_gradient
-        for norm, kind in ((float("inf"), "largest"), (2.0, "L2")):
-            error, scale = (float(torch.linalg.vector_norm(t, norm)) for t in (difference, exact_gradient))
-            if not error <= tolerance * scale:
-                return f"gradient of {name} is off: {kind} error {error:.3g} of {scale:.3g}"
-    return None
-
-
-def admit(benchmark: Benchmark, case: Case, name: str, inputs: Inputs) -> Provider | Refusal:
-    """A provider that is worth timing, or the reason why it is not."""
-    try:
-        provider = build(benchmark, case, name)
-        wrong = gate(benchmark, case, provider, inputs)
-    # Whatever a provider dies of is the reason why it is not timed; the run goes on.
-    except Exception as error:
-        clear_gradients(inputs)
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Refusal(name, f"{type(error).__name__}: {first_line}", red="cannot run" not in first_line)
-    return Refusal(name, wrong, red=True) if wrong else provider
-
-
-def _ring(
-    benchmark: Benchmark, case: Case, device: torch.device, seed: int
-) -> list[dict[str, Tensor | None]]:
-    """Several input sets to rotate over: a large case must find none of its data in the last-level cache."""
-    generator = torch.Generator().manual_seed(seed)
-    ring = [benchmark.make_inputs(case, device, generator)]
-    size = sum(t.untyped_storage().nbytes() for t in tensors(ring[0]))
-    if case.numel > SMALL_NUMEL:
-        copies = min(16, -(-4 * cache_bytes(device) // size))
-        ring += [benchmark.make_inputs(case, device, generator) for _ in range(copies)]
-    return ring
-
-
-def measure_case(
-    benchmark: Benchmark,
-    case: Case,
-    device: torch.device,
-    *,
-    names: Sequence[str] | None = None,
-    rounds: int = 30,
-    burst_ms: float = _BURST_MS,
-    copy_bytes: int | None = None,
-    seed: int = 0,
-) -> Iterator[Report | None]:
-    """Yields None after every piece of work, for a progress bar (see `work_units`), and the report last."""
-    # Compiled code of another case would count against the limit of recompilations and turn shapes dynamic.
-    torch.compiler.reset()
-    ring = _ring(benchmark, case, device, seed)
-    asked = [n for n in providers(benchmark, case, device) if names is None or n in names]
-    report = Report()
-    admitted: list[Provider] = []
-    for name in asked:
-        found = admit(benchmark, case, name, ring[0])
-        if isinstance(found, Refusal):
-            report.refusals.append(found)
-        else:
-            _warm_up(found, ring)
-            admitted.append(found)
-        yield None
-
-    samples = {p.name: Samples() for p in admitted}
-    copy = CopyMeter(device, copy_bytes or (512 << 20 if device.type == "cuda" else 128 << 20))
-    calls = _burst_calls(admitted, ring, device, burst_ms)
-    order = list(admitted)
-    shuffle = random.Random(seed).shuffle
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            shuffle(order)
-            copy.burst()
-            for provider in order:
-                time_burst(provider.step, ring, calls, device, samples[provider.name])
-            yield None
-    finally:
-        gc.enable()
-
-    copy_ms = statistics.median(copy.times_ms)
-    copy_gbps = copy.bytes / copy_ms / 1e6
-    for provider in admitted:
-        report.rows += _rows(benchmark, case, provider, samples[provider.name], ring[0], device, copy_gbps)
-    report.rows.append(
-        {
-            **_labels(benchmark, case, "copy", "forward"),
-            **_percentiles(copy.times_ms),
-            "gbps": copy_gbps,
-            "copy_share": 1.0,
-        }
-    )
-    yield report
-
-
-def _warm_up(provider: Provider, ring: Sequence[Inputs]) -> None:
-    for inputs in (*ring, ring[0]):
-        run_step(provider.step, inputs)
-    # What compiles now would compile in the timed rounds, too; those run without this check, for it costs.
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for inputs in ring:
-            run_step(provider.step, inputs)
-
-
-def work_units(
-    benchmark: Benchmark, case: Case, device: torch.device, names: Sequence[str] | None, rounds: int
-) -> int:
-    """How many times `measure_case` yields None."""
-    return rounds + sum(names is None or n in names for n in providers(benchmark, case, device))
-
-
-def _burst_calls(
-    admitted: Sequence[Provider], ring: Sequence[Inputs], device: torch.device, burst_ms: float
-) -> int:
-    """Calls a burst, the same for every provider: as many as the slowest one makes in `burst_ms`."""
-    # A GPU's launch queue holds about a thousand kernels, and a plain formula starts about thirty a step.
-    limits = (2, 10) if device.type == "cuda" else (2, 200)
-    slowest = 0.0
-    for provider in admitted:
-        probe = Samples()
-        time_burst(provider.step, ring, 2, device, probe)
-        slowest = max(slowest, min(probe.full_ms))
-    return max(limits[0], min(limits[1], round(burst_ms / slowest) if slowest else limits[0]))
-
-
-def _labels(benchmark: Benchmark, case: Case, provider: str, mode: str) -> dict[str, object]:
-    return {
-        "op": benchmark.op,
-        "case": case.name,
-        "provider": provider,
-        "mode": mode,
-        "shape": case.shape_name,
-        "dtype": case.dtype_name,
-        "layout": case.layout,
-    }
-
-
-def _percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(times_ms, n=5, method="inclusive")
-    return {"p50_ms": statistics.median(times_ms), "p20_ms": fifths[0], "p80_ms": fifths[3]}
-
-
-def _rows(
-    benchmark: Benchmark,
-    case: Case,
-    provider: Provider,
-    samples: Samples,
-    inputs: Inputs,
-    device: torch.device,
-    copy_gbps: float,
-) -> Iterator[dict[str, object]]:
-    memory = measure_memory(provider.step, inputs, device)
-    launches = count_launches(provider.step, inputs) if device.type == "cuda" else None
-    host_matters = device.type == "cuda" or case.numel <= SMALL_NUMEL
-    minimum = benchmark.minimum_bytes(case)
-    for mode in MODES:
-        times: list[float] = getattr(samples, f"{mode}_ms")
-        row = {**_labels(benchmark, case, provider.name, mode), **_percentiles(times)}
-        gbps = minimum.of(mode) / statistics.median(times) / 1e6
-        peak = memory.peak[mode]
-        yield row | {
-            "host_us": statistics.median(getattr(samples, f"{mode}_host_us")) if host_matters else None,
-            "gbps": gbps,
-            "copy_share": gbps / copy_gbps,
-            "peak_mb": None if peak is None else peak / 1e6,
-            "saved_bytes": memory.saved,
-            "saved_with_inputs_bytes": memory.saved_with_inputs,
-            "launches": launches if mode == "full" else None,
-        }
+def layers(case: Case) -> list[tuple[int, int, int]]:
+    """(C, H, W) of every layer: those of VGG16's poolings for images of the case's shape, or the shape itself."""
+    _, c, h, w = case.shape
+    if not case.options.get("vgg16"):
+        return [(c, h, w)]
+    return [(channels, h // step, w // step) for channels, step in VGG16_POOLS]

@@ -1,4 +1,4 @@
-"""Stopwatches and byte counters; they know nothing of ops, cases or providers.
+"""Stopwatches; they know nothing of ops, cases or providers.
 
 A step is `loss = step(**inputs); loss.backward(); grads = None`, which is what a training loop does with a
 loss. The three modes come from the stamps of one such step, so forward + backward = full, and nothing has to
@@ -12,8 +12,6 @@ same burst, in which it never waits for the device.
 from __future__ import annotations
 
 import ctypes
-import json
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 Inputs = Mapping[str, Tensor | None]
@@ -30,8 +27,6 @@ Step = Callable[..., Tensor]
 
 _SPIN_CYCLES_PER_MS = 2_000_000
 _SPIN_ATTEMPTS = 6
-# Scalars, and blocks rounded up by the allocator, outlive a forward without being saved for the backward.
-_SLACK_BYTES = 4096
 
 
 @dataclass
@@ -56,21 +51,12 @@ class Samples:
         self.full_host_us.append(forward_us + backward_us)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one step beyond what lived before it; None where they cannot be measured."""
-
-    peak: dict[str, int | None]
-    saved: int
-    saved_with_inputs: int
-
-
 def keep_heap() -> bool:
     """Tells glibc to keep freed memory instead of handing it back to the system; False on other C libraries.
 
-    By default a formula with many temporaries pays tens of thousands of page faults in one step and none in
+    Without it a formula with many temporaries pays tens of thousands of page faults in one step and none in
     the next, as the heap happens to lie (seen: 0 to 43008 for the plain hole and valid terms of 8x3x512x512).
-    With this nobody pays any, which favours the formulas with the most temporaries.
+    With it nobody pays any, which favours the formulas with the most temporaries.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -198,85 +184,6 @@ class CopyMeter:
             t1 = time.perf_counter_ns()
             if i:
                 self.times_ms.append((t1 - t0) / 1e6)
-
-
-def measure_memory(step: Step, inputs: Inputs, device: torch.device) -> Memory:
-    """Peak bytes of one step, and the distinct bytes kept between its halves.
-
-    Kept bytes are those autograd's hooks see. A provider that hides tensors from the hooks is found out by
-    what stays allocated after its forward, and charged with that.
-    """
-    own = {_storage(t)[0] for t in tensors(inputs)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        pointer, size = _storage(t)
-        kept[pointer] = size
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        loss = step(**inputs)
-    saved = sum(size for pointer, size in kept.items() if pointer not in own)
-    from_inputs = sum(size for pointer, size in kept.items() if pointer in own)
-    loss.backward()
-    clear_gradients(inputs)
-    del loss
-    peak, live = _peak_cuda(step, inputs) if device.type == "cuda" else _peak_cpu(step, inputs)
-    if live is not None and live > saved + _SLACK_BYTES:
-        saved = live
-    return Memory(peak, saved, saved + from_inputs)
-
-
-def _storage(t: Tensor) -> tuple[int, int]:
-    storage = t.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-def _peak_cuda(step: Step, inputs: Inputs) -> tuple[dict[str, int | None], int | None]:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    loss = step(**inputs)
-    forward = torch.cuda.max_memory_allocated() - before
-    live = torch.cuda.memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    loss.backward()
-    backward = torch.cuda.max_memory_allocated() - before
-    clear_gradients(inputs)
-    return {"forward": forward, "backward": backward, "full": max(forward, backward)}, live
-
-
-def _peak_cpu(step: Step, inputs: Inputs) -> tuple[dict[str, int | None], int | None]:
-    """Tensor memory only: every allocation PyTorch's CPU allocator reports, no malloc of a library."""
-    losses = []
-    first = _allocations(lambda: losses.append(step(**inputs)))
-    second = _allocations(lambda: losses.pop().backward())
-    clear_gradients(inputs)
-    if not first or not second:
-        return {"forward": None, "backward": None, "full": None}, None
-    live = sum(first)
-    forward, backward = _highest(first, 0), _highest(second, live)
-    return {"forward": forward, "backward": backward, "full": max(forward, backward)}, live
-
-
-def _highest(changes: Sequence[int], start: int) -> int:
-    level = highest = start
-    for change in changes:
-        level += change
-        highest = max(highest, level)
-    return highest
-
-
-def _allocations(run: Callable[[], None]) -> list[int]:
-    """Bytes allocated (positive) and freed (negative) by `run`, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    memory = [e for e in events if e.get("name") == "[memory]"]
-    return [int(e["args"]["Bytes"]) for e in sorted(memory, key=lambda e: e["ts"])]
 
 
 def count_launches(step: Step, inputs: Inputs) -> int | None:

@@ -20,23 +20,26 @@ from .run import RESULTS, ROOT, read_rows
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _OWN = "ik-"
 _HEADER = (
-    "op", "case", "dtype", "eager", "rewrite", "compile", "ours", "backend", "vs eager", "vs compile",
+    "op", "case", "dtype", "eager", "rewrite", "compile", "ours", "variant", "vs eager", "vs compile",
     "forward / backward, share of a copy", "kept for backward, MB: ours / eager / compile",
 )  # fmt: skip
 _HOST_HEADER = "host: ours / eager / compile"
 _METHOD = """\
 Forward + backward, medians of one interleaved run per case. *eager*: the formula as published code writes it;
 *rewrite*: the best way known to write it by hand; *compile*: the fastest of `torch.compile` of either, under
-several settings on a GPU. Each one is checked against float64 before it is timed. Share of a copy: the fewest
-bytes any implementation has to move, per second, against a large copy measured in the same run; left out
-where the data fit in the caches. Kept for backward: what autograd holds between the two passes, and in
-brackets the same with the inputs it holds on to."""
+several settings on a GPU; *variant*: the backend of ours, or for `perceptual` how many samples it streams at a
+time. Each one is checked against float64 before it is timed. Share of a copy: the fewest bytes any
+implementation has to move, per second, against a large copy measured in the same run; left out where the data
+fit in the caches or convolutions take the time. Stock heap: freed memory goes back to the system, as in a
+training, so that temporaries cost page faults; with a kept heap nobody pays for them. Kept for backward: what
+autograd holds between the two passes, and in brackets the same with the inputs it holds on to."""
 _HOST = """\
 On a GPU, times are those of the device alone and the host's is a column of its own; for the smallest images,
 where a step takes as long as the slower of the two, the times are those of the slower one."""
 _COLORS = {
     "eager": "#9aa0a6", "rewrite": "#5f6368", "compile": "#f2a65a", "compile-rewrite": "#d9792b",
     "compile-tuned": "#a85414", "ik-cpu": "#1a73e8", "ik-triton": "#34a0a4", "ik-cuda": "#1a73e8",
+    "ik-plain": "#1a73e8", "ik-chunk1": "#0b3d91", "ik-chunk2": "#34a0a4", "ik-chunk4": "#8ecae6",
 }  # fmt: skip
 
 Row = dict[str, str]
@@ -80,10 +83,13 @@ def title(rows: Sequence[Row]) -> str:
     """The device, and the versions that all its rows were measured with."""
     first = rows[0]
     device = first["device"] if first["cuda"] else f"{first['device']}, {first['threads']} threads"
-    versions = [f"torch {_all(rows, 'torch')}"]
+    about = [f"torch {_all(rows, 'torch')}"]
     if first["cuda"]:
-        versions += [f"CUDA {_all(rows, 'cuda')}", f"Triton {_all(rows, 'triton')}"]
-    return f"{device} ({', '.join(versions)}, commit {_all(rows, 'commit')}, {_all(rows, 'date')})"
+        about += [f"CUDA {_all(rows, 'cuda')}", f"Triton {_all(rows, 'triton')}"]
+    else:
+        about.append(f"{_all(rows, 'heap')} heap")
+    about += [f"commit {_all(rows, 'commit')}", _all(rows, "date")]
+    return f"{device} ({', '.join(about)})"
 
 
 def _all(rows: Sequence[Row], column: str) -> str:
@@ -160,7 +166,7 @@ def ratio(baseline: float | None, ours: float | None) -> str:
 
 def _share(group: Group, own: str, mode: str) -> str:
     row = group.rows.get((own, mode))
-    if row is None or _is_small(row):
+    if row is None or _is_small(row) or not row["copy_share"]:
         return "-"
     return f"{100 * float(row['copy_share']):.0f} %"
 

@@ -1,4 +1,9 @@
-"""Runs benchmarks and writes their results: `python -m benchmarks.run --help`."""
+"""Runs benchmarks and writes their results: `python -m benchmarks.run --help`.
+
+The heap is the one a training process has: what the C library hands back to the system has to be faulted in
+again, page by page, and formulas with large temporaries pay for that in every step of a real training. Only
+`--keep-heap` leaves these page faults out, to see the arithmetic alone; the column `heap` says which it was.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,10 @@ import torch
 from tqdm import tqdm
 
 from . import __path__ as _package_path
-from .harness import MODES, Benchmark, Case, Report, measure_case, providers, work_units
+from .harness import MODES, Benchmark, Case
 from .measure import keep_heap
+from .providers import providers
+from .session import Report, measure_case, work_units
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,7 +37,7 @@ COLUMNS = (
     "op", "case", "provider", "mode", "shape", "dtype", "layout",
     "p50_ms", "p20_ms", "p80_ms", "host_us", "gbps", "copy_share", "peak_mb",
     "saved_bytes", "saved_with_inputs_bytes", "launches",
-    "device", "threads", "torch", "triton", "cuda", "commit", "date",
+    "device", "threads", "heap", "torch", "triton", "cuda", "commit", "date",
 )  # fmt: skip
 _KEY = ("op", "case", "provider", "mode", "dtype", "device", "threads")
 
@@ -98,7 +105,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        # Files from before the column was there were measured with a kept heap.
+        return [row | {"heap": row.get("heap") or "kept"} for row in csv.DictReader(file)]
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -138,11 +146,11 @@ def summary(report: Report) -> str:
     lines = [f"{first['op']}  {first['case']}  {first['dtype']}"]
     for name, row in full.items():
         p50, p20, p80 = (float(str(row[c])) for c in ("p50_ms", "p20_ms", "p80_ms"))
-        share, saved = float(str(row["copy_share"])), int(str(row["saved_bytes"])) / 1e6
+        saved = int(str(row["saved_bytes"])) / 1e6
+        share = f"  {100 * float(str(row['copy_share'])):5.1f}% of a copy" if row["copy_share"] else ""
         host = "" if row["host_us"] is None else f"  host {float(str(row['host_us'])):7.1f} us"
         lines.append(
-            f"  {name:<16} {p50:9.4f} ms ({p20:.4f} - {p80:.4f})  {100 * share:5.1f}% of a copy"
-            f"  keeps {saved:7.2f} MB{host}"
+            f"  {name:<16} {p50:9.4f} ms ({p20:.4f} - {p80:.4f}){share}  keeps {saved:7.2f} MB{host}"
         )
     return "\n".join(lines)
 
@@ -154,7 +162,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("ops", nargs="*", help="ops to run (default: all)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds a case (default: 30, with --quick 3)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="interleaved rounds a case (default: 30, of slow ops 5; with --quick 3 and 2)",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="smallest cases, few rounds; saved only with --out"
     )
@@ -165,9 +177,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument(
-        "--default-heap",
+        "--keep-heap",
         action="store_true",
-        help="let freed memory go back to the system; saved only with --out",
+        help="keep freed memory, which spares every formula its page faults; saved only with --out",
     )
     parser.add_argument("--commit", help="recorded commit, where the tree has no git")
     return parser.parse_args(argv)
@@ -196,10 +208,9 @@ def main(argv: Sequence[str] | None = None, benchmarks: Mapping[str, Benchmark] 
         print("--device cuda: this torch sees no CUDA device", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
-    if not arguments.default_heap and not keep_heap():
-        print(
-            "this C library cannot keep its heap: times of large cases include page faults", file=sys.stderr
-        )
+    if arguments.keep_heap and not keep_heap():
+        print("--keep-heap: this C library cannot", file=sys.stderr)
+        return 1
     device = torch.device(arguments.device)
     work = [
         (b, case)
@@ -215,7 +226,7 @@ def main(argv: Sequence[str] | None = None, benchmarks: Mapping[str, Benchmark] 
             file=sys.stderr,
         )
         return 1
-    if arguments.out is None and not arguments.quick and not arguments.default_heap:
+    if arguments.out is None and not arguments.quick and not arguments.keep_heap:
         arguments.out = RESULTS
     path = arguments.out / f"{slug(device, arguments.threads)}.csv" if arguments.out else None
     return _run(work, device, path, arguments)
@@ -227,12 +238,12 @@ def _run(
     path: Path | None,
     arguments: argparse.Namespace,
 ) -> int:
-    rounds = arguments.rounds or (3 if arguments.quick else 30)
-    about = environment(device)
+    about = environment(device) | {"heap": "kept" if arguments.keep_heap else "stock"}
     if arguments.commit:
         about["commit"] = arguments.commit
     red = False
-    total = sum(work_units(b, case, device, arguments.providers, rounds) for b, case in work)
+    rounds = {b.op: arguments.rounds or b.rounds(arguments.quick) for b, _ in work}
+    total = sum(work_units(b, case, device, arguments.providers, rounds[b.op]) for b, case in work)
     with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
         for benchmark, case in work:
             bar.set_description(f"{benchmark.op} {case.name} {case.dtype_name}")
@@ -241,7 +252,7 @@ def _run(
                 case,
                 device,
                 names=arguments.providers,
-                rounds=rounds,
+                rounds=rounds[benchmark.op],
                 burst_ms=5.0 if arguments.quick else 40.0,
                 copy_bytes=(8 << 20) if arguments.quick else None,
             ):

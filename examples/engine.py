@@ -19,37 +19,19 @@ import checkpoint
 import torch
 import torch.distributed as dist
 from data import Batch, InputError, Sampler
-from losses import Objective
+from losses import Objective, Terms
 from model import PartialConvUNet
+from options import AMP_DTYPES, Settings
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_STEPS = 20
 # The rate falls with the step alone, so that a run does not depend on how long it was meant to be.
 DECAY_STEPS = 200
 HELD_OUT_CROPS = 16
 # The latest steps are timed; a long run would otherwise hold a CUDA event for each of its steps.
 SPANS = 2000
-
-
-@dataclass(frozen=True)
-class Settings:
-    steps: int
-    batch: int
-    size: int
-    lr: float
-    seed: int
-    width: int
-    amp: str
-    normalize: str
-    save_every: int
-    data: str
-
-    @property
-    def architecture(self) -> dict[str, Any]:
-        return {"network": "PartialConvUNet", "width": self.width}
 
 
 @dataclass(frozen=True)
@@ -106,7 +88,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
         self.step = 0
-        self.history = torch.zeros(settings.steps, 3, dtype=torch.float64, device=world.device)
+        self.history = torch.zeros(
+            settings.steps, len(Terms._fields), dtype=torch.float64, device=world.device
+        )
         self.held_out: list[tuple[int, float]] = []
         self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
         self.saved_step: int | None = None
@@ -151,14 +135,16 @@ class Trainer:
             if self.world.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
             self.step = int(state["step"])
-            self.history[: self.step] = state["history"].to(self.history)
+            history = state["history"].to(self.history)
+            # Runs of an earlier version recorded fewer terms.
+            self.history[: self.step, : history.shape[1]] = history
             self.held_out = [(int(step), float(error)) for step, error in state["held_out"]]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"the checkpoint does not fit this network: {reason}") from error
 
     def averaged_history(self) -> Tensor:
-        """(total, hole, valid) of every step so far, averaged over the processes."""
+        """The terms, 0 for those left out, of every step so far, averaged over the processes."""
         return self.world.average(self.history[: self.step].clone())
 
     # -- training -----------------------------------------------------------------------------
@@ -174,7 +160,7 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 if self.step % 10 == 0 or self.step == self.settings.steps:
-                    total, hole, _ = self.history[self.step - 1].tolist()
+                    total, hole = self.history[self.step - 1, :2].tolist()
                     bar.set_postfix_str(f"loss {total:.4f}, hole {hole:.4f}")
                 if out is not None and self._is_due():
                     self.validate()
@@ -200,7 +186,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.history[self.step] = torch.stack([term.detach() for term in terms])
+        zero = terms.total.new_zeros(())
+        self.history[self.step] = torch.stack([zero if term is None else term.detach() for term in terms])
         self.loss_watch.spans.append((loss_start, loss_end))
         self.step_watch.spans.append((start, now(device)))
 

@@ -1,4 +1,4 @@
-"""The training objective, twice: with the fused loss and with the eager formulas it replaces.
+"""The training objective, twice: with the fused losses and with the eager formulas they replace.
 
 The only place that builds losses; a further objective is one more function here.
 """
@@ -6,23 +6,41 @@ The only place that builds losses; a further objective is one more function here
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from data import InputError
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from inpaint_kernels.features import FrozenTrunk
 
 HOLE_WEIGHT, VALID_WEIGHT = 6.0, 1.0
 
 
 class Terms(NamedTuple):
-    """Scalars on the device: ``total = 6 hole + valid``."""
+    """Scalars on the device: ``total = 6 hole + valid``, plus weighted perceptual and style terms if asked for."""
 
     total: Tensor
     hole: Tensor
     valid: Tensor
+    perceptual: Tensor | None = None
+    style: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureTerms:
+    """Weights of the terms on a trunk's features, 0 for none, and how many samples are streamed at a time."""
+
+    trunk: FrozenTrunk
+    perceptual: float
+    style: float
+    chunk: int | None = None
 
 
 Objective = Callable[[Tensor, Tensor, Tensor], Terms]
@@ -38,6 +56,7 @@ def make_objective(
     normalize: str = "image",
     backend: str | None = None,
     group: dist.ProcessGroup | None = None,
+    features: FeatureTerms | None = None,
 ) -> Objective:
     """A function of (pred [N, 3, H, W], target, mask [N, 1, H, W] with 1 = known).
 
@@ -45,12 +64,82 @@ def make_objective(
         kind: "fused" or "eager".
         normalize: "image" divides both terms by the number of elements of ``pred``, "mask" each by the
             size of its region, over all processes of ``group``.
-        backend: which implementation of the fused loss, as ``fused_backend`` says; None chooses by device.
+        backend: which implementation of the fused pixel loss, as ``fused_backend`` says; None chooses by device.
         group: the DDP process group, None for a single process.
+        features: perceptual and style terms of the output and of the composite, None for none.
     """
-    if kind == "eager":
-        return _eager(normalize, group)
-    return _fused(normalize, backend, group)
+    pixels = _eager(normalize, group) if kind == "eager" else _fused(normalize, backend, group)
+    if features is None:
+        return pixels
+    compare = _eager_features(features) if kind == "eager" else _fused_features(features)
+
+    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        terms = pixels(pred, target, mask)
+        composite = mask * target + (1 - mask) * pred
+        weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
+        return terms._replace(total=terms.total + weighted_sum, perceptual=perceptual, style=style)
+
+    return objective
+
+
+# (output, composite, truth) -> weighted sum, perceptual term, style term
+Comparison = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def _fused_features(features: FeatureTerms) -> Comparison:
+    import inpaint_kernels as ik
+
+    trunk, chunk = features.trunk, features.chunk
+    if features.perceptual and features.style:
+        both = ik.nn.PerceptualStyleLoss(
+            trunk, perceptual_weight=features.perceptual, style_weight=features.style, chunk=chunk
+        )
+
+        # A mean over both predictions, where the published terms are the sum of two means.
+        def compare(pred: Tensor, composite: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, perceptual, style = both(torch.cat([pred, composite]), target)
+            return 2 * total, 2 * perceptual, 2 * style
+
+        return compare
+    is_style = bool(features.style)
+    weight = features.style if is_style else features.perceptual
+    one = ik.nn.StyleLoss(trunk, chunk=chunk) if is_style else ik.nn.PerceptualLoss(trunk, chunk=chunk)
+
+    def compare_one(
+        pred: Tensor, composite: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        term = 2 * one(torch.cat([pred, composite]), target)
+        return weight * term, None if is_style else term, term if is_style else None
+
+    return compare_one
+
+
+def _gram(features: Tensor) -> Tensor:
+    n, c, h, w = features.shape
+    flat = features.view(n, c, h * w)
+    return torch.bmm(flat, flat.transpose(1, 2)) / (c * h * w)
+
+
+def _eager_features(features: FeatureTerms) -> Comparison:
+    """The published loops over predictions and layers."""
+    trunk = features.trunk
+
+    def summed(term: Callable[[Tensor, Tensor], Tensor], maps: list[list[Tensor]]) -> Tensor:
+        *predictions, truth = maps
+        values = [term(x, y) for found in predictions for x, y in zip(found, truth, strict=True)]
+        return torch.stack(values).sum()
+
+    def compare(
+        pred: Tensor, composite: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        maps = [trunk(pred), trunk(composite), trunk(target)]
+        perceptual = summed(F.l1_loss, maps) if features.perceptual else None
+        style = summed(lambda x, y: F.l1_loss(_gram(x), _gram(y)), maps) if features.style else None
+        parts = [(features.perceptual, perceptual), (features.style, style)]
+        weighted_terms = [weight * term for weight, term in parts if term is not None]
+        return torch.stack(weighted_terms).sum(), perceptual, style
+
+    return compare
 
 
 def _fused(normalize: str, backend: str | None, group: dist.ProcessGroup | None) -> Objective:
@@ -113,21 +202,36 @@ class Kept(NamedTuple):
     inputs: int
 
 
-def bytes_kept(objective: Objective, pred: Tensor, target: Tensor, mask: Tensor) -> Kept:
-    """Counts what one call of the objective saves for its backward; shared storage counts once."""
+class _Held:
+    """What a graph holds of a saved tensor; gone as soon as the graph is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def bytes_kept(
+    objective: Objective, pred: Tensor, target: Tensor, mask: Tensor, fixed: Iterable[Tensor] = ()
+) -> Kept:
+    """Counts what one call of the objective saves for its backward; shared storage counts once.
+
+    What is ``fixed``, such as the weights of a trunk, does not count: it is there anyway.
+    """
     pred = pred.detach().requires_grad_()
     given = {tensor.untyped_storage().data_ptr() for tensor in (pred, target, mask)}
-    storages: dict[int, int] = {}
-    # Held here so that no storage is freed and its address reused while counting.
-    saved: list[Tensor] = []
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+    # A graph that lives and dies within the call, as when streaming, keeps nothing.
+    saved: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Held:
+        held = _Held(tensor)
+        saved.add(held)
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(pred, target, mask)
-    inputs = sum(size for pointer, size in storages.items() if pointer in given)
-    return Kept(sum(storages.values()) - inputs, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        terms = objective(pred, target, mask)
+    storages = [held.tensor.untyped_storage() for held in saved]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    del terms
+    inputs = sum(size for pointer, size in sizes.items() if pointer in given)
+    made = sum(size for pointer, size in sizes.items() if pointer not in given | ignored)
+    return Kept(made, inputs)

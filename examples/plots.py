@@ -70,6 +70,7 @@ def _pixels(image: Tensor) -> NDArray[np.float32]:
 def loss_curves(
     path: Path,
     title: str,
+    formula: str,
     fused: NDArray[np.float64],
     eager: NDArray[np.float64] | None,
     first_compared: int,
@@ -81,6 +82,7 @@ def loss_curves(
     Args:
         path: PNG file to write.
         title: above the plot.
+        formula: the total loss in words.
         fused, eager: total training loss of every step [steps]; ``eager`` counts from ``first_compared``.
         first_compared: steps before it were trained by an earlier, resumed run.
         held_out: (step, error) pairs.
@@ -97,7 +99,7 @@ def loss_curves(
         axes[0].plot(
             *_smooth(steps[first_compared:], eager), "--", color=EAGER, linewidth=1.4, label="eager formulas"
         )
-    axes[0].set(title="training loss, 6 hole + valid (running mean)", xlabel="step", yscale="log")
+    axes[0].set(title=f"training loss (running mean)\n{formula}", xlabel="step", yscale="log")
     axes[0].legend()
 
     axes[1].plot(*zip(*held_out, strict=True), "o-", color=FUSED, markersize=4, label="network")

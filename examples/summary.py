@@ -9,12 +9,15 @@ from typing import Any
 
 import checkpoint
 import torch
-from engine import AMP_DTYPES, HELD_OUT_CROPS, Stopwatch, Trainer, hole_error, mean_colour_fill, now
-from losses import Objective, bytes_kept
-from torch import Tensor
+from engine import HELD_OUT_CROPS, Stopwatch, Trainer, hole_error, mean_colour_fill, now
+from losses import Objective, Terms, bytes_kept
+from options import AMP_DTYPES
+from torch import Tensor, nn
 
 PICTURES, CURVES, REPORT = "pictures.png", "curves.png", "report.json"
 ROUNDS = 100
+# A trunk takes seconds where the pixel losses take milliseconds.
+TRUNK_ROUNDS = 8
 
 
 def device_name(device: torch.device) -> str:
@@ -30,10 +33,12 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
-def alternating_ms(objectives: list[Objective], pred: Tensor, target: Tensor, mask: Tensor) -> list[float]:
+def alternating_ms(
+    objectives: list[Objective], pred: Tensor, target: Tensor, mask: Tensor, rounds: int
+) -> list[float]:
     """Median forward plus backward time of each objective on the same tensors, taking turns."""
     watches = [Stopwatch(pred.device) for _ in objectives]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for objective, watch in zip(objectives, watches, strict=True):
             leaf = pred.detach().requires_grad_()
             start = now(pred.device)
@@ -43,14 +48,16 @@ def alternating_ms(objectives: list[Objective], pred: Tensor, target: Tensor, ma
 
 
 def measure(
-    trainers: dict[str, Trainer], pred: Tensor, target: Tensor, mask: Tensor
+    trainers: dict[str, Trainer], pred: Tensor, target: Tensor, mask: Tensor, trunk: nn.Module | None
 ) -> dict[str, dict[str, Any]]:
     """Figures of every trained variant, measured in its run and on one common batch."""
-    alone = alternating_ms([t.objective for t in trainers.values()], pred, target, mask)
+    rounds = ROUNDS if trunk is None else TRUNK_ROUNDS
+    alone = alternating_ms([t.objective for t in trainers.values()], pred, target, mask, rounds)
+    fixed = [] if trunk is None else list(trunk.parameters())
     figures = {}
     for (name, trainer), alone_ms in zip(trainers.items(), alone, strict=True):
         step_ms, loss_ms = trainer.step_watch.median_ms(), trainer.loss_watch.median_ms()
-        kept = bytes_kept(trainer.objective, pred, target, mask)
+        kept = bytes_kept(trainer.objective, pred, target, mask, fixed)
         figures[name] = {
             "step_ms": step_ms,
             "loss_ms": loss_ms,
@@ -102,7 +109,28 @@ def title(trainer: Trainer) -> str:
     )
 
 
-def write(out: Path, trainers: dict[str, Trainer], *, first_step: int, backend: str) -> str:
+def last_terms(trainers: dict[str, Trainer], histories: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The terms of the last step of every variant, without those that were left out."""
+    settings = trainers["fused"].settings
+    left_out = {name for name in ("perceptual", "style") if not getattr(settings, name)}
+    return {
+        variant: {
+            name: float(value)
+            for name, value in zip(Terms._fields, history[-1], strict=True)
+            if name not in left_out
+        }
+        for variant, history in histories.items()
+    }
+
+
+def write(
+    out: Path,
+    trainers: dict[str, Trainer],
+    *,
+    first_step: int,
+    backend: str,
+    trunk: nn.Module | None = None,
+) -> str:
     """Measures, writes the curves and the JSON file, and returns the text for the terminal.
 
     Every process calls it, because the objectives may talk to each other; only the first one writes.
@@ -112,14 +140,15 @@ def write(out: Path, trainers: dict[str, Trainer], *, first_step: int, backend: 
         trainers: finished trainers, "fused" first and optionally "eager".
         first_step: where this call of the program began, after 0 when resumed.
         backend: what the fused loss ran on.
+        trunk: of the perceptual and style terms, None without them.
     """
     fused = trainers["fused"]
     device = fused.world.device
     held_out = fused.sampler.held_out(HELD_OUT_CROPS).to(device)
     batch = fused.sampler.training(fused.step).to(device)
     pred = fused.fill(batch).to(AMP_DTYPES[fused.settings.amp])
-    figures = measure(trainers, pred, batch.images, batch.masks)
-    totals = {name: trainer.averaged_history()[:, 0].cpu() for name, trainer in trainers.items()}
+    figures = measure(trainers, pred, batch.images, batch.masks, trunk)
+    histories = {name: trainer.averaged_history().cpu() for name, trainer in trainers.items()}
     if not fused.world.leads:
         return ""
 
@@ -127,6 +156,8 @@ def write(out: Path, trainers: dict[str, Trainer], *, first_step: int, backend: 
 
     import inpaint_kernels as ik
 
+    totals = {name: history[:, 0] for name, history in histories.items()}
+    terms = last_terms(trainers, histories)
     yardstick = hole_error(mean_colour_fill(held_out), held_out)
     result: dict[str, Any] = {
         "device": device_name(device),
@@ -137,11 +168,15 @@ def write(out: Path, trainers: dict[str, Trainer], *, first_step: int, backend: 
         "settings": fused.state_settings(),
         "first_step": first_step,
         "variants": figures,
-        "last_losses": {name: float(total[-1]) for name, total in totals.items()},
+        "objective": fused.settings.formula,
+        "last_losses": {name: values["total"] for name, values in terms.items()},
+        "last_terms": terms,
         "held_out_hole_error": fused.held_out,
         "mean_colour_fill_error": yardstick,
     }
-    lines = [table(figures, backend)]
+    lines = [table(figures, backend), f"loss = {fused.settings.formula}; at the last step:"]
+    for name, values in terms.items():
+        lines.append(f"  {name:6}" + ", ".join(f"{term} {value:.5g}" for term, value in values.items()))
     eager = None
     if "eager" in trainers:
         eager = totals["eager"][first_step:]
@@ -158,6 +193,7 @@ def write(out: Path, trainers: dict[str, Trainer], *, first_step: int, backend: 
     plots.loss_curves(
         out / CURVES,
         title(fused),
+        fused.settings.formula,
         totals["fused"].numpy(),
         None if eager is None else eager.numpy(),
         first_step,

@@ -2,6 +2,7 @@
 
     python examples/train.py                                    # photographs shipped with scikit-image
     python examples/train.py --images photos --masks holes      # your own
+    python examples/train.py --perceptual 0.05 --style 120 --trunk-weights vgg16.pth
     python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
     torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
 
@@ -16,7 +17,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,95 +27,10 @@ import summary
 import torch
 import torch.distributed as dist
 from data import InputError, MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
-from engine import AMP_DTYPES, Settings, Trainer, World
-from losses import fused_backend, make_objective
-from model import PartialConvUNet
-
-SIZE_STEP = 2**PartialConvUNet.DEPTH
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def number(convert: Callable[[str], Any], least: float) -> Callable[[str], Any]:
-        def check(text: str) -> Any:
-            value = convert(text)
-            if not value >= least:
-                raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
-            return value
-
-        check.__name__ = convert.__name__
-        return check
-
-    parser = argparse.ArgumentParser(
-        description="Train an inpainting network with the fused losses, then repeat the steps with eager formulas."
-    )
-    add = parser.add_argument
-    add("--images", type=Path, metavar="DIR", help="photographs to train on (default: those in scikit-image)")
-    add(
-        "--masks",
-        type=Path,
-        metavar="DIR",
-        help="mask pictures, square, at least --size wide (default: brush strokes)",
-    )
-    add(
-        "--mask-files-mark",
-        choices=("hole", "valid"),
-        default="hole",
-        help="what white (>= 128) stands for in mask files (default: hole)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="DIR",
-        help="where results go (default: %(default)s)",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="go on from this checkpoint (default: the newest in --out), with the other options unchanged",
-    )
-    add(
-        "--steps",
-        type=number(int, 1),
-        default=400,
-        help="total steps, resumed ones included (default: %(default)s)",
-    )
-    add("--batch", type=number(int, 1), default=8, help="crops per step and process (default: %(default)s)")
-    add(
-        "--size",
-        type=number(int, SIZE_STEP),
-        default=128,
-        help=f"crop size, a multiple of {SIZE_STEP} (default: %(default)s)",
-    )
-    add("--width", type=number(int, 2), default=24, help="channels of the first level (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--amp",
-        choices=tuple(AMP_DTYPES),
-        default="off",
-        help="mixed precision; fp16 scales the loss (default: off)",
-    )
-    add(
-        "--normalize",
-        choices=("image", "mask"),
-        default="image",
-        help="divide losses by the image or by each region",
-    )
-    add(
-        "--backend",
-        choices=("reference", "cpu", "triton", "cuda"),
-        help="of the fused loss (default: by device)",
-    )
-    add("--save-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: %(default)s)")
-    add("--no-compare", action="store_true", help="do not repeat the steps with the eager formulas")
-    args = parser.parse_args(argv)
-    if args.size % SIZE_STEP:
-        parser.error(f"argument --size: must be a multiple of {SIZE_STEP}, got {args.size}")
-    return args
+from engine import Trainer, World
+from losses import FeatureTerms, fused_backend, make_objective
+from options import Settings, parse
+from trunks import RANDOM_WARNING, load_trunk
 
 
 def join_world(choice: str) -> World:
@@ -148,7 +64,7 @@ def make_output_folder(out: Path) -> None:
 
 
 def warn_of_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in sorted(set(now) - {"steps", "batch", "save_every"}):
+    for name in sorted(set(now) - {"steps", "batch", "save_every", "chunk"}):
         if then.get(name) != now[name]:
             change = f"{name.replace('_', ' ')} was {then.get(name)}, is {now[name]}"
             print(f"note: {change}: the run goes on, but not exactly as it would have")
@@ -193,7 +109,12 @@ class Job:
             normalize=args.normalize,
             save_every=args.save_every,
             data=f"pictures {photographs.source}, masks {masks_from}",
+            perceptual=args.perceptual,
+            style=args.style,
+            chunk=args.chunk,
+            trunk=f"vgg16, weights {args.trunk_weights or 'random'}" if self._has_features else "none",
         )
+        self.features = self._load_features()
         self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)
         self.trainer = self._make_trainer(settings, "fused")
         if args.resume is not None:
@@ -213,12 +134,32 @@ class Job:
             trainers["eager"] = self._make_trainer(settings, "eager")
             trainers["eager"].restore(start)
             trainers["eager"].train("eager loss", None)
-        text = summary.write(args.out, trainers, first_step=int(start["step"]), backend=self.backend)
+        trunk = self.features.trunk if self.features is not None else None
+        text = summary.write(
+            args.out, trainers, first_step=int(start["step"]), backend=self.backend, trunk=trunk
+        )
         self._say(f"\n{text}")
+
+    @property
+    def _has_features(self) -> bool:
+        return bool(self.args.perceptual or self.args.style)
+
+    def _load_features(self) -> FeatureTerms | None:
+        args, option = self.args, "--trunk-weights"
+        if not self._has_features:
+            return None
+        if args.trunk_weights is None:
+            self._say(RANDOM_WARNING.format(name="vgg16", option=option))
+        trunk = load_trunk("vgg16", args.trunk_weights, self.world.device, option=option)
+        return FeatureTerms(trunk, args.perceptual, args.style, args.chunk)
 
     def _make_trainer(self, settings: Settings, kind: str) -> Trainer:
         objective = make_objective(
-            kind, normalize=settings.normalize, backend=self.backend, group=self.world.group
+            kind,
+            normalize=settings.normalize,
+            backend=self.backend,
+            group=self.world.group,
+            features=self.features,
         )
         return Trainer(settings, self.world, self.sampler, objective)
 

@@ -1,5 +1,8 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
+from . import features, nn
+from .ops.feature_distance import feature_distance
+from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
 from .ops.masked_l1 import (
     masked_charbonnier_loss,
@@ -7,14 +10,20 @@ from .ops.masked_l1 import (
     masked_l1_loss,
     masked_mse_loss,
 )
+from .ops.style import style_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HoleValid",
+    "feature_distance",
+    "features",
+    "gram_matrix",
     "hole_valid_loss",
     "masked_charbonnier_loss",
     "masked_huber_loss",
     "masked_l1_loss",
     "masked_mse_loss",
+    "nn",
+    "style_loss",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,18 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import INTERPRETING, backends_under_test
-
-# The second slice (gram, style, feature distance, trunks) is not public yet and its tests are not green yet:
-# INPAINT_KERNELS_UNRELEASED=1 collects them. Goes away with the release of these ops.
-if os.environ.get("INPAINT_KERNELS_UNRELEASED") != "1":
-    collect_ignore_glob = [
-        "test_gram*.py",
-        "test_style*.py",
-        "test_feature*.py",
-        "test_perceptual*.py",
-        "test_trunk_weights.py",
-        "test_resources_gram.py",
-    ]
 
 # A time limit per example would measure the machine; the same examples in every run reproduce a failure.
 hypothesis.settings.register_profile(

@@ -149,6 +149,14 @@ def test_cached_gram(backend: Backend, style: str, dtype: str, predictions: int)
             )
 
 
+@grid(style=("chw-l1", "hw-l2"), dtype=DTYPES, gram_dtype=DTYPES)
+def test_dtypes_of_a_cached_gram(backend: Backend, style: str, dtype: str, gram_dtype: str) -> None:
+    x, gram = grams([style_pair(SIZE, predictions=2, dtypes=f"{dtype}/f64")], style)
+    flat = [x, gram.to(DTYPES[gram_dtype])]
+    skip_unsupported(backend, *flat)
+    check_style(backend, on_device(backend, *flat), style_settings(style, target_is_gram=True), wanted=(0,))
+
+
 @grid(style=("chw-l1", "chw-l2", "gatys"), layout=("expanded", "transposed", "sliced"))
 def test_strides_of_a_cached_gram(backend: Backend, style: str, layout: str) -> None:
     """One matrix for all samples, or any view; a matrix that is not symmetric counts entry by entry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import Backend, evaluate, gradient_of, grid
+from harness import Backend, evaluate, gradient_of, grid, value_budget
 from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
 
@@ -55,6 +56,39 @@ def test_second_derivatives(backend: Backend, style: str, predictions: int, targ
     )
 
 
+@grid(
+    style=("chw-l1", "chw-l2", "gatys"),
+    dtypes=("f16/f64", "bf16/f64", "f64/f32"),
+    predictions=(1, 2),
+    cached=(False, True),
+)
+def test_one_side_in_float64(
+    backend: Backend, style: str, dtypes: str, predictions: int, cached: bool
+) -> None:
+    """Matrices, differences and all derivatives by the float64 side are those of float64."""
+    pair = style_pair((2, 4, 5, 6), predictions=predictions, dtypes=dtypes)
+    settings = style_settings(style, (0.7,), target_is_gram=cached)
+    flat = grams([pair], style) if cached else pair
+    skip_unsupported(backend, *flat)
+    wide = next(i for i, t in enumerate(flat) if t.dtype == torch.float64)
+    # Only the automatic choice has a gradient to given matrices.
+    call = style_call(None if cached and wide == 1 else backend, settings)
+
+    def derivatives(call: Any, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_(i == wide) for i, t in enumerate(flat)]
+        loss = call(*leaves)
+        (plain,) = torch.autograd.grad(loss, leaves[wide], retain_graph=True)
+        (first,) = torch.autograd.grad(loss, leaves[wide], create_graph=True)
+        upstream = torch.linspace(-1, 1, first.numel(), dtype=first.dtype).reshape(first.shape)
+        second = torch.autograd.grad(first, leaves[wide], upstream, allow_unused=True)[0]
+        return loss.detach(), plain, first.detach(), second
+
+    found = derivatives(call, flat)
+    truth = derivatives(partial(style_formula, **settings), [t.double() for t in flat])
+    for got, want in zip(found, truth, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
+
+
 @grid(style=STYLES, cached=(False, True), autocast=(False, True))
 def test_create_graph_does_not_change_the_gradient(
     backend: Backend, style: str, cached: bool, autocast: bool
@@ -72,11 +106,12 @@ def test_create_graph_does_not_change_the_gradient(
         leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(flat)]
         with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
             again = torch.autograd.grad(call(*leaves), leaves[:wanted], upstream, create_graph=True)
-        for got, want in zip(again, first, strict=True):
-            eps = torch.finfo(want.dtype).eps
-            torch.testing.assert_close(
-                got.detach(), want, rtol=2 * eps, atol=3e-7 * float(want.abs().max()) + 6e-8
-            )
+        exact = (*(t.cpu().double() for t in flat), upstream.cpu().double())
+        _, sizes = style_sizes(*exact, **style_settings(style, WEIGHTS, target_is_gram=cached))
+        for i, (got, want) in enumerate(zip(again, first, strict=True)):
+            error = (got.detach().double() - want.double()).abs().cpu()
+            budget = value_budget(torch.zeros_like(error), sizes[i], want.dtype, torch.float32)
+            assert got.dtype == want.dtype and bool((error <= budget).all())
 
 
 def test_cached_gram_needs_no_features(backend: Backend) -> None:

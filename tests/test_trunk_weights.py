@@ -185,6 +185,26 @@ def test_code_in_a_file_never_runs(tmp_path: Path, protocol: str) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("content", [3, b"net.pth", torch.zeros(3), [("features.0.weight", torch.zeros(3))]])
+def test_weights_of_a_wrong_type(content: Any) -> None:
+    with pytest.raises(TypeError, match="weights: got " + type(content).__name__ + ADVICE):
+        vgg16(weights=content)
+
+
+def test_a_name_that_is_no_file() -> None:
+    with pytest.raises(FileNotFoundError, match="weights: no file 'ab'" + ADVICE):
+        vgg16(weights="ab")
+
+
+def test_a_state_dict_itself() -> None:
+    """For weights that are in memory already, torchvision's or others."""
+    content = state_dict("vgg16")
+    for key, value in vgg16(("pool3",), weights=content).state_dict().items():
+        assert torch.equal(value, content[key])
+    with pytest.raises(ValueError, match="weights: the state dict holds vgg19 weights, not vgg16's" + ADVICE):
+        vgg16(("pool1",), weights=state_dict("vgg19"))
+
+
 WRONG_CONTENT: dict[str, Callable[[], Any]] = {
     "tensor": lambda: torch.zeros(3),
     "list": lambda: [torch.zeros(3)],
@@ -197,21 +217,43 @@ WRONG_CONTENT: dict[str, Callable[[], Any]] = {
     "one channel": lambda: state_dict("vgg16") | {"features.0.weight": torch.zeros(64, 1, 3, 3)},
     "alexnet": lambda: state_dict("alexnet"),
     "vgg19": lambda: state_dict("vgg19"),
+    "batch norm": lambda: state_dict("vgg16") | {"features.1.running_mean": torch.zeros(64)},
+    "last layer missing": lambda: {k: v for k, v in state_dict("vgg16").items() if ".28." not in k},
+    "one layer more": lambda: state_dict("vgg16") | {"features.31.weight": torch.zeros(1)},
+    "last layer not a tensor": lambda: state_dict("vgg16") | {"features.28.bias": None},
+}
+# What the error says of the file.
+WORDS = {
+    "tensor": "is a Tensor, not a state dict",
+    "list": "is a list, not a state dict",
+    "no keys": "no keys under 'features.', it holds nothing",
+    "wrapped": "no keys under 'features.', it holds 'state_dict'",
+    "without prefix": "no keys under 'features.', it holds '0.weight', '0.bias', '2.weight'",
+    "key missing": "no 'features.12.bias'",
+    "not a tensor": "holds a int under 'features.0.weight'",
+    "wrong shape": r"'features.5.weight' of shape \(128, 64, 5, 5\), vgg16 needs \(128, 64, 3, 3\)",
+    "one channel": r"'features.0.weight' of shape \(64, 1, 3, 3\), vgg16 needs \(64, 3, 3, 3\)",
+    "alexnet": r"holds alexnet weights, not vgg16's; alexnet\(\) takes them",
+    "vgg19": r"holds vgg19 weights, not vgg16's; vgg19\(\) takes them",
+    "batch norm": "batch normalisation",
+    "last layer missing": "no 'features.28.weight'",
+    "one layer more": "has 'features.31.weight', which vgg16 has not",
+    "last layer not a tensor": "holds a NoneType under 'features.28.bias'",
 }
 
 
 @pytest.mark.parametrize("content", WRONG_CONTENT)
-@pytest.mark.parametrize("tap", ["pool3", "pool5"])
+@pytest.mark.parametrize("tap", ["relu1_1", "pool3", "pool5"])
 def test_another_file(tmp_path: Path, content: str, tap: str) -> None:
-    """The first ten convolutions of VGG19 fit into VGG16: wrong numbers, if nobody looked at the rest."""
+    """Whatever part is used. The first convolutions of VGG19 fit into VGG16: wrong numbers, if nobody looked on."""
     path = saved(tmp_path / "net.pth", WRONG_CONTENT[content]())
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(ValueError, match=f"weights: '{path}' .*{WORDS[content]}" + ADVICE):
         vgg16((tap,), weights=path)
 
 
 @pytest.mark.parametrize("tap", ["relu1_1", "relu3_1", "relu5_1"])
 def test_vgg16_is_no_vgg19(tmp_path: Path, tap: str) -> None:
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(ValueError, match=r"weights.*holds vgg16 weights, not vgg19's"):
         vgg19((tap,), weights=saved(tmp_path / "net.pth", state_dict("vgg16")))
 
 

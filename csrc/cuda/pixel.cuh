@@ -150,11 +150,12 @@ struct Place {
   }
 };
 
+// `block` counts over the tiles of one tensor.
 template <int E>
-IK_DEVICE Place locate(const Tiling& tiling) {
+IK_DEVICE Place locate(const Tiling& tiling, uint32_t block) {
   Place place;
-  const uint32_t rest = tiling.tiles_along.quotient(blockIdx.x);
-  const uint32_t along = blockIdx.x - rest * tiling.tiles_along.divisor;
+  const uint32_t rest = tiling.tiles_along.quotient(block);
+  const uint32_t along = block - rest * tiling.tiles_along.divisor;
   const uint32_t sample = tiling.tiles_across.quotient(rest);
   const uint32_t across = rest - sample * tiling.tiles_across.divisor;
   place.sample = static_cast<int>(sample);

@@ -88,7 +88,7 @@ template <typename P, typename T, Mode kMode, bool kL1>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_backward(const BackwardArgs args) {
   constexpr int E = kElements<P, T, kMode>;
   const Tiling& tiling = args.tiling;
-  const Place place = locate<E>(tiling);
+  const Place place = locate<E>(tiling, blockIdx.x);
 
   __shared__ Weights<E> weights;
   float factor[2] = {1.0f, 0.0f};

@@ -53,11 +53,13 @@ IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Stretch&
   }
 }
 
-// No output byte stays unwritten.
-IK_DEVICE void clear_spare_signs(const ForwardArgs& args) {
-  if (args.signs == nullptr) return;
-  int64_t i = args.sign_words + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i < args.sign_words_allocated; i += static_cast<int64_t>(gridDim.x) * kThreads) args.signs[i] = 0;
+// No output byte stays unwritten: clears what channels_last does not need of the sign words of one tensor.
+// Called by each of its `blocks` blocks.
+IK_DEVICE void clear_spare_signs(uint16_t* signs, int64_t words, int64_t allocated, uint32_t block,
+                                 uint32_t blocks) {
+  if (signs == nullptr) return;
+  int64_t i = words + static_cast<int64_t>(block) * kThreads + threadIdx.x;
+  for (; i < allocated; i += static_cast<int64_t>(blocks) * kThreads) signs[i] = 0;
 }
 
 template <int R>
@@ -125,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_forward(const 
   constexpr int R = kRegions<kMode>;
   constexpr int E = kElements<P, T, kMode>;
   const Tiling& tiling = args.tiling;
-  const Place place = locate<E>(tiling);
+  const Place place = locate<E>(tiling, blockIdx.x);
 
   __shared__ Weights<E> weights;
   // Regions in the order (mask, 1 - mask) until the end.
@@ -196,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_forward(const 
       }
     }
   }
-  if constexpr (kL1) clear_spare_signs(args);
+  if constexpr (kL1)
+    clear_spare_signs(args.signs, args.sign_words, args.sign_words_allocated, blockIdx.x, gridDim.x);
   if constexpr (kMode != Mode::map) {
 #pragma unroll
     for (int r = 0; r < R; ++r) weight[r] *= args.mask.shared ? static_cast<float>(stretches) : 1.0f;

@@ -4,31 +4,11 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/op_args.h"
-#include "cuda/cuda_utils.cuh"
+#include "cuda/arguments.cuh"
 #include "cuda/pixel_backward.cuh"
 #include "cuda/pixel_forward.cuh"
 
 namespace ik::cuda {
-
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-template <typename Body>
-void with_dtype(const char* argument, ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(Type<float>());
-    case ScalarType::Half:
-      return body(Type<Half>());
-    case ScalarType::BFloat16:
-      return body(Type<BFloat16>());
-    default:
-      STD_TORCH_CHECK(false, argument, ": the cuda backend takes float16, bfloat16 and float32");
-  }
-}
 
 template <typename Body>
 void with_dtypes(ScalarType pred, ScalarType target, const Body& body) {
@@ -51,10 +31,6 @@ inline MaskType mask_type(ScalarType dtype) {
     default:
       STD_TORCH_CHECK(false, "mask: dtype must be floating, bool or uint8");
   }
-}
-
-inline bool is_aligned(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;
 }
 
 // `mask` is what prepare_mask returned, or null.
@@ -194,12 +170,6 @@ struct BackwardCall {
   bool need_pred;
   bool need_target;
 };
-
-inline const float* float_data(const Tensor& tensor, const char* argument) {
-  STD_TORCH_CHECK(on_device(tensor) && tensor.scalar_type() == ScalarType::Float, argument,
-                  " must be a float32 tensor on the GPU");
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
 
 // Strides of a map gradient as one step along each segment; false if the segment has no single step.
 inline bool single_step(const Tensor& grad, const PixelShape& shape, const std::vector<int64_t>& size,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .trunk import FrozenTrunk
+
+Weights = str | os.PathLike[str] | Mapping[str, Tensor]
 
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 _VGG19 = (
@@ -65,70 +68,111 @@ def _alexnet_layers() -> tuple[list[nn.Module], dict[str, str]]:
     return layers, {name: str(place) for name, place in places.items()}
 
 
-def _state_dict(net: str, weights: str | os.PathLike[str]) -> dict[str, Tensor]:
-    advice = (
-        f"Pass the path of a state dict with torchvision's keys (for example {_FILES[net]} from {_URL}), "
+def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
+    if net == "alexnet":
+        return _alexnet_layers()
+    return _vgg_layers(_VGG16 if net == "vgg16" else _VGG19)
+
+
+def _shapes(net: str) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of everything under "features." in torchvision's file."""
+    with torch.device("meta"):
+        features = nn.Sequential(*_layers(net)[0])
+    return {f"features.{key}": tuple(value.shape) for key, value in features.state_dict().items()}
+
+
+def _advice(net: str) -> str:
+    return (
+        f"Pass a state dict with torchvision's keys, or the path of one (for example {_FILES[net]} from {_URL}), "
         "or weights=None for random values"
     )
-    if weights == "default":
+
+
+def _loaded(net: str, weights: Weights) -> tuple[str, Any]:
+    """(what was given, as an error names it; its content)."""
+    if isinstance(weights, Mapping):
+        return "weights: the state dict", weights
+    if isinstance(weights, str) and weights == "default":
         try:
             loaded = torch.hub.load_state_dict_from_url(
                 _URL + _FILES[net], map_location="cpu", check_hash=True, weights_only=True
             )
         except Exception as error:
-            raise RuntimeError(f"the weights of {net} could not be loaded: {error}. {advice}") from error
-    else:
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"weights: no file {str(path)!r}. {advice}")
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"weights: {str(path)!r} is not a state dict torch can read: {error}. {advice}"
+            raise RuntimeError(
+                f"weights: those of {net} could not be loaded: {error}. {_advice(net)}"
             ) from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"weights: expected a state dict, got {type(loaded).__name__}. {advice}")
-    return loaded
+        return f"weights: {_FILES[net]!r}", loaded
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights: got {type(weights).__name__}. {_advice(net)}")
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: no file {str(path)!r}. {_advice(net)}")
+    try:
+        return f"weights: {str(path)!r}", torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"weights: {str(path)!r} is not a state dict torch can read: {error}. {_advice(net)}"
+        ) from error
+
+
+def _mismatch(net: str, content: dict[str, Any]) -> str | None:
+    """What is wrong with a file for `net`, as the rest of a sentence."""
+    values = {key: value for key, value in content.items() if str(key).startswith("features.")}
+    if not values:
+        first = ", ".join(map(repr, list(content)[:3])) or "nothing"
+        return f"has no keys under 'features.', it holds {first}"
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            return f"holds a {type(value).__name__} under {key!r}, expected a Tensor"
+    found = {key: tuple(value.shape) for key, value in values.items()}
+    want = _shapes(net)
+    if found == want:
+        return None
+    for other in _FILES:
+        if found == _shapes(other):
+            return f"holds {other} weights, not {net}'s; {other}() takes them"
+    if any(key.endswith(".running_mean") for key in found):
+        return f"holds a network with batch normalisation, {net} has none"
+    for key, shape in want.items():
+        if key not in found:
+            return f"has no {key!r}, it does not hold the whole {net}"
+        if found[key] != shape:
+            return f"has {key!r} of shape {found[key]}, {net} needs {shape}"
+    return f"has {next(key for key in found if key not in want)!r}, which {net} has not"
+
+
+def _load(net: str, features: nn.Sequential, weights: Weights) -> None:
+    """The whole file must fit, not only the layers that are used: the first ones of vgg16 and vgg19 are alike."""
+    source, content = _loaded(net, weights)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source} is a {type(content).__name__}, not a state dict. {_advice(net)}")
+    wrong = _mismatch(net, dict(content))
+    if wrong is not None:
+        raise ValueError(f"{source} {wrong}. {_advice(net)}")
+    features.load_state_dict({key: content[f"features.{key}"] for key in features.state_dict()})
 
 
 def _trunk(
     net: str,
-    layers: list[nn.Module],
-    names: dict[str, str],
     taps: Sequence[str],
-    weights: str | os.PathLike[str] | None,
+    weights: Weights | None,
     preprocess: str,
     channels_last: bool,
     autocast: torch.dtype | None,
 ) -> FrozenTrunk:
+    layers, names = _layers(net)
+    if isinstance(taps, str):
+        raise TypeError(f"taps: got the string {taps!r}, expected a sequence of names: ({taps!r},)")
     children = [names.get(tap, tap) for tap in taps]
-    unknown = [
-        tap
-        for tap, child in zip(taps, children, strict=True)
-        if not child.isdigit() or int(child) >= len(layers)
-    ]
+    numbers = [str(place) for place in range(len(layers))]
+    unknown = [tap for tap, child in zip(taps, children, strict=True) if child not in numbers]
     if unknown or not taps:
         raise ValueError(
             f"taps: {unknown or 'empty'}; {net} has {', '.join(names)} and 0 to {len(layers) - 1}"
         )
-    last = max(map(int, children))
-    features = nn.Sequential(*layers[: last + 1])
+    features = nn.Sequential(*layers[: max(map(int, children)) + 1])
     if weights is not None:
-        loaded = _state_dict(net, weights)
-        own = features.state_dict()
-        missing = [key for key in own if f"features.{key}" not in loaded]
-        if missing:
-            raise ValueError(
-                f"weights: no {missing[0]!r} under 'features.' in this file: it does not hold a {net} of torchvision"
-            )
-        wrong = [key for key in own if loaded[f"features.{key}"].shape != own[key].shape]
-        if wrong:
-            raise ValueError(
-                f"weights: features.{wrong[0]} has shape {tuple(loaded[f'features.{wrong[0]}'].shape)}, "
-                f"{net} needs {tuple(own[wrong[0]].shape)}"
-            )
-        features.load_state_dict({key: loaded[f"features.{key}"] for key in own})
+        _load(net, features, weights)
     trunk = FrozenTrunk(features, children, preprocess, channels_last=channels_last, autocast=autocast)
     trunk.names = list(taps)
     return trunk
@@ -137,7 +181,7 @@ def _trunk(
 def vgg16(
     taps: Sequence[str] = ("pool1", "pool2", "pool3"),
     *,
-    weights: str | os.PathLike[str] | None = "default",
+    weights: Weights | None = "default",
     preprocess: str = "imagenet",
     channels_last: bool = False,
     autocast: torch.dtype | None = None,
@@ -147,8 +191,9 @@ def vgg16(
     Args:
         taps: "conv1_1", "relu1_1", "pool1", ... or torchvision's numbers ("4" is ``features[4]``).
         weights: "default" loads the ImageNet weights with torch's own loader (from its cache, or from the
-            official address; SHA-256 verified, ``weights_only``); a path loads a state dict with torchvision's
-            keys (``features.0.weight``, ...; further keys are ignored); None keeps random values.
+            official address; SHA-256 verified, ``weights_only``); a path, or a state dict itself (such as
+            ``torchvision.models.vgg16(weights="DEFAULT").state_dict()``), must have torchvision's keys and shapes
+            under ``features.``, all of them, whatever is tapped (further keys are ignored); None keeps random values.
         preprocess: see `FrozenTrunk`; "imagenet" for images in [0, 1], "imagenet_tanh" for images in [-1, 1].
         channels_last: run the network in channels_last.
         autocast: None, or the dtype to run the network in.
@@ -156,7 +201,8 @@ def vgg16(
     Returns:
         A `FrozenTrunk`; its forward maps (N, 3, H, W) or (N, 1, H, W) to a list of feature maps.
 
-    Raises FileNotFoundError, ValueError or RuntimeError with what to do when the weights cannot be loaded.
+    Raises FileNotFoundError, TypeError, ValueError or RuntimeError with what to do when the weights cannot be loaded
+    or belong to another network, ValueError for an unknown tap.
     Simonyan and Zisserman, "Very Deep Convolutional Networks", 2015; numbering of torchvision.
 
     Example:
@@ -165,13 +211,13 @@ def vgg16(
         >>> [tuple(f.shape) for f in trunk(torch.rand(1, 3, 32, 32))]
         [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4)]
     """
-    return _trunk("vgg16", *_vgg_layers(_VGG16), taps, weights, preprocess, channels_last, autocast)
+    return _trunk("vgg16", taps, weights, preprocess, channels_last, autocast)
 
 
 def vgg19(
     taps: Sequence[str] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1"),
     *,
-    weights: str | os.PathLike[str] | None = "default",
+    weights: Weights | None = "default",
     preprocess: str = "imagenet",
     channels_last: bool = False,
     autocast: torch.dtype | None = None,
@@ -180,7 +226,7 @@ def vgg19(
 
     Args:
         taps: "conv1_1", "relu1_1", "pool1", ... or torchvision's numbers.
-        weights: "default", a path, or None for random values.
+        weights: "default", a path, a state dict, or None for random values.
         preprocess: see `FrozenTrunk`.
         channels_last: run the network in channels_last.
         autocast: None, or the dtype to run the network in.
@@ -194,13 +240,13 @@ def vgg19(
         >>> trunk(torch.rand(1, 3, 16, 16))[0].shape
         torch.Size([1, 128, 8, 8])
     """
-    return _trunk("vgg19", *_vgg_layers(_VGG19), taps, weights, preprocess, channels_last, autocast)
+    return _trunk("vgg19", taps, weights, preprocess, channels_last, autocast)
 
 
 def alexnet(
     taps: Sequence[str] = ("relu1", "relu2", "relu3", "relu4", "relu5"),
     *,
-    weights: str | os.PathLike[str] | None = "default",
+    weights: Weights | None = "default",
     preprocess: str = "lpips",
     channels_last: bool = False,
     autocast: torch.dtype | None = None,
@@ -209,7 +255,7 @@ def alexnet(
 
     Args:
         taps: "conv1", "relu1", "pool1", ... or torchvision's numbers.
-        weights: "default", a path, or None for random values.
+        weights: "default", a path, a state dict, or None for random values.
         preprocess: see `FrozenTrunk`; "lpips" for images in [-1, 1].
         channels_last: run the network in channels_last.
         autocast: None, or the dtype to run the network in.
@@ -224,4 +270,4 @@ def alexnet(
         >>> [tuple(f.shape) for f in ik.features.alexnet(weights=None)(torch.rand(1, 3, 64, 64))]
         [(1, 64, 15, 15), (1, 192, 7, 7), (1, 384, 3, 3), (1, 256, 3, 3), (1, 256, 3, 3)]
     """
-    return _trunk("alexnet", *_alexnet_layers(), taps, weights, preprocess, channels_last, autocast)
+    return _trunk("alexnet", taps, weights, preprocess, channels_last, autocast)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,23 @@ _LPIPS = ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 # (mean, std) of (images - mean) / std.
 _PREPROCESS = {"imagenet": _IMAGENET, "imagenet_tanh": _LPIPS, "lpips": _LPIPS}
 
+# Modules of these files return new memory and leave their input alone, unless they have `inplace` set.
+_PURE = {
+    f"torch.nn.modules.{file}"
+    for file in ("activation", "batchnorm", "conv", "instancenorm", "normalization", "padding", "pooling")
+}
+
 
 class _LastTap(Exception):
     """Ends a hooked forward pass once every tap is there."""
+
+
+class _Step(NamedTuple):
+    """One call of a trunk that runs child by child."""
+
+    path: str
+    taps: tuple[str, ...]  # that are this call's output
+    copied: bool  # for the taps, because what follows may change the output in place
 
 
 class FrozenTrunk(nn.Module):
@@ -25,19 +39,26 @@ class FrozenTrunk(nn.Module):
 
     Args:
         module: the network; it is put into evaluation mode and its parameters stop requiring gradients. An
-            ``nn.Sequential`` runs child by child; any other module runs with hooks and is left by an exception
-            after the last tap.
+            ``nn.Sequential``, with taps in itself or in an ``nn.Sequential`` inside it, runs child by child; any
+            other module (a subclass of ``nn.Sequential`` with its own ``forward`` too) runs with hooks and is left
+            by an exception after the last tap.
         taps: names of submodules as in ``module.named_modules()``, in the order wanted. What a tap returns is the
-            submodule's output even when an in-place activation follows.
+            submodule's output, whatever works in place behind it; the images are never changed. Nothing is copied for
+            that in a Sequential of torch's own convolutions, norms, poolings and activations; otherwise a tap that
+            may be changed is. With hooks, a submodule that runs several times is tapped in its first run, and one
+            object under several names in as many runs, in the order of the names.
         preprocess: "none"; "imagenet" for images in [0, 1]; "imagenet_tanh" for images in [-1, 1], moved to [0, 1]
-            first; "lpips" for images in [-1, 1], the shift and scale of the lpips package. One-channel images are
-            replicated to three channels by all but "none".
-        channels_last: convert the images to channels_last, in which convolutions of half types are fastest.
+            first; "lpips" for images in [-1, 1], the shift and scale of the lpips package. Computed in float32
+            (float64 for float64 images). One-channel images are replicated to three channels by all but "none".
+        channels_last: run the network in channels_last, in which convolutions of half types are fastest; its weights
+            are converted once, the images in each call.
         autocast: None, or the dtype (torch.bfloat16, torch.float16) the trunk runs in under autocast.
 
-    Returns of ``forward(images)``: a list of tensors, one for each tap.
+    ``forward(images)`` takes (N, C, H, W) and returns a list of tensors, one for each tap. After the preprocessing,
+    images of less than float64 are converted to the dtype of the network's weights.
 
-    Differentiable in the images. Raises ValueError for an unknown tap or preprocessing.
+    Differentiable in the images. Raises ValueError for an unknown tap or preprocessing and for images that are not
+    (N, 1 or 3, H, W) under a preprocessing, TypeError for a tap whose output is no tensor.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -60,7 +81,9 @@ class FrozenTrunk(nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        known = dict(module.named_modules())
+        if isinstance(taps, str):
+            raise TypeError(f"taps: got the string {taps!r}, expected a sequence of names: ({taps!r},)")
+        known = dict(module.named_modules(remove_duplicate=False))
         missing = [tap for tap in taps if tap not in known or tap == ""]
         if missing or not taps:
             names = ", ".join(name for name in known if name)
@@ -73,29 +96,58 @@ class FrozenTrunk(nn.Module):
         self.preprocess = preprocess
         self.channels_last = channels_last
         self.autocast = autocast
-        mean, std = _PREPROCESS.get(preprocess, ((0.0,), (1.0,)))
-        shape = (1, len(mean), 1, 1)
-        self.register_buffer("scale", 1 / torch.tensor(std).view(shape), persistent=False)
-        self.register_buffer(
-            "shift", -torch.tensor(mean).view(shape) / torch.tensor(std).view(shape), persistent=False
-        )
-        sequential = isinstance(module, nn.Sequential) and all("." not in tap for tap in taps)
-        self.features = _truncated(module, taps) if sequential else module
-        self.sequential = sequential
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self._set_constants(torch.get_default_device())
+        self.sequential = all(_is_plain(known[name]) for tap in taps for name in _containers(tap))
+        self._steps: list[_Step] = []
+        self._copies_images = True
+        self.features = module
+        if self.sequential:
+            self.features, self._steps, self._copies_images = _child_by_child(module, self.taps)
         self.requires_grad_(False)
         self.train(False)
+        if channels_last:
+            for parameter in self.features.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> FrozenTrunk:
         """Stays in evaluation mode: a frozen trunk has no training mode."""
         del mode
         return super().train(False)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the network's weights; None without any."""
+        for parameter in self.features.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTrunk:
+        super()._apply(fn, recurse)
+        # `half()` would round the constants, `double()` widen rounded ones, `to_empty()` leave them undefined.
+        self._set_constants(self.scale.device)
+        return self
+
+    def _set_constants(self, device: torch.device) -> None:
+        """(images - mean) / std as shift + images * scale."""
+        mean, std = _PREPROCESS.get(self.preprocess, ((0.0,), (1.0,)))
+        scale = [1 / s for s in std]
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        for name, values in (("scale", scale), ("shift", shift)):
+            constant = torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            setattr(self, name, constant)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         if self.preprocess != "none":
-            if images.shape[1] == 1:
-                images = images.expand(-1, 3, -1, -1)
-            dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-            images = images.to(dtype) * self.scale.to(dtype) + self.shift.to(dtype)
+            images = self._preprocessed(images)
+        elif self._copies_images:
+            images = images.clone()
+        dtype = self.dtype
+        if dtype is not None and images.dtype != torch.float64:
+            images = images.to(dtype)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast is None:
@@ -103,32 +155,50 @@ class FrozenTrunk(nn.Module):
         with torch.autocast(images.device.type, self.autocast):
             return self._run(images)
 
+    def _preprocessed(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; preprocess={self.preprocess!r} takes (N, 3, H, W) "
+                "or (N, 1, H, W)"
+            )
+        images = images.expand(-1, 3, -1, -1)
+        if images.dtype != torch.float64:
+            return torch.addcmul(self.shift, images.to(torch.float32), self.scale)
+        # Numbers instead of buffers: some devices hold no float64, and copying them there would wait for it.
+        channels = images.split(1, dim=1)
+        mean, std = _PREPROCESS[self.preprocess]
+        return torch.cat([(x - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
+
     def _run(self, images: Tensor) -> list[Tensor]:
         found: dict[str, Tensor] = {}
         if self.sequential:
             value = images
-            for name, child in self.features.named_children():
-                value = child(value)
-                if name in self.taps:
-                    found[name] = value
+            for step in self._steps:
+                value = self.features.get_submodule(step.path)(value)
+                for tap in step.taps:
+                    found[tap] = _checked(tap, value).clone() if step.copied else _checked(tap, value)
         else:
             self._run_hooked(images, found)
         return [found[tap] for tap in self.taps]
 
     def _run_hooked(self, images: Tensor, found: dict[str, Tensor]) -> None:
-        modules = dict(self.features.named_modules())
+        wanted = set(self.taps)
+        pending: dict[nn.Module, list[str]] = {}
+        for name, module in self.features.named_modules(remove_duplicate=False):
+            pending.setdefault(module, []).append(name)
 
-        def hook(tap: str) -> Any:
-            def store(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-                found[tap] = output
-                if len(found) == len(set(self.taps)):
-                    raise _LastTap
-                # What follows may work in place; it must not reach the tap.
-                return output.clone()
+        def store(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            name = pending[module].pop(0) if pending[module] else None
+            if name not in wanted or name in found:
+                return
+            last = len(found) + 1 == len(wanted)
+            # The network goes on with its own tensor, in place if it likes.
+            found[name] = _checked(name, output) if last else _checked(name, output).clone()
+            if last:
+                raise _LastTap
 
-            return store
-
-        handles = [modules[tap].register_forward_hook(hook(tap)) for tap in set(self.taps)]
+        tapped = [module for module, names in pending.items() if wanted.intersection(names)]
+        handles = [module.register_forward_hook(store) for module in tapped]
         try:
             self.features(images)
         except _LastTap:
@@ -138,16 +208,80 @@ class FrozenTrunk(nn.Module):
                 handle.remove()
 
 
-def _truncated(module: nn.Module, taps: Sequence[str]) -> nn.Sequential:
-    """The children up to the last tap; an in-place one after a tap, or in front, is replaced by its twin."""
-    children = list(module.named_children())
-    last = max(index for index, (name, _) in enumerate(children) if name in taps)
-    out = nn.Sequential()
-    protect = True
-    for name, child in children[: last + 1]:
-        if protect and getattr(child, "inplace", False):
-            child = copy.copy(child)
-            child.inplace = False  # type: ignore[assignment]
-        out.add_module(name, child)
-        protect = name in taps
-    return out
+def _checked(tap: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"taps: {tap!r} returns a {type(value).__name__}; tap a submodule that returns a tensor"
+        )
+    return value
+
+
+def _containers(tap: str) -> list[str]:
+    """Names of the modules around a tap, from the network ("") inwards."""
+    parts = tap.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the children one after the other is what calling the module does."""
+    return (
+        type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _calls(
+    module: nn.Module, taps: Sequence[str], prefix: str = ""
+) -> list[tuple[str, list[str], nn.Module]]:
+    """(path, taps that are its output, module) of each call; containers with a tap inside are opened."""
+    calls: list[tuple[str, list[str], nn.Module]] = []
+    # Not named_children(), which leaves out the second place of an object.
+    for name, child in module._modules.items():
+        assert child is not None
+        path = prefix + name
+        if any(tap.startswith(path + ".") for tap in taps):
+            calls += _calls(child, taps, path + ".")
+        else:
+            calls.append((path, [], child))
+        if path in taps:
+            calls[-1][1].append(path)
+    return calls
+
+
+def _leaves_input_alone(module: nn.Module) -> bool:
+    if _is_plain(module) and module._modules:
+        return _leaves_input_alone(next(iter(module.children())))
+    return type(module).__module__ in _PURE and not getattr(module, "inplace", False)
+
+
+def _child_by_child(module: nn.Module, taps: Sequence[str]) -> tuple[nn.Sequential, list[_Step], bool]:
+    """The network up to the last tap, its calls, and whether the images must be copied.
+
+    An in-place activation right behind a tap, or in front, is replaced by its twin.
+    """
+    calls = _calls(module, taps)
+    last = max(index for index, (_, found, _) in enumerate(calls) if found)
+    features = nn.Sequential()
+    steps: list[_Step] = []
+    copies_images = False
+    for index, (path, found, child) in enumerate(calls[: last + 1]):
+        if index == 0 or steps[-1].taps:
+            if type(child).__module__ == "torch.nn.modules.activation" and getattr(child, "inplace", False):
+                child = copy.copy(child)
+                child.inplace = False  # type: ignore[assignment]
+            copied = not _leaves_input_alone(child)
+            if index == 0:
+                copies_images = copied
+            else:
+                steps[-1] = steps[-1]._replace(copied=copied)
+        steps.append(_Step(path, tuple(found), False))
+        parent: nn.Module = features
+        *around, name = path.split(".")
+        for container in around:
+            if container not in parent._modules:
+                parent.add_module(container, nn.Sequential())
+            parent = parent.get_submodule(container)
+        parent.add_module(name, child)
+    return features, steps, copies_images

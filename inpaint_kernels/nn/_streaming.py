@@ -1,7 +1,8 @@
 """Losses on frozen-trunk features, plain or streamed.
 
 A frozen trunk needs no activation after its own backward. Streaming therefore runs trunk forward and backward for a
-few samples at a time inside the loss's forward, and keeps only the gradient of the images.
+few samples at a time while the loss is computed, and keeps only the gradient of the images. It does so in as many
+trunk passes as there are chunks, each over as many images as in the plain path; one chunk is not copied at all.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ Term = Callable[[list[Tensor], list[Tensor]], Tensor]
 class _RefuseSecond(torch.autograd.Function):
     """kept * grad; a derivative of it is refused, because the activations it needs are gone.
 
-    `pred` is a graph input so that the error is met on the way to it, also with `allow_unused=True`.
+    `link` leads to `pred`: the error is met on the way there, also with `allow_unused=True`.
     """
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, grad: Tensor, pred: Tensor) -> Tensor:
-        return (kept * grad).to(pred.dtype)
+    def forward(ctx: Any, kept: Tensor, grad: Tensor, link: Tensor, dtype: torch.dtype) -> Tensor:
+        return (kept * grad).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
@@ -34,60 +35,29 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-class _Streamed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,  # [k * N, C, H, W]
-        target: Tensor,  # [N, C, H, W]
-        trunk: nn.Module,
-        terms: Sequence[Term],
-        weights: Sequence[float],
-        chunk: int,
-    ) -> tuple[Tensor, ...]:
-        samples = target.shape[0]
-        copies = pred.shape[0] // samples if samples else 0
-        needed = ctx.needs_input_grad[0]
-        # float16 would underflow here: a GradScaler multiplies only afterwards.
-        kept = torch.empty_like(pred, dtype=torch.float32 if pred.dtype == torch.float16 else pred.dtype)
-        values: list[Tensor | None] = [None] * len(terms)
-        for begin in range(0, samples, chunk):
-            end = min(begin + chunk, samples)
-            rows = [slice(copy * samples + begin, copy * samples + end) for copy in range(copies)]
-            with torch.no_grad():
-                goal = trunk(target[begin:end])
-            images = torch.cat([pred[row] for row in rows]) if copies > 1 else pred[rows[0]]
-            with torch.enable_grad():
-                images = images.detach().requires_grad_(needed)
-                features = trunk(images)
-                found = [term(features, goal) * ((end - begin) / samples) for term in terms]
-                total = _weighted_sum(found, weights)
-            if needed:
-                (grad,) = torch.autograd.grad(total, images)
-                for row, part in zip(rows, grad.split(end - begin), strict=True):
-                    kept[row] = part
-            del features, goal
-            values = [
-                one.detach() if old is None else old + one.detach()
-                for old, one in zip(values, found, strict=True)
-            ]
-        if samples == 0:
-            values = [pred.new_zeros((), dtype=torch.float32) for _ in terms]
-        ctx.save_for_backward(kept, pred)
-        done = [value for value in values if value is not None]
-        total = _weighted_sum(done, weights)
-        ctx.mark_non_differentiable(*done)
-        ctx.set_materialize_grads(False)
-        return (total if len(done) > 1 else total.clone(), *done)
+class _Kept(torch.autograd.Function):
+    """The weighted total of `values`, whose gradient by `pred` is `kept`."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    def forward(
+        ctx: Any, pred: Tensor, kept: Tensor, weights: Sequence[float], *values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # Saving `pred` itself as the way to it would keep it alive.
+        link = kept.new_empty(0)
+        ctx.save_for_backward(kept, link)
+        ctx.dtype = pred.dtype
+        ctx.set_materialize_grads(False)
+        return _weighted_sum(values, weights), link
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if grad is None:
-            return (None,) * 6
-        kept, pred = ctx.saved_tensors
+            return None, *nothing
+        kept, link = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (_RefuseSecond.apply(kept, grad, pred), *(None,) * 5)
-        return ((kept * grad).to(pred.dtype), *(None,) * 5)
+            return _RefuseSecond.apply(kept, grad, link, ctx.dtype), *nothing
+        return (kept * grad).to(ctx.dtype), *nothing
 
 
 def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -95,6 +65,117 @@ def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight
     return total
+
+
+def _power_of_two(x: Tensor, low: float, high: float) -> Tensor:
+    """The power of two at or below |x|, its exponent bits, within [low, high]: exact and without a host sync."""
+    bits = x.detach().to(torch.float32).view(torch.int32)
+    return (bits & 0x7F800000).view(torch.float32).clamp(low, high)
+
+
+def _computes_in_float16(trunk: nn.Module, features: Sequence[Tensor]) -> bool:
+    kind = features[0].device.type
+    ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtypes = {ambient, getattr(trunk, "autocast", None), getattr(trunk, "dtype", None)}
+    return torch.float16 in dtypes | {feature.dtype for feature in features}
+
+
+def _image_gradient(
+    images: Tensor, features: Sequence[Tensor], leaves: Sequence[Tensor], total: Tensor, half: bool
+) -> Tensor:
+    """Gradient of `total`, a function of the `leaves` with the values of `features`, by the `images`.
+
+    With `half`, gradients in the trunk are float16, which a GradScaler cannot save: it multiplies only afterwards.
+    They are scaled in between by powers of two that the device finds, so that dividing them out is exact: first by
+    about numel / loss, which brings the gradient of a mean to the order of the features' inverse, then so that the
+    largest gradient at a tap is about 16. That leaves a factor of 2^11 for gradients to grow on their way to the
+    images, and of 2^18 below the largest to normal numbers.
+    """
+    scale = upstream = None
+    if half:
+        numel = max(feature.numel() for feature in features)
+        # At least 2^-4: the gradient of an absolute value does not vanish with the loss.
+        scale = 2.0 ** (numel.bit_length() - 1) / _power_of_two(total, 2.0**-4, 2.0**60)
+        upstream = scale.to(total.dtype)
+    found = torch.autograd.grad(total, leaves, upstream, allow_unused=True)
+    used = [feature for feature, grad in zip(features, found, strict=True) if grad is not None]
+    grads = [grad for grad in found if grad is not None]
+    if scale is not None:
+        norms = [torch.linalg.vector_norm(grad, float("inf")).to(torch.float32) for grad in grads]
+        # Within what float16 holds, as the factor is read in the dtype of the gradients.
+        rescale = 16 / _power_of_two(torch.stack(norms).amax(), 2.0**-11, 2.0**15)
+        grads = [grad * rescale for grad in grads]
+        scale = scale * rescale
+    (gradient,) = torch.autograd.grad(used, images, grads)
+    return gradient if scale is None else gradient / scale
+
+
+def _chunk_of(
+    trunk: nn.Module,
+    terms: Sequence[Term],
+    weights: Sequence[float],
+    images: Tensor,  # [k * n, C, H, W]
+    target: Tensor,  # [n, C, H, W]
+    share: float,
+    wanted: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """(terms times `share`, gradient of their weighted sum by the images: float32 for half images)."""
+    with torch.no_grad():
+        goal = trunk(target)
+    images = images.detach()
+    if wanted and images.dtype in (torch.float16, torch.bfloat16):
+        images = images.to(torch.float32)
+    with torch.set_grad_enabled(wanted):
+        features = trunk(images.requires_grad_() if wanted else images)
+        leaves = [feature.detach().requires_grad_(wanted) for feature in features]
+        values = [term(leaves, goal) for term in terms]
+        if share != 1:
+            values = [value * share for value in values]
+        total = _weighted_sum(values, weights)
+    gradient = None
+    if wanted:
+        half = _computes_in_float16(trunk, features)
+        # As in the plain path, where the caller's autocast is over before the backward.
+        with torch.autocast(images.device.type, enabled=False):
+            gradient = _image_gradient(images, features, leaves, total, half)
+    return [value.detach() for value in values], gradient
+
+
+def _streamed(
+    trunk: nn.Module,
+    terms: Sequence[Term],
+    weights: Sequence[float],
+    pred: Tensor,  # [k * N, C, H, W]
+    target: Tensor,  # [N, C, H, W]
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
+    wanted = pred.requires_grad and torch.is_grad_enabled()
+    samples = target.shape[0]
+    kept: Tensor | None = None
+    values: list[Tensor] = []
+    if samples == 0:
+        double = torch.float64 in (pred.dtype, target.dtype, getattr(trunk, "dtype", None))
+        values = [pred.new_zeros((), dtype=torch.float64 if double else torch.float32) for _ in terms]
+        kept = torch.empty_like(pred)
+    elif chunk >= samples:
+        values, kept = _chunk_of(trunk, terms, weights, pred, target, 1.0, wanted)
+    else:
+        copies = pred.shape[0] // samples
+        for begin in range(0, samples, chunk):
+            end = min(begin + chunk, samples)
+            rows = [pred[copy * samples + begin : copy * samples + end] for copy in range(copies)]
+            images = rows[0] if copies == 1 else torch.cat(rows)
+            share = (end - begin) / samples
+            found, part = _chunk_of(trunk, terms, weights, images, target[begin:end], share, wanted)
+            values = [old + new for old, new in zip(values, found, strict=True)] if values else found
+            if part is not None:
+                kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
+                kept.unflatten(0, (copies, samples))[:, begin:end] = part.unflatten(0, (copies, end - begin))
+    if not wanted:
+        return (_weighted_sum(values, weights), *values)
+    total, _ = _Kept.apply(pred, kept, weights, *values)
+    return (total, *values)
 
 
 def check_images(pred: Tensor, target: Tensor) -> None:
@@ -130,7 +211,7 @@ def trunk_terms(
             raise ValueError(
                 "target requires a gradient, which the streamed loss does not compute; chunk=None does"
             )
-        return _Streamed.apply(pred, target, trunk, tuple(terms), tuple(weights), chunk)
+        return _streamed(trunk, terms, weights, pred, target, chunk)
     features = trunk(pred)
     with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
         goal = trunk(target)

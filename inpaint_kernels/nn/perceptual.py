@@ -22,7 +22,7 @@ class PerceptualStyle(NamedTuple):
 
 
 def _check_chunk(chunk: int | None) -> int | None:
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"chunk must be None or a positive number of samples, got {chunk!r}")
     return chunk
 
@@ -47,7 +47,9 @@ class PerceptualLoss(nn.Module):
         layer_reduction: "sum" or "mean" over the taps.
         chunk: None keeps the trunk's activations for the backward, as any network does. A number streams: trunk
             forward and backward run for so many samples at a time inside the forward, and only the gradient of the
-            images is kept. Value and gradient are the same; a second derivative is refused.
+            images is kept, in float32 for half images. Value and gradient are the same, at any upstream scale; in a
+            trunk that computes in float16 the gradients are scaled inside, so that they survive without a GradScaler
+            and with one. A number of at least N runs the passes of the plain path. A second derivative is refused.
 
     ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares
     several predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming

@@ -98,7 +98,11 @@ def layer_weights(weights: float | Sequence[float] | None, layers: int) -> list[
     """One weight for each layer; None means 1."""
     if weights is None:
         return [1.0] * layers
-    found = [float(weights)] if isinstance(weights, (int, float)) else [float(weight) for weight in weights]
+    given = [weights] if isinstance(weights, (int, float)) else weights
+    try:
+        found = [float(weight) for weight in given]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be a number or a sequence of numbers, got {weights!r}") from None
     if len(found) != layers:
         raise ValueError(f"weights has {len(found)} entries for {layers} layers")
     return found

@@ -75,7 +75,8 @@ def _formula(ctx: Any, i: int, grad: Tensor, saved: tuple[Tensor, ...]) -> Tenso
         mask = mask.repeat(copies, 1, 1, 1)
     coefficient = grad * saved[0][i]
     if penalty != "l1":
-        target = kept[count + i].repeat(copies, 1, 1, 1)
+        # Converted before it is repeated, as in the reference.
+        target = kept[count + i].to(coefficient.dtype).repeat(copies, 1, 1, 1)
         return masked_loss_grad(kept[i], target, mask, coefficient, penalty, param)
     value = coefficient * _pixel.unpack_signs(kept[i], size[:4], channels_last, saved[0].dtype)
     return value if mask is None else value * mask.to(value.dtype)
@@ -95,7 +96,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
         penalty, param, mask_count = ctx.settings
         masks, kept = saved[1 : 1 + mask_count], saved[1 + mask_count :]
         l1 = penalty == "l1"
-        scale = saved[0] if len(wanted) == count else saved[0][wanted]
+        # Slices: an index list would be copied to the device, which no CUDA graph can capture.
+        scale = saved[0] if len(wanted) == count else torch.cat([saved[0][i : i + 1] for i in wanted])
         found = op(
             grad,
             scale,

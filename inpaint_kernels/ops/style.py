@@ -52,10 +52,10 @@ def _graph_factor(factor: Tensor, x: Tensor, target: Tensor | None, weight: floa
     gram_normalize = "none" if normalize == "gatys" else normalize
     scale = gram_scale(gram_normalize, c, h * w)
     constant = 4 * weight * scale * reference.style_coefficient(normalize, c, h * w, n)
-    gram = gram_matrix(x, normalize=gram_normalize)
+    gram = gram_matrix(x.to(factor.dtype), normalize=gram_normalize)
     factor = factor + constant * (gram - gram.detach())
     if target is not None:
-        goal = gram_matrix(target, normalize=gram_normalize)
+        goal = gram_matrix(target.to(factor.dtype), normalize=gram_normalize)
         factor = factor - constant * (goal - goal.detach()).repeat(n // goal.shape[0], 1, 1)
     return factor
 

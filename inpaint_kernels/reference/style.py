@@ -33,10 +33,11 @@ def style_loss(
     gram_normalize = "none" if normalize == "gatys" else normalize
     total = torch.zeros((), dtype=accumulate_dtype(*inputs, *targets), device=inputs[0].device)
     for x, y, weight in zip(inputs, targets, weights, strict=True):
+        x, y = x.to(total.dtype), y.to(total.dtype)
         gram = gram_matrix(x, normalize=gram_normalize)
         goal = y if target_is_gram else gram_matrix(y, normalize=gram_normalize)
         copies = x.shape[0] // y.shape[0] if y.shape[0] else 0
-        difference = gram - goal.to(gram.dtype).repeat(copies, 1, 1)
+        difference = gram - goal.repeat(copies, 1, 1)
         value = difference.abs() if penalty == "l1" else difference * difference
         factor = style_coefficient(normalize, x.shape[1], x.shape[2] * x.shape[3], x.shape[0])
         total = total + value.sum() * (weight * factor)

@@ -15,11 +15,11 @@
 
 namespace simt {
 
-// What the lanes of a warp show each other.
+// What the lanes of a warp show each other; of every word its one or two elements.
 struct WarpBoard {
   const char* rows[32];
-  uint32_t a[32][4];
-  uint32_t b[32][2];
+  double a[32][4][2];
+  double b[32][2][2];
 };
 
 inline WarpBoard& board() {
@@ -47,24 +47,29 @@ inline Copies& copies() {
 inline void warp_barrier() { Block::running().exchange(0, 0); }
 
 // c + sum of products: every term cut to a multiple of 2^-24 of the largest (25 bits), as is the result to 24
-// bits.
+// bits. Compiled without optimisation and called for every element: hence the bits instead of frexp and
+// trunc.
 inline float cut_sum(float c, const double* products, int count) {
   double largest = std::fabs(static_cast<double>(c));
   double plain = c;
   for (int i = 0; i < count; ++i) {
-    largest = std::fmax(largest, std::fabs(products[i]));
+    const double size = std::fabs(products[i]);
+    if (size > largest) largest = size;
     plain += products[i];
   }
   if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
-  int exponent;
-  std::frexp(largest, &exponent);
-  const double unit = std::ldexp(1.0, exponent - 25);
-  double sum = std::trunc(c / unit);
-  for (int i = 0; i < count; ++i) sum += std::trunc(products[i] / unit);
-  sum *= unit;
-  float rounded = static_cast<float>(sum);
-  if (std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) rounded = std::nextafterf(rounded, 0.0f);
-  return rounded;
+  uint64_t bits;
+  std::memcpy(&bits, &largest, 8);
+  bits = (bits >> 52) << 52;  // the power of two below the largest
+  double unit;
+  std::memcpy(&unit, &bits, 8);
+  unit *= 0x1p-24;
+  const double scale = 1.0 / unit;
+  int64_t sum = static_cast<int64_t>(c * scale);
+  for (int i = 0; i < count; ++i) sum += static_cast<int64_t>(products[i] * scale);
+  const double cut = static_cast<double>(sum) * unit;
+  const float rounded = static_cast<float>(cut);
+  return std::fabs(static_cast<double>(rounded)) > std::fabs(cut) ? std::nextafterf(rounded, 0.0f) : rounded;
 }
 
 }  // namespace simt
@@ -119,13 +124,15 @@ void load_matrices(const char* row, uint32_t (&words)[4]) {
   simt::warp_barrier();
 }
 
+// The elements of a word, one of TF32 or two of a half type.
 template <typename T>
-double operand(const uint32_t* words, int k) {
+void elements(uint32_t word, double (&values)[2]) {
   if constexpr (std::is_same_v<T, float>) {
-    return bits_to_float(words[k] & 0xffffe000u);  // the hardware ignores the bits TF32 has not
+    values[0] = bits_to_float(word & 0xffffe000u);  // the hardware ignores the bits TF32 has not
   } else {
-    const auto bits = static_cast<uint16_t>(words[k / 2] >> (16 * (k % 2)));
-    return static_cast<double>(static_cast<float>(T(bits, T::from_bits())));
+    for (int k = 0; k < 2; ++k) {
+      values[k] = static_cast<float>(T(static_cast<uint16_t>(word >> (16 * k)), T::from_bits()));
+    }
   }
 }
 
@@ -135,9 +142,9 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   constexpr int kHalf = 4 * kPerWord;  // depth of one word of all four lanes of a group
   simt::WarpBoard& board = simt::board();
   const int lane = static_cast<int>(simt::Block::running().thread() % 32);
-  std::memcpy(board.a[lane], a, sizeof(a));
-  board.b[lane][0] = b0;
-  board.b[lane][1] = b1;
+  for (int i = 0; i < 4; ++i) elements<T>(a[i], board.a[lane][i]);
+  elements<T>(b0, board.b[lane][0]);
+  elements<T>(b1, board.b[lane][1]);
   simt::warp_barrier();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8;
@@ -145,9 +152,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int half = 0; half < 2; ++half) {
       double products[kHalf];
       for (int k = 0; k < kHalf; ++k) {
-        const uint32_t a_word = board.a[row % 8 * 4 + k / kPerWord][row / 8 + 2 * half];
-        const uint32_t b_word = board.b[column * 4 + k / kPerWord][half];
-        products[k] = operand<T>(&a_word, k % kPerWord) * operand<T>(&b_word, k % kPerWord);
+        products[k] = board.a[row % 8 * 4 + k / kPerWord][row / 8 + 2 * half][k % kPerWord] *
+                      board.b[column * 4 + k / kPerWord][half][k % kPerWord];
       }
       c[i] = simt::cut_sum(c[i], products, kHalf);
     }

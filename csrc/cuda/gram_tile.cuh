@@ -108,16 +108,22 @@ IK_DEVICE void split_tf32(uint32_t (&words)[4], uint32_t (&small)[4]) {
   }
 }
 
-// Where the low parts of B come from: nowhere, split off in registers (fp32), or a tile of their own.
-enum class Low : int { none, split, tile };
+// Where the low parts of B come from: nowhere, split off in registers (fp32), or tiles of their own behind
+// B's.
+enum class Low : int { none, split, tiles };
+
+// Parts that an fp32 operand in memory is split into: 22 bits of its 24 with TF32 and half, all with
+// bfloat16.
+template <typename T>
+constexpr int kParts = std::is_same_v<T, BFloat16> ? 3 : 2;
 
 using WarpSums = float[2][4][4];  // [rows / 16][columns / 8][mma accumulator]
 
 // Adds one stage of A[a_row ..][k] B[b_row ..][k], 32 x 32, to the sums of this warp.
 template <typename T, typename ShapeA, typename ShapeB, Low kLow>
-IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, const char* b_low, int b_row,
-                              WarpSums& sums) {
+IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row, WarpSums& sums) {
   constexpr bool kSplit = sizeof(T) == 4;
+  constexpr int kLows = kLow == Low::tiles ? kParts<T> - 1 : 1;
   // Without splitting two steps are 2 mma instructions; with it one step is already up to 3.
   constexpr int kChain = kSplit ? 1 : kSteps;
 // fp32: one step at a time, as the fragments of two do not fit in 128 registers.
@@ -137,13 +143,17 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, const cha
 #pragma unroll
     for (int columns = 0; columns < 2; ++columns) {
       uint32_t b_words[kChain][4];
-      [[maybe_unused]] uint32_t b_small[kChain][4];
+      [[maybe_unused]] uint32_t b_small[kChain][kLows][4];
 #pragma unroll
       for (int s = 0; s < kChain; ++s) {
         load_fragment<T, ShapeB>(b, b_row + 16 * columns, first + s, b_words[s]);
-        if constexpr (kLow == Low::split) split_tf32(b_words[s], b_small[s]);
-        if constexpr (kLow == Low::tile) {
-          load_fragment<T, ShapeB>(b_low, b_row + 16 * columns, first + s, b_small[s]);
+        if constexpr (kLow == Low::split) split_tf32(b_words[s], b_small[s][0]);
+        if constexpr (kLow == Low::tiles) {
+#pragma unroll
+          for (int low = 0; low < kLows; ++low) {
+            load_fragment<T, ShapeB>(b + (low + 1) * ShapeB::kBytes, b_row + 16 * columns, first + s,
+                                     b_small[s][low]);
+          }
         }
       }
 #pragma unroll
@@ -156,7 +166,10 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, const cha
             // Small terms first: what is cut off depends on the largest term so far.
             if constexpr (kSplit) multiply_add<T>(chain, a_small[s][m], b_words[s][i], b_words[s][i + 2]);
             if constexpr (kLow != Low::none) {
-              multiply_add<T>(chain, a_words[s][m], b_small[s][i], b_small[s][i + 2]);
+#pragma unroll
+              for (int low = kLows - 1; low >= 0; --low) {
+                multiply_add<T>(chain, a_words[s][m], b_small[s][low][i], b_small[s][low][i + 2]);
+              }
             }
             multiply_add<T>(chain, a_words[s][m], b_words[s][i], b_words[s][i + 2]);
           }

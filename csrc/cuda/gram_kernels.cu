@@ -10,44 +10,23 @@
 namespace ik::cuda {
 namespace {
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
 // Calls body(Type<T>(), bool_constant<channels_last>()).
 template <typename Body>
 void with_kind(ScalarType dtype, bool channels_last, const Body& body) {
-  const auto with_layout = [&](auto type) {
+  with_dtype("features", dtype, [&](auto type) {
     channels_last ? body(type, std::true_type()) : body(type, std::false_type());
-  };
-  switch (dtype) {
-    case ScalarType::Float:
-      return with_layout(Type<float>());
-    case ScalarType::Half:
-      return with_layout(Type<Half>());
-    case ScalarType::BFloat16:
-      return with_layout(Type<BFloat16>());
-    default:
-      STD_TORCH_CHECK(false, "features: the cuda backend takes float16, bfloat16 and float32");
-  }
+  });
 }
 
 bool aligned_lines(const Features& features) {
   const int64_t line = features.channels_last ? features.channels() : features.pixels();
-  return reinterpret_cast<uintptr_t>(features.ready.const_data_ptr()) % 16 == 0 &&
+  return is_aligned(features.ready.const_data_ptr(), 16) &&
          line * static_cast<int64_t>(features.ready.element_size()) % 16 == 0;
 }
 
 unsigned block_count(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "features: too many for one launch");
   return static_cast<unsigned>(blocks);
-}
-
-const Tensor& as_floats(const Tensor& tensor, const char* argument) {
-  STD_TORCH_CHECK(on_device(tensor) && tensor.scalar_type() == ScalarType::Float, argument,
-                  " must be a float32 tensor on the GPU");
-  return tensor;
 }
 
 float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -202,12 +181,12 @@ std::vector<Tensor> symmetric_products(const std::vector<Product>& products, con
         continue;
       }
       ProductJob& job = jobs.job[jobs.count++];
-      const auto strides = as_floats(product.source, "factors").strides();
+      job.source = float_data(product.source, "factors");
+      const auto strides = product.source.strides();
       const auto sizes = product.source.sizes();
       STD_TORCH_CHECK(sizes.size() == 3 && sizes[1] == map.channels() && sizes[2] == map.channels() &&
                           sizes[0] % map.samples() == 0,
                       "factors: expected [k N, C, C]");
-      job.source = static_cast<const float*>(product.source.const_data_ptr());
       job.stride_n = strides[0];
       job.stride_row = strides[1];
       job.stride_column = strides[2];
@@ -215,9 +194,7 @@ std::vector<Tensor> symmetric_products(const std::vector<Product>& products, con
       job.copies = static_cast<int32_t>(sizes[0] / map.samples());
       job.add_transposed = product.add_transposed;
       job.multiplier = product.multiplier;
-      if (product.grad != nullptr) {
-        job.grad = static_cast<const float*>(as_floats(*product.grad, "grad").const_data_ptr());
-      }
+      if (product.grad != nullptr) job.grad = float_data(*product.grad, "grad");
       job.channels = static_cast<int32_t>(map.channels());
       job.side = (job.channels + kFactorTile - 1) / kFactorTile;
       job.pixels = map.pixels();
@@ -229,13 +206,14 @@ std::vector<Tensor> symmetric_products(const std::vector<Product>& products, con
       job.scale = job.maxima + tile_count;
       workspaces.push_back(empty_1d(map.ready, tile_count, ScalarType::Byte));
       job.low = static_cast<uint8_t*>(workspaces.back().mutable_data_ptr());
-      workspaces.push_back(empty_1d(map.ready, 2 * tile_count * kFactorTile * kFactorTile, map.dtype()));
+      const int64_t parts = map.dtype() == ScalarType::BFloat16 ? kParts<BFloat16> : kParts<Half>;
+      workspaces.push_back(empty_1d(map.ready, parts * tile_count * kFactorTile * kFactorTile, map.dtype()));
       job.factor = workspaces.back().mutable_data_ptr();
       job.features = map.ready.const_data_ptr();
       job.out = outs[i].mutable_data_ptr();
       job.first_block = block_count(blocks);
       job.first_tile = block_count(tiles);
-      job.aligned = aligned_lines(map) && reinterpret_cast<uintptr_t>(job.out) % 16 == 0;
+      job.aligned = aligned_lines(map) && is_aligned(job.out, 16);
       blocks += map.samples() * pixel_tiles * job.side;
       tiles += tile_count;
     }

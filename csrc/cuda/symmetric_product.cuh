@@ -1,11 +1,11 @@
 // Backward kernels of Gram matrices and of the style loss: out_n = factor F_n X_n, F symmetric [C, C].
 //
 // Three launches for all layers. The first two sum F over the predictions (or form dG + dG^T), divide it by
-// its largest entry and split it into a high and a low part of the features' type (TF32 for fp32), padded
+// its largest entry and split it into a high and low parts of the features' type (TF32 for fp32), padded
 // with zeros to whole tiles. The entries of the l1 style loss are then exactly 0, 1/2 or 1 (or simple
-// fractions): the low part is zero, which a flag tells, and its product is skipped. The third is the product,
-// F X + F_low X, with 128 pixels x 64 channels a block; blocks of the same pixels are neighbours and share
-// them in L2.
+// fractions): the low parts are zero, which a flag tells, and their products are skipped. The third is the
+// product, F X + F_low X, with 128 pixels x 64 channels a block; blocks of the same pixels are neighbours and
+// share them in L2.
 //
 // Bytes: X once for every 64 channels (from L2 after the first), out once in 16-byte stores.
 #pragma once
@@ -38,8 +38,8 @@ struct ProductJob {
 
   float* maxima;         // [N, side, side] largest absolute entry of every tile
   float* scale;          // [N] factor of the finished product
-  uint8_t* low;          // [N, side, side] whether a tile has a low part
-  void* factor;          // [N, 2 (high, low), side * 64, side * 64] in the features' type
+  uint8_t* low;          // [N, side, side] whether a tile has low parts
+  void* factor;          // [N, kParts (high, low ..), side * 64, side * 64] in the features' type
   const void* features;  // [N, C, M], channels_last: [N, M, C]
   void* out;             // like the features
   int64_t pixels;
@@ -166,18 +166,20 @@ __global__ void __launch_bounds__(kFactorThreads) split_factor(const IK_GRID_CON
   factor_entries(job, tile, value);
   const int64_t width = static_cast<int64_t>(job.side) * kFactorTile;
   const int64_t row = tile.row * kFactorTile + thread / kFactorTile;
-  T* high = static_cast<T*>(job.factor) + tile.sample * 2 * width * width + row * width +
+  T* high = static_cast<T*>(job.factor) + tile.sample * kParts<T> * width * width + row * width +
             tile.column * kFactorTile + thread % kFactorTile;
   bool has_low = false;
 #pragma unroll
   for (int i = 0; i < kFactorEntries; ++i) {
-    const float entry = value[i] / largest;
-    const T top = to_factor<T>(entry);
-    const float rest = entry - static_cast<float>(top);
-    *high = top;
-    high[width * width] = to_factor<T>(rest);
+    float rest = value[i] / largest;
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      const T rounded = to_factor<T>(rest);
+      high[part * width * width] = rounded;
+      rest -= static_cast<float>(rounded);
+      if (part == 0) has_low = has_low || !(rest == 0.0f);
+    }
     high += kFactorThreads / kFactorTile * width;
-    has_low = has_low || !(rest == 0.0f);
   }
   __shared__ int warps[kFactorThreads / kWarpSize];
   int any = has_low ? 1 : 0;
@@ -195,7 +197,7 @@ template <typename T, bool kChannelsLast>
 struct ProductMemory {
   using Pixels = TileShape<T, kProductPixels, !kChannelsLast>;
   using Factor = TileShape<T, kProductChannels, false>;
-  static constexpr int kStage = Pixels::kBytes + 2 * Factor::kBytes;
+  static constexpr int kStage = Pixels::kBytes + kParts<T> * Factor::kBytes;
   static constexpr int kOutLines = kChannelsLast ? kProductPixels : kProductChannels;
   static constexpr int kOutLength = kChannelsLast ? kProductChannels : kProductPixels;
   static constexpr int kOutPitch = kOutLength * static_cast<int>(sizeof(T)) + 16;
@@ -240,7 +242,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const int64_t channel_step = kChannelsLast ? 1 : job.pixels;
   const T* features = static_cast<const T*>(job.features) + job.pixels * job.channels * sample +
                       first_pixel * (kChannelsLast ? job.channels : 1);
-  const T* factor = static_cast<const T*>(job.factor) + 2 * width * width * sample + first_channel * width;
+  const T* factor =
+      static_cast<const T*>(job.factor) + kParts<T> * width * width * sample + first_channel * width;
+  const int parts = has_low ? kParts<T> : 1;
   const auto load = [&](int stage) {
     if (stage < stages) {
       char* to = memory + stage % kProductStages * Memory::kStage;
@@ -251,10 +255,10 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                                             kChannelsLast ? channels : pixels, job.aligned);
       to += Pixels::kBytes;
 #pragma unroll 1
-      for (int low = 0; low <= static_cast<int>(has_low); ++low) {
-        load_tile<T, Factor, kProductThreads>(to + low * Factor::kBytes,
-                                              factor + low * width * width + channel, width, kProductChannels,
-                                              kDepth<T>, true);
+      for (int part = 0; part < parts; ++part) {
+        load_tile<T, Factor, kProductThreads>(to + part * Factor::kBytes,
+                                              factor + part * width * width + channel, width,
+                                              kProductChannels, kDepth<T>, true);
       }
     }
     commit_copies();
@@ -275,9 +279,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     const char* a = memory + stage % kProductStages * Memory::kStage;
     const char* b = a + Pixels::kBytes;
     if (has_low) {
-      multiply_stage<T, Pixels, Factor, Low::tile>(a, warp_pixel, b, b + Factor::kBytes, warp_channel, sums);
+      multiply_stage<T, Pixels, Factor, Low::tiles>(a, warp_pixel, b, warp_channel, sums);
     } else {
-      multiply_stage<T, Pixels, Factor, Low::none>(a, warp_pixel, b, nullptr, warp_channel, sums);
+      multiply_stage<T, Pixels, Factor, Low::none>(a, warp_pixel, b, warp_channel, sums);
     }
   }
   // The fragments hold 2 neighbours; through shared memory every thread stores 16 bytes.

@@ -106,6 +106,7 @@ void for_groups(const std::vector<Layer>& layers, const Key& key, FeatureArgs ar
       }
       args.layer[chosen.size()] = layers[i].args;
       args.layer[chosen.size()].first_block = static_cast<uint32_t>(blocks);
+      args.layer[chosen.size()].blocks = static_cast<uint32_t>(layers[i].blocks);
       chosen.push_back(i);
       blocks += layers[i].blocks;
     }
@@ -148,7 +149,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> feature_distance(
     const int64_t size = static_cast<int64_t>(layer.kept[0].element_size());
     layer.args.aligned = allows_vectors(layer.args.input, layer.shape.length, E, size) &&
                          allows_vectors(layer.args.target, layer.shape.length, E, size);
-    if (save_signs) layer.args.signs = static_cast<uint16_t*>(signs.back().mutable_data_ptr());
+    if (!save_signs) continue;
+    layer.args.signs = static_cast<uint16_t*>(signs.back().mutable_data_ptr());
+    layer.args.sign_words = predictions * layer.shape.samples * layer.shape.segments * layer.shape.groups();
+    layer.args.sign_words_allocated = signs.back().numel() / 2;
   }
 
   FeatureArgs args{};

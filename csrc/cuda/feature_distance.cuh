@@ -26,15 +26,18 @@ constexpr int kBackwardBlocks = kL1 ? 5 : 4;
 struct FeatureLayer {
   Tiling tiling;  // over the target's samples
   MaskView mask;
-  const void* input;       // [k N, segments, length]
-  const void* target;      // [N, segments, length]
-  uint16_t* signs;         // [k N, segments, groups] or null
+  const void* input;   // [k N, segments, length]
+  const void* target;  // [N, segments, length]
+  uint16_t* signs;     // [k N, segments, groups] or null
+  int64_t sign_words;  // in the groups, and in the whole tensor
+  int64_t sign_words_allocated;
   void* grad_input;        // [k N, segments, length], backward only
   int64_t batch_segments;  // of N samples
   int32_t batch;           // N
   int32_t predictions;     // k
   int32_t scale_index;     // backward only
   uint32_t first_block;
+  uint32_t blocks;
   bool mask_per_prediction;  // k N masks
   bool aligned;              // input, target and gradient allow whole vectors
 };
@@ -53,29 +56,6 @@ IK_DEVICE const FeatureLayer& find_layer(const FeatureArgs& args) {
   int i = 0;
   while (i + 1 < args.count && blockIdx.x >= args.layer[i + 1].first_block) ++i;
   return args.layer[i];
-}
-
-// As locate() of pixel.cuh, for a block of one layer.
-template <int E>
-IK_DEVICE Place locate_in(const Tiling& tiling, uint32_t block) {
-  Place place;
-  const uint32_t rest = tiling.tiles_along.quotient(block);
-  const uint32_t along = block - rest * tiling.tiles_along.divisor;
-  const uint32_t sample = tiling.tiles_across.quotient(rest);
-  const uint32_t across = rest - sample * tiling.tiles_across.divisor;
-  place.sample = static_cast<int>(sample);
-  place.lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
-  const int extent = tiling.lanes * kVectors * E * (tiling.along ? kUnroll : 1);
-  place.start = static_cast<int64_t>(along) * extent + place.lane * E;
-  const int64_t left = tiling.length - place.start;
-  place.left = static_cast<int>(left < INT32_MAX ? left : INT32_MAX);
-  const int begin = static_cast<int>(across) * tiling.segments_per_tile;
-  const int end = begin + tiling.segments_per_tile;
-  const int per_row = tiling.along ? 1 : kUnroll;
-  place.last = end < tiling.segments ? end : tiling.segments;
-  place.first = begin + (static_cast<int>(threadIdx.x) >> tiling.log_lanes) * per_row;
-  place.hop = (kThreads >> tiling.log_lanes) * per_row;
-  return place;
 }
 
 // The stretch of prediction `prediction` that belongs to a stretch of the target.
@@ -122,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     feature_forward(const IK_GRID_CONSTANT FeatureArgs args) {
   constexpr int E = 16 / static_cast<int>(sizeof(T));
   const FeatureLayer& layer = find_layer(args);
-  const Place place = locate_in<E>(layer.tiling, blockIdx.x - layer.first_block);
+  const Place place = locate<E>(layer.tiling, blockIdx.x - layer.first_block);
   __shared__ Weights<E> weights;
   float weight[1] = {};  // of the mask values read
   int stretches = 0;     // that a shared mask value counts for
@@ -168,6 +148,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
       }
     }
   }
+  if constexpr (kL1) {
+    clear_spare_signs(layer.signs, layer.sign_words, layer.sign_words_allocated,
+                      blockIdx.x - layer.first_block, layer.blocks);
+  }
   // A value that was read once counted for all it is shared by.
   if (layer.mask.shared) {
     weight[0] *= static_cast<float>(stretches);
@@ -182,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kL1>)
     feature_backward(const IK_GRID_CONSTANT FeatureArgs args) {
   constexpr int E = 16 / static_cast<int>(sizeof(T));
   const FeatureLayer& layer = find_layer(args);
-  const Place place = locate_in<E>(layer.tiling, blockIdx.x - layer.first_block);
+  const Place place = locate<E>(layer.tiling, blockIdx.x - layer.first_block);
   __shared__ Weights<E> weights;
   const float factor[2] = {*args.grad * args.scale[layer.scale_index], 0.0f};
 #pragma unroll 1

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
     const char* rows = reinterpret_cast<const char*>(memory[stage % kGramStages][0]);
     const char* columns = diagonal ? rows : reinterpret_cast<const char*>(memory[stage % kGramStages][1]);
     constexpr Low kLow = sizeof(T) == 4 ? Low::split : Low::none;
-    if (!idle) multiply_stage<T, Shape, Shape, kLow>(rows, warp_row, columns, nullptr, warp_column, sums);
+    if (!idle) multiply_stage<T, Shape, Shape, kLow>(rows, warp_row, columns, warp_column, sums);
   }
   if (idle) return;
   float* out =
@@ -298,10 +298,8 @@ static __global__ void __launch_bounds__(kStripThreads) style_total(const IK_GRI
       const double d = static_cast<double>(gram[q] - goal[q]);
       const double mirror = static_cast<double>(gram[q] - mirrored[q]);
       const bool diagonal = place.row == place.column + q;
-      const double penalty = style_penalty(jobs.l1, d) + (diagonal ? 0.0 : style_penalty(jobs.l1, mirror));
-      if (place.counts(q, job.channels)) loss += penalty;
-      const double slope = 0.5 * (style_penalty_grad(jobs.l1, d) + style_penalty_grad(jobs.l1, mirror));
-      factor[q] = job.factor * static_cast<float>(slope);
+      if (place.counts(q, job.channels)) loss += style_entry(jobs.l1, d, mirror, diagonal);
+      factor[q] = job.factor * static_cast<float>(style_entry_grad(jobs.l1, d, mirror));
     }
     if (job.factors != nullptr) store_symmetric(place, factor, job.channels, job.factors + sample * matrix);
   }

@@ -4,8 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/op_args.h"
-#include "cuda/cuda_utils.cuh"
+#include "cuda/arguments.cuh"
 
 namespace ik::cuda {
 

@@ -1,0 +1,153 @@
+"""What is timed: the plain formula, compiled and rewritten ones and the own kernels, each checked before.
+
+A provider whose loss or gradients are off is not timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .harness import Benchmark, Case, Formula, weighted_sum
+from .measure import Inputs, Step, clear_gradients, tensors
+
+_COMPILE_TUNED = {"triton.cooperative_reductions": True, "combo_kernels": True}
+# Own implementations, by device type.
+_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+# Values of the terms, and gradients by name of the input.
+Exact = tuple[list[float], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`step` gives the loss and is what is timed; `formula` gives its terms."""
+
+    name: str
+    formula: Formula
+    step: Step
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a provider has no times: `red` when it ran and was wrong or crashed, else it cannot run here."""
+
+    provider: str
+    reason: str
+    red: bool
+
+
+def providers(benchmark: Benchmark, case: Case, device: torch.device) -> list[str]:
+    """Names of all providers of a case, baselines first."""
+    names = ["eager"] if benchmark.heavy else ["eager", "compile"]
+    if benchmark.rewrite(case) is not None:
+        names += ["rewrite"] if benchmark.heavy else ["rewrite", "compile-rewrite"]
+    if device.type == "cuda" and not benchmark.heavy:
+        names.append("compile-tuned")
+    return names + [f"ik-{own}" for own in benchmark.variants or _BACKENDS[device.type]]
+
+
+def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
+    """One provider; a compiled one is compiled by its first call."""
+    if name.startswith("ik-"):
+        formula: Formula | None = benchmark.fused(case, name.removeprefix("ik-"))
+    elif name.endswith("rewrite"):
+        formula = benchmark.rewrite(case)
+    else:
+        formula = benchmark.eager(case)
+    assert formula is not None, f"{benchmark.op} has no {name}"
+    terms, weights = formula, benchmark.weights
+
+    # Refers to nothing but these two: torch.compile guards whatever a closure reaches, in every call.
+    def step(**inputs: Tensor | None) -> Tensor:
+        return weighted_sum(terms(**inputs), weights)
+
+    if name.startswith("compile"):
+        options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
+        return Provider(name, terms, torch.compile(step, fullgraph=True, dynamic=False, options=options))
+    return Provider(name, terms, step)
+
+
+def _gradients(inputs: Inputs) -> dict[str, Tensor | None]:
+    """Gradients by leaf; one whose parts a formula took instead (see `feature_inputs`) is put together."""
+    found = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
+    for name in [n for n in found if f"{n}_part0" in found]:
+        parts = [found.pop(part) for part in list(found) if part.startswith(f"{name}_part")]
+        if found[name] is None:
+            given = [part for part in parts if part is not None]
+            found[name] = torch.cat(given) if len(given) == len(parts) else None
+    return found
+
+
+def truth_of(benchmark: Benchmark, case: Case, inputs: Inputs) -> Exact:
+    """Terms and gradients of the eager formula in float64."""
+    double: dict[str, Tensor | None] = {
+        name: None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+        for name, t in inputs.items()
+    }
+    terms = benchmark.eager(case)(**double)
+    weighted_sum(terms, benchmark.weights).backward()
+    gradients = {name: grad for name, grad in _gradients(double).items() if grad is not None}
+    return [float(t.detach()) for t in terms], gradients
+
+
+def gate(
+    benchmark: Benchmark, case: Case, provider: Provider, inputs: Inputs, truth: Exact | None = None
+) -> str | None:
+    """None when the provider computes the loss and every gradient, else what is wrong with it.
+
+    `truth` is what `truth_of` gives for these inputs; several providers can share it.
+    """
+    tolerance = benchmark.tolerances[case.dtype]
+    exact_terms, exact_gradients = truth or truth_of(benchmark, case, inputs)
+    # Memory that the provider gets but fails to write then holds NaN.
+    poison = [torch.full_like(t, float("nan")) for t in tensors(inputs)]
+    del poison
+    with torch.no_grad():
+        terms = [float(t) for t in provider.formula(**inputs)]
+    loss = provider.step(**inputs)
+    loss.backward()
+    gradients = _gradients(inputs)
+    clear_gradients(inputs)
+
+    if len(terms) != len(exact_terms):
+        return f"{len(terms)} terms, {len(exact_terms)} expected"
+    exact_loss = sum(w * t for w, t in zip(benchmark.weights, exact_terms))
+    for got, exact in zip([float(loss.detach()), *terms], [exact_loss, *exact_terms]):
+        # Written so that NaN fails.
+        if not abs(got - exact) <= tolerance * abs(exact):
+            return f"got {got:.9g} where float64 gives {exact:.9g}"
+    if gradients.keys() != exact_gradients.keys():
+        return f"gradients of {sorted(gradients)}, {sorted(exact_gradients)} expected"
+    # Rounding moves features of a deep trunk across kinks of ReLU, maximum and absolute value: a handful of pixels
+    # then get another gradient in float64, whatever computes it.
+    norms = [(2.0, "L2")] if benchmark.heavy else [(float("inf"), "largest"), (2.0, "L2")]
+    for name, exact_gradient in exact_gradients.items():
+        gradient = gradients[name]
+        if gradient is None or gradient.shape != exact_gradient.shape or gradient.dtype != case.dtype:
+            return f"gradient of {name} is missing or has the wrong shape or dtype"
+        difference = gradient.double() - exact_gradient
+        for norm, kind in norms:
+            error, scale = (float(torch.linalg.vector_norm(t, norm)) for t in (difference, exact_gradient))
+            if not error <= tolerance * scale:
+                return f"gradient of {name} is off: {kind} error {error:.3g} of {scale:.3g}"
+    return None
+
+
+def admit(
+    benchmark: Benchmark, case: Case, name: str, inputs: Inputs, truth: Exact | None = None
+) -> Provider | Refusal:
+    """A provider that is worth timing, or the reason why it is not."""
+    try:
+        provider = build(benchmark, case, name)
+        wrong = gate(benchmark, case, provider, inputs, truth)
+    # Whatever a provider dies of is the reason why it is not timed; the run goes on.
+    except Exception as error:
+        clear_gradients(inputs)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Refusal(name, f"{type(error).__name__}: {first_line}", red="cannot run" not in first_line)
+    return Refusal(name, wrong, red=True) if wrong else provider

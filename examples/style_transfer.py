@@ -1,0 +1,300 @@
+"""Moves photographs toward the style of another picture, with the fused losses of inpaint_kernels.
+
+    python examples/style_transfer.py --weights vgg19.pth                  # pictures shipped with scikit-image
+    python examples/style_transfer.py --content cat.jpg --style waves.jpg --weights default --size 256
+    python examples/style_transfer.py --content a.jpg b.jpg c.jpg --style waves.jpg --chunk 1
+
+Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks", 2016: the pixels are optimised
+so that deep features stay near those of the content and Gram matrices come near those of the style. Written to
+--out: ``pictures.png`` (content, style, result), ``curve.png`` and a ``result-<name>.png`` for every content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from checkpoint import write_atomically
+from data import InputError, read_picture
+from options import number
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from trunks import NAMES, RANDOM_WARNING, load_trunk
+
+PICTURES, CURVE = "pictures.png", "curve.png"
+VGG_STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+# Taps of the style, and the one of the content.
+TAPS = {
+    "vgg16": (VGG_STYLE, "relu4_2"),
+    "vgg19": (VGG_STYLE, "relu4_2"),
+    "alexnet": (("relu1", "relu2", "relu3", "relu4", "relu5"), "relu3"),
+}
+RATES = {"adam": 0.02, "lbfgs": 1.0}
+
+
+class Terms(NamedTuple):
+    """Scalars: both terms relative to the distance of the two pictures, total variation absolute."""
+
+    total: Tensor
+    content: Tensor
+    style: Tensor
+    variation: Tensor
+
+
+# Pictures [N, 3, S, S] -> distance to the content, distance to the style
+Distances = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Style transfer by optimising pixels, with the fused losses."
+    )
+    add = parser.add_argument
+    picture = "a file, or a name in skimage.data"
+    add("--content", nargs="+", default=["chelsea"], help=f"one or more: {picture} (default: chelsea)")
+    add("--style", default="ihc", help=f"{picture} (default: %(default)s)")
+    add("--size", type=number(int, 64), default=160, help="of the square results (default: %(default)s)")
+    add("--steps", type=number(int, 1), default=150, help="(default: %(default)s)")
+    add("--trunk", choices=NAMES, default="vgg19", help="(default: %(default)s)")
+    add(
+        "--weights", metavar="FILE", help="state dict with torchvision's keys, or 'default' (default: random)"
+    )
+    add("--optimizer", choices=tuple(RATES), default="adam", help="(default: %(default)s)")
+    add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
+    add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
+    add("--style-weight", type=number(float, 0), default=10.0, metavar="W", help="(default: %(default)s)")
+    add("--tv-weight", type=number(float, 0), default=0.5, metavar="W", help="(default: %(default)s)")
+    add("--chunk", type=number(int, 1), help="stream so many contents at a time: less memory, more time")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", type=Path, default=Path("runs/style"), metavar="DIR", help="(default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def find_picture(name: str) -> Path:
+    """A file, or a picture that comes with scikit-image."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    spec = importlib.util.find_spec("skimage")
+    shipped = sorted((Path(spec.origin).parent / "data").glob("*.*")) if spec and spec.origin else []
+    pictures = [p for p in shipped if p.suffix in (".png", ".jpg")]
+    for found in pictures:
+        if found.stem == name:
+            return found
+    names = ", ".join(p.stem for p in pictures) or "none, scikit-image is missing"
+    raise InputError(f"there is no file {name}, and no picture of that name in skimage.data ({names})")
+
+
+def load_picture(name: str, size: int) -> Tensor:
+    """[1, 3, S, S] in [0, 1]: scaled to fit the shorter side, then the middle."""
+    image = Image.fromarray(read_picture(find_picture(name)))
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))))
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().contiguous() / 255
+
+
+def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor, style: Tensor) -> Distances:
+    """Features of the content and Gram matrices of the style are computed once and shared by all steps."""
+    import inpaint_kernels as ik
+
+    style_places, content_place = places
+    with torch.no_grad():
+        goal = trunk(contents)[content_place]
+        maps = trunk(style)
+        grams = [ik.gram_matrix(maps[i], normalize="none") for i in style_places]
+
+    def distances(images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = trunk(images)
+        return (
+            ik.feature_distance(maps[content_place], goal, penalty="l2"),
+            ik.style_loss([maps[i] for i in style_places], grams, normalize="gatys", target_is_gram=True),
+        )
+
+    return distances
+
+
+def streamed_distances(trunks: tuple[Any, Any], contents: Tensor, style: Tensor, chunk: int) -> Distances:
+    """The same by the modules: no activation outlives its chunk, and the targets are computed in every step."""
+    import inpaint_kernels as ik
+
+    content_loss = ik.nn.PerceptualLoss(trunks[0], penalty="l2", chunk=chunk)
+    style_loss = ik.nn.StyleLoss(trunks[1], normalize="gatys", chunk=chunk)
+    styles = style.expand_as(contents).contiguous()
+    return lambda images: (content_loss(images, contents), style_loss(images, styles))
+
+
+def total_variation(images: Tensor) -> Tensor:
+    return images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
+
+
+def make_objective(args: argparse.Namespace, contents: Tensor, style: Tensor) -> Callable[[Tensor], Terms]:
+    """The weighted sum; content and style are divided by what they are between the two given pictures."""
+    style_taps, content_tap = TAPS[args.trunk]
+
+    def trunk(taps: Sequence[str]) -> Any:
+        return load_trunk(args.trunk, args.weights, contents.device, option="--weights", taps=taps)
+
+    if args.chunk is None:
+        taps = list(dict.fromkeys([*style_taps, content_tap]))
+        places = [taps.index(tap) for tap in style_taps], taps.index(content_tap)
+        distances = cached_distances(trunk(taps), places, contents, style)
+    else:
+        distances = streamed_distances((trunk([content_tap]), trunk(style_taps)), contents, style, args.chunk)
+    with torch.no_grad():
+        content_unit = distances(style.expand_as(contents).contiguous())[0]
+        style_unit = distances(contents)[1]
+        if not (content_unit > 0 and style_unit > 0):
+            raise InputError("to this trunk content and style are the same; give two different pictures")
+
+    def objective(images: Tensor) -> Terms:
+        content, likeness = distances(images)
+        content, likeness = content / content_unit, likeness / style_unit
+        variation = total_variation(images)
+        total = args.content_weight * content + args.style_weight * likeness + args.tv_weight * variation
+        return Terms(total, content, likeness, variation)
+
+    return objective
+
+
+def optimise(
+    args: argparse.Namespace, objective: Callable[[Tensor], Terms], contents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pictures after the last step, or the one before Ctrl-C, and the terms of every step [steps, 4]."""
+    images = contents.clone().requires_grad_()
+    rate = args.lr if args.lr is not None else RATES[args.optimizer]
+    optimizer: torch.optim.Optimizer = torch.optim.Adam([images], lr=rate)
+    if args.optimizer == "lbfgs":
+        optimizer = torch.optim.LBFGS([images], lr=rate, max_iter=1, history_size=20)
+    advance: Callable[..., Any] = optimizer.step
+    history: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        terms = objective(images)
+        terms.total.backward()
+        history.append(torch.stack([term.detach() for term in terms]))
+        return terms.total.detach()
+
+    with tqdm(total=args.steps, unit="step", mininterval=0.1 if sys.stderr.isatty() else 10.0) as bar:
+        try:
+            for step in range(args.steps):
+                advance(closure)
+                with torch.no_grad():
+                    images.clamp_(0, 1)
+                bar.update()
+                if step % 10 == 0 or step + 1 == args.steps:
+                    total, content, style, _ = history[-1].tolist()
+                    bar.set_postfix_str(f"loss {total:.4f}, content {content:.3f}, style {style:.4f}")
+                    if not np.isfinite(total):
+                        raise InputError(
+                            f"the loss is not finite at step {step + 1}; try a lower --lr (now {rate:g})"
+                        )
+        except KeyboardInterrupt:
+            if not history:
+                raise
+            print(f"stopped after {len(history)} steps", file=sys.stderr)
+    return images.detach(), torch.stack(history).cpu()
+
+
+def write(
+    args: argparse.Namespace, title: str, contents: Tensor, style: Tensor, results: Tensor, history: Tensor
+) -> None:
+    import plots  # before pyplot: it chooses a backend that needs no display
+    from matplotlib import pyplot as plt
+
+    names = [Path(name).stem for name in args.content]
+    figure, axes = plt.subplots(
+        len(names), 3, figsize=(8.4, 2.9 * len(names) + 0.5), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=10)
+    for row, name, content, result in zip(axes, names, contents, results, strict=True):
+        shown = {f"content: {name}": content, f"style: {Path(args.style).stem}": style[0], "result": result}
+        for axis, (label, picture) in zip(row, shown.items(), strict=True):
+            axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1)
+            axis.set_title(label, fontsize=10)
+            axis.set_axis_off()
+    plots.write_png(figure, args.out / PICTURES)
+
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    weights = (1.0, args.content_weight, args.style_weight, args.tv_weight)
+    for i, (name, weight) in enumerate(zip(Terms._fields, weights, strict=True)):
+        label = name if i == 0 else f"{weight:g} {name}"
+        axis.plot(
+            np.arange(1, len(history) + 1), weight * history[:, i], label=label, linewidth=2.4 - 0.4 * i
+        )
+    axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+    axis.title.set_fontsize(10)
+    axis.legend()
+    axis.grid(alpha=0.25)
+    plots.write_png(figure, args.out / CURVE)
+    for path, result in zip(result_paths(args), results, strict=True):
+        buffer = io.BytesIO()
+        pixels = (result * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels).save(buffer, format="png")
+        write_atomically(path, buffer.getvalue())
+
+
+def result_paths(args: argparse.Namespace) -> list[Path]:
+    """One for each content; pictures of one name in different folders are told apart by a number."""
+    stems = [Path(name).stem for name in args.content]
+    names = [f"{stem}-{i + 1}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+    return [args.out / f"result-{name}.png" for name in names]
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    contents = torch.cat([load_picture(name, args.size) for name in args.content]).to(device)
+    style = load_picture(args.style, args.size).to(device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot create the folder {args.out}: {error.strerror}") from error
+    if args.weights is None:
+        print(RANDOM_WARNING.format(name=args.trunk, option="--weights"), flush=True)
+    objective = make_objective(args, contents, style)
+    begin = time.perf_counter()
+    results, history = optimise(args, objective, contents)
+    seconds = time.perf_counter() - begin
+    weights = "random weights" if args.weights is None else f"weights {Path(args.weights).name}"
+    title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {args.trunk}, {weights}"
+    write(args, title, contents, style, results, history)
+    for name, values in zip(Terms._fields, history.T, strict=True):
+        print(f"{name:10} {float(values[0]):10.5f} at first, {float(values[-1]):10.5f} at the end")
+    print(f"{seconds:.1f} s for {len(history)} steps on {device.type}")
+    print(f"written: {', '.join(map(str, (args.out / PICTURES, args.out / CURVE, *result_paths(args))))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 with one line on stderr."""
+    try:
+        run(parse(argv))
+        return 0
+    except ImportError as error:
+        message = f"{error}; install the package with what the examples need: pip install '.[demo]'"
+    except InputError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "stopped before the first step"
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error).lower():
+            raise
+        message = "out of memory; try a smaller --size, or --chunk 1 with several contents"
+    print(f"style_transfer.py: error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The style transfer example: its formula, whole small runs, wrong input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="the examples need pillow, matplotlib and tqdm")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+from harness import INTERPRETING
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import plots
+import style_transfer as transfer
+import trunks
+
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the example picks its own backend")
+
+CPU = torch.device("cpu")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for i, name in enumerate(("content", "other", "style")):
+        coarse = np.random.default_rng(i).integers(0, 256, (5, 7 - i, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((90, 70 + 5 * i), Image.Resampling.BICUBIC).save(
+            tmp_path / f"{name}.png"
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def run(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
+
+    def call(*options: object, content: object = photos / "content.png") -> tuple[int, str, str]:
+        fixed = ["--trunk", "alexnet", "--size", 64, "--device", "cpu", "--style", photos / "style.png"]
+        status = transfer.main(
+            [str(o) for o in (*fixed, "--content", content, "--out", photos / "out", *options)]
+        )
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def arguments(photos: Path, *options: str) -> tuple[argparse.Namespace, torch.Tensor, torch.Tensor]:
+    names = [str(photos / f"{name}.png") for name in ("content", "other")]
+    args = transfer.parse(["--content", *names, "--style", str(photos / "style.png"), *options])
+    contents = torch.cat([transfer.load_picture(name, 64) for name in names])
+    return args, contents, transfer.load_picture(args.style, 64)
+
+
+# -- objective --------------------------------------------------------------------------------
+
+
+def test_picture_is_scaled_and_cut_to_the_middle(tmp_path: Path) -> None:
+    ramp = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "wide.png")
+    found = transfer.load_picture(str(tmp_path / "wide.png"), 100)
+    assert found.shape == (1, 3, 100, 100)
+    torch.testing.assert_close(found[0, 0, 0] * 255, torch.arange(50.0, 150.0))
+    assert transfer.load_picture(str(tmp_path / "wide.png"), 64).shape == (1, 3, 64, 64)
+
+
+def test_objective_is_the_formula_of_gatys(photos: Path) -> None:
+    args, contents, style = arguments(
+        photos, "--trunk", "alexnet", "--style-weight", "7", "--tv-weight", "0.3"
+    )
+    rng = torch.Generator().manual_seed(0)
+    images = (contents + 0.2 * torch.rand(contents.shape, generator=rng)).requires_grad_()
+    found = transfer.make_objective(args, contents, style)(images)
+    taps, content_tap = transfer.TAPS["alexnet"]
+    trunk = trunks.load_trunk("alexnet", None, CPU, option="--weights", taps=taps)
+    place = taps.index(content_tap)
+
+    def content(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((trunk(x)[place] - trunk(y)[place]) ** 2).mean()
+
+    def likeness(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        for a, b in zip(trunk(x), trunk(y), strict=True):
+            n, c, h, w = a.shape
+            gram = torch.einsum("nchw,ndhw->ncd", a, a) - torch.einsum("nchw,ndhw->ncd", b, b)
+            total = total + (gram**2).sum() / (4 * c**2 * (h * w) ** 2) / n
+        return total
+
+    expected_content = content(images, contents) / content(style.expand_as(contents), contents)
+    expected_style = likeness(images, style) / likeness(contents, style)
+    torch.testing.assert_close(found.content, expected_content, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.style, expected_style, rtol=1e-4, atol=0)
+    rows, columns = images[:, :, 1:] - images[:, :, :-1], images[..., 1:] - images[..., :-1]
+    torch.testing.assert_close(found.variation, rows.abs().mean() + columns.abs().mean())
+    total = expected_content + 7 * expected_style + 0.3 * found.variation
+    torch.testing.assert_close(found.total, total, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("chunk", ["1", "2"])
+def test_streamed_objective_equals_the_plain_one(photos: Path, chunk: str) -> None:
+    results = []
+    for options in ((), ("--chunk", chunk)):
+        args, contents, style = arguments(photos, "--trunk", "alexnet", *options)
+        images = (contents * 0.9).requires_grad_()
+        terms = transfer.make_objective(args, contents, style)(images)
+        terms.total.backward()
+        results.append((terms, images.grad))
+    (plain, plain_grad), (streamed, streamed_grad) = results
+    torch.testing.assert_close(streamed, plain, rtol=1e-4, atol=0)
+    error = torch.linalg.vector_norm(streamed_grad - plain_grad) / torch.linalg.vector_norm(plain_grad)
+    assert error < 5e-3
+
+
+# -- whole runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_loss_falls_and_pictures_are_written(
+    photos: Path, capsys: pytest.CaptureFixture[str], optimizer: str
+) -> None:
+    out = photos / "deep" / "out"
+    options = ["--trunk", "alexnet", "--size", "64", "--steps", "12", "--optimizer", optimizer]
+    contents = [str(photos / f"{name}.png") for name in ("content", "other")]
+    options += ["--content", *contents, "--style", str(photos / "style.png"), "--out", str(out)]
+    assert transfer.main([*options, "--device", "cpu"]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "pictures.png", "curve.png", "result-content.png", "result-other.png",
+    }  # fmt: skip
+    with Image.open(out / "result-other.png") as image:
+        assert image.size == (64, 64)
+    printed = capsys.readouterr().out
+    assert "warning: alexnet has random weights" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("total"))
+    first, last = float(line.split()[1]), float(line.split()[4])
+    assert last < 0.7 * first
+
+
+def test_a_second_content_does_not_change_what_the_first_becomes(photos: Path) -> None:
+    args, contents, style = arguments(photos, "--trunk", "alexnet", "--steps", "3")
+    results = []
+    for batch in (contents[:1], contents[:1].repeat(2, 1, 1, 1)):
+        pictures, history = transfer.optimise(args, transfer.make_objective(args, batch, style), batch)
+        assert history.shape == (3, 4)
+        results.append(pictures)
+    assert not torch.equal(results[0], contents[:1])
+    # Adam divides by the size of a gradient, so where that is nearly 0 rounding shows.
+    difference = (results[1] - results[0]).abs()
+    assert difference.mean() < 1e-3 * (results[0] - contents[:1]).abs().mean()
+
+
+def test_stopped_run_writes_what_there_is(run: Run, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    variation, calls = transfer.total_variation, []
+
+    def stop(images: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return variation(images)
+
+    monkeypatch.setattr(transfer, "total_variation", stop)
+    status, printed, err = run("--steps", 9)
+    assert status == 0
+    assert "stopped after 2 steps" in err
+    assert "for 2 steps" in printed
+    assert (photos / "out" / "result-content.png").is_file()
+
+
+# -- wrong input ------------------------------------------------------------------------------
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    status, _, err = result
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("style_transfer.py: error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in last
+
+
+def test_wrong_input(run: Run, photos: Path) -> None:
+    damaged = photos / "damaged.png"
+    damaged.write_bytes(b"this is not a PNG")
+    assert_one_line(run(content=damaged), "cannot read", "damaged.png")
+    assert_one_line(run(content="no-such-picture"), "no file no-such-picture", "skimage.data")
+    assert_one_line(run("--style", photos / "content.png"), "the same")
+    assert_one_line(run("--weights", photos / "none.pth"), "--weights", "none.pth")
+    (photos / "file").write_text("")
+    assert_one_line(run("--out", photos / "file" / "out"), "--out", "cannot create")
+    assert_one_line(
+        run("--steps", 12, "--optimizer", "lbfgs", "--lr", 1e30, "--tv-weight", float("inf")), "finite"
+    )
+    if not torch.cuda.is_available():
+        assert_one_line(run("--device", "cuda"), "no CUDA device")
+
+
+def test_pictures_of_one_name_are_told_apart() -> None:
+    args = argparse.Namespace(content=["a/x.png", "b/x.png", "y.png"], out=Path("out"))
+    names = [path.name for path in transfer.result_paths(args)]
+    assert names == ["result-x-1.png", "result-x-2.png", "result-y.png"]
+
+
+def test_shipped_pictures_are_found_by_name() -> None:
+    pytest.importorskip("skimage")
+    assert transfer.find_picture("chelsea").name == "chelsea.png"
+    assert transfer.find_picture("ihc").name == "ihc.png"

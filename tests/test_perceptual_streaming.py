@@ -1,0 +1,250 @@
+"""What the streamed path keeps, does not run, and rounds: memory, passes, float16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import generator
+from perceptual_cases import LOSSES, TAPS, N, counted_ops, gradient, images, net, relative, total
+from torch import Tensor, nn
+from training_checks import check_no_host_sync, kept_bytes, ops_called
+
+import inpaint_kernels as ik
+from inpaint_kernels import _backend
+from inpaint_kernels.features import FrozenTrunk
+from inpaint_kernels.nn import PerceptualLoss, PerceptualStyleLoss, StyleLoss
+
+
+@pytest.mark.parametrize("chunk", [N, N + 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_chunk_is_the_plain_path(name: str, chunk: int) -> None:
+    """The same trunk passes on the same images: the convolutions of the plain path, and no copy of anything."""
+    pred, target = images(2)
+    plain, streamed = (
+        counted_ops(lambda c=c: gradient(LOSSES[name](chunk=c), pred, target)) for c in (None, chunk)
+    )
+    for op in ("aten.convolution.default", "aten.convolution_backward.default", "aten.addcmul.default"):
+        assert streamed[op] == plain[op] > 0
+    for op in ("aten.cat.default", "aten.copy_.default", "aten.clone.default", "aten._to_copy.default"):
+        assert streamed[op] <= plain[op]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_write_their_gradients_once(chunk: int) -> None:
+    """One write for each chunk into memory that nobody has filled before."""
+    pred, target = images(2)
+    called = counted_ops(lambda: gradient(LOSSES["both"](chunk=chunk), pred, target))
+    plain = counted_ops(lambda: gradient(LOSSES["both"](), pred, target))
+    pieces = -(-N // chunk)
+    assert called["aten.copy_.default"] - plain["aten.copy_.default"] <= pieces
+    assert called["aten.cat.default"] <= pieces
+    assert called["aten.convolution_backward.default"] == pieces * plain["aten.convolution_backward.default"]
+
+
+def test_the_predictions_are_not_kept() -> None:
+    """Only their gradient is: a concatenation of raw and composite images is free to go."""
+    raw, target = images()
+    raw.requires_grad_()
+    for chunk in (2, N):
+        loss = LOSSES["both"](chunk=chunk)
+        kept = kept_bytes(lambda x, y, loss=loss: loss(torch.cat([x, 0.5 * x]), y), raw, target)
+        assert kept <= 2 * raw.nbytes + 64
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_streamed_keeps_two_percent_of_the_plain_path(name: str) -> None:
+    vgg = ik.features.vgg16(weights=None)
+    options = {"trunk": vgg} if name != "both-taps" else {"trunk": FrozenTrunk(vgg.features, ["1", "6", "9"])}
+    if name.startswith("both-taps"):
+        options["trunk"].names = TAPS
+    pred, target = images(2, (2, 3, 32, 32))
+    pred.requires_grad_()
+    plain, streamed = (kept_bytes(LOSSES[name](**options, chunk=chunk), pred, target) for chunk in (None, 1))
+    assert streamed <= 0.02 * plain
+    assert streamed <= pred.nbytes + 64
+    with torch.no_grad():
+        assert kept_bytes(LOSSES[name](**options, chunk=1), pred, target) == 0
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradient_no_backward_runs(name: str, context: Callable[[], Any]) -> None:
+    pred, target = images(2)
+    pred.requires_grad_()
+    want = total(LOSSES[name]()(pred, target)).detach()
+    for requires_grad in (True, False):
+        with context():
+            loss, leaf = LOSSES[name](chunk=2), pred.detach().requires_grad_(requires_grad)
+            called = ops_called(lambda loss=loss, leaf=leaf: loss(leaf, target))
+            value = total(loss(leaf, target))
+        assert not [op for op in called if "backward" in op]
+        assert not value.requires_grad
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
+    loss = LOSSES[name](chunk=2)
+    called = ops_called(lambda: loss(pred.detach(), target))
+    assert not [op for op in called if "backward" in op]
+    assert not total(loss(pred.detach(), target)).requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("allow_unused", [False, True])
+def test_second_derivative_of_the_streamed_path_is_refused(name: str, allow_unused: bool) -> None:
+    """With the way out named; the first derivative under create_graph=True is right."""
+    pred, target = images(2)
+    _, want = gradient(LOSSES[name](), pred, target)
+    pred.requires_grad_()
+    value = total(LOSSES[name](chunk=2)(pred, target))
+    (first,) = torch.autograd.grad(value, pred, create_graph=True)
+    assert relative(first.detach(), want) < 1e-5
+    with pytest.raises(RuntimeError, match="chunk=None"):
+        torch.autograd.grad(first.square().sum(), pred, allow_unused=allow_unused)
+
+
+def scaled_gradient(chunk: int | None, half_images: bool, name: str) -> tuple[Tensor, Tensor]:
+    """(gradient under a GradScaler in float16, the same in float64)."""
+    layers = FrozenTrunk(net(32), TAPS, "imagenet", autocast=torch.float16)
+    exact = FrozenTrunk(net(32), TAPS, "imagenet").double()
+    make = {
+        "perceptual": lambda t, c: PerceptualLoss(t, weights=[0.05] * 3, chunk=c),
+        "style": lambda t, c: StyleLoss(t, chunk=c),
+    }[name]
+    pred, target = images(2, (2, 3, 64, 64))
+    if half_images:
+        pred, target = pred.half(), target.half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    leaf = nn.Parameter(pred.float())
+    optimizer = torch.optim.SGD([leaf], lr=1.0)
+    scaler.scale(make(layers, chunk)(leaf.half() if half_images else leaf, target)).backward()
+    scaler.unscale_(optimizer)
+    return leaf.grad, gradient(make(exact, None), pred.double(), target.double())[1]
+
+
+@pytest.mark.parametrize("name", ["perceptual", "style"])
+@pytest.mark.parametrize("half_images", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_grad_scaler_in_float16(name: str, half_images: bool, chunk: int) -> None:
+    """Gradients too small for float16 survive: the scale must reach the trunk before they are rounded."""
+    plain, want = scaled_gradient(None, half_images, name)
+    streamed, _ = scaled_gradient(chunk, half_images, name)
+    assert streamed.isfinite().all()
+    assert relative(streamed, want) <= 1.5 * relative(plain, want) + 1e-4
+
+
+HALF_TRUNKS: dict[str, Callable[[FrozenTrunk], FrozenTrunk]] = {
+    "autocast": lambda t: FrozenTrunk(t.features, TAPS, "imagenet", autocast=torch.float16),
+    "weights": lambda t: t.half(),
+    "ambient": lambda t: t,
+}
+
+
+def half_gradient(kind: str, make: Callable[[FrozenTrunk], nn.Module], width: int = 16) -> Tensor:
+    """Of a streamed loss on a float16 trunk, without any GradScaler."""
+    layers = HALF_TRUNKS[kind](FrozenTrunk(net(width), TAPS, "imagenet"))
+    pred, target = images(2, (2, 3, 32, 32))
+    leaf = pred.requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=kind == "ambient"):
+        value = total(make(layers)(leaf, target))
+    value.backward()
+    return leaf.grad
+
+
+FACTORS = {
+    "perceptual": lambda t, w: PerceptualLoss(t, weights=[w] * 3, chunk=1),
+    "perceptual-l2": lambda t, w: PerceptualLoss(t, weights=[w] * 3, penalty="l2", chunk=2),
+    "style": lambda t, w: StyleLoss(t, weights=[w] * 3, chunk=2),
+    "gatys": lambda t, w: StyleLoss(t, weights=[w] * 3, normalize="gatys", chunk=2),
+    "both": lambda t, w: PerceptualStyleLoss(t, perceptual_weight=w, style_weight=w, chunk=1),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("kind", HALF_TRUNKS)
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e5])
+def test_float16_trunks_neither_underflow_nor_overflow(name: str, kind: str, factor: float) -> None:
+    """Whatever the loss is weighted with: against float64, within roundings of half precision."""
+    found = half_gradient(kind, lambda t: FACTORS[name](t, factor))
+    exact = FrozenTrunk(net(16), TAPS, "imagenet").double()
+    pred, target = images(2, (2, 3, 32, 32))
+    _, want = gradient(FACTORS[name](exact, factor), pred.double(), target.double())
+    assert found.isfinite().all()
+    # Features of half precision that lie next to each other have differences of the wrong sign.
+    assert relative(found, want) < 0.03
+
+
+@pytest.mark.parametrize("difference", [1e-1, 1e-2, 1e-3, 0.0])
+@pytest.mark.parametrize("name", FACTORS)
+def test_float16_trunk_on_images_that_are_nearly_equal(name: str, difference: float) -> None:
+    """The gradient of an absolute value does not shrink with the loss: it must not be scaled as if it did."""
+    layers = FrozenTrunk(net(16), TAPS, "imagenet", autocast=torch.float16)
+    _, target = images(1, (2, 3, 32, 32))
+    noise = torch.rand(target.shape, generator=generator(5)) - 0.5
+    _, found = gradient(FACTORS[name](layers, 100.0), target + difference * noise, target)
+    assert found.isfinite().all()
+    assert bool(found.any()) == (difference > 0)
+
+
+def test_scaling_inside_is_by_powers_of_two() -> None:
+    """A factor of two in the weights is a factor of two in every bit of the gradient."""
+    one, two = (half_gradient("autocast", lambda t, w=w: FACTORS["both"](t, w)) for w in (0.5, 1.0))
+    assert torch.equal(2 * one, two)
+
+
+def test_float16_trunk_without_a_host_sync() -> None:
+    layers = FrozenTrunk(net(), TAPS, "imagenet", autocast=torch.float16)
+    pred, target = images(2)
+    check_no_host_sync(lambda: gradient(FACTORS["both"](layers, 1.0), pred, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [2, N])
+def test_the_kept_gradient_of_half_images_is_float32(dtype: torch.dtype, chunk: int) -> None:
+    """It is rounded once, after the upstream gradient has multiplied it."""
+    pred, target = (x.to(dtype) for x in images(2))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = LOSSES["both"](chunk=chunk)(pred.requires_grad_(), target).total
+    assert [t.dtype for t in saved if t.shape == pred.shape][-1] == torch.float32
+    value.backward()
+    _, want = gradient(LOSSES["both"](chunk=chunk), pred.detach().float(), target.float())
+    assert torch.equal(pred.grad, want.to(dtype))
+
+
+def test_autocast_does_not_reach_the_inner_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As little as the backward of the plain path: it would round the products of the reference's Gram matrices."""
+    monkeypatch.setattr(_backend, "default_backend", "reference")
+    pred, target = images(2)
+    smooth = FrozenTrunk(nn.Sequential(nn.Softplus()), ["0"], "imagenet")
+    found = []
+    for chunk in (None, 2):
+        leaf = pred.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = StyleLoss(smooth, penalty="l2", chunk=chunk)(leaf, target)
+        value.backward()
+        found.append(leaf.grad)
+    assert relative(found[1], found[0]) < 1e-5
+
+
+def test_results_may_be_changed_in_place() -> None:
+    for chunk in (2, N):
+        pred, target = images(2)
+        _, want = gradient(LOSSES["both"](), pred, target)
+        found = LOSSES["both"](chunk=chunk)(pred.requires_grad_(), target)
+        value = found.total
+        value += 1
+        value *= 2
+        value.backward()
+        assert relative(pred.grad, 2 * want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["perceptual", "both"])
+def test_streamed_path_under_compile(name: str) -> None:
+    """Right, around a graph break."""
+    torch._dynamo.reset()
+    pred, target = images(2)
+    want = gradient(LOSSES[name](chunk=2), pred, target)
+    found = gradient(torch.compile(LOSSES[name](chunk=2), backend="aot_eager"), pred, target)
+    assert relative(found[0], want[0]) < 1e-5
+    assert relative(found[1], want[1]) < 1e-5
