@@ -78,6 +78,13 @@ def test_dtypes(
         run(backend, distance_settings(penalty), [pair], masks, wanted)
 
 
+@grid(penalty=PENALTIES, dtype=("f32", "bf16"))
+def test_one_layer_in_float64(backend: Backend, penalty: str, dtype: str) -> None:
+    """Makes the whole op float64."""
+    pairs = [distance_pair(SIZE, dtypes=dtypes) for dtypes in (f"{dtype}/{dtype}", "f64/f64")]
+    run(backend, distance_settings(penalty, weights=(1.0, 1e-9)), pairs)
+
+
 @grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), penalty=("l1", "l2"))
 def test_sizes(backend: Backend, channels: int, plane: str, layout: str, penalty: str) -> None:
     size = (1 if plane == "9191" else 2, channels, *PLANES[plane])

@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> feature_distance(
     PixelTensors t;
     t.set_call(input[i], penalty, param);
     t.set_types(input[i].scalar_type(), target[i].scalar_type());
+    t.call.wide = dtype == ScalarType::Double;  // one float64 layer makes the op float64
     t.set_images(input[i], target[i]);
     if (batch > 0) t.call.copies = t.size[0] / batch;
     if (!mask.empty()) set_layer_mask(t, mask[i], batch);
@@ -91,6 +92,7 @@ std::vector<Tensor> feature_distance_backward(
     PixelTensors t = backward_tensors(only(!l1, input, i), only(!l1, target, i), only(l1, signs, i), size,
                                       channels_last[i] != 0, l1 ? dtype : input[i].scalar_type(),
                                       l1 ? dtype : target[i].scalar_type(), penalty, param);
+    t.call.wide = scale.scalar_type() == ScalarType::Double;
     // The gradient may be wanted in another dtype than the input's.
     t.call.grad_pred_dtype = dtype_code(dtype);
     if (batch > 0) t.call.copies = size[0] / batch;
