@@ -45,7 +45,7 @@ test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
 
 test-resources: $(VENV)/.stamp-test build ## compile every Triton kernel ahead of time, check registers and loads
-	$(PYTEST) tests/test_resources.py
+	$(PYTEST) tests/test_resources*.py
 
 bench: $(VENV)/.stamp-bench build ## time the kernels against eager and compiled PyTorch
 	$(BIN)/python -m inpaint_kernels bench $(ARGS)

@@ -2,7 +2,7 @@
 # The CPU library and its tests under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set
 # this machine has.
 #   tools/asan.sh [python [pytest arguments]]       default: the tests of every op
-#   SHARED=1        each test under one of the instruction sets instead of under each
+#   SHARED=n        one test in n, each under one of the instruction sets; default every test under each of them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
@@ -45,7 +45,7 @@ done
 
 for index in "${!isas[@]}"; do
   echo "== sanitizers: ${isas[$index]}"
-  if [ -n "${SHARED:-}" ]; then export TEST_SHARE=$index/${#isas[@]}; fi
+  if [ -n "${SHARED:-}" ]; then export TEST_SHARE=$index/$((SHARED * ${#isas[@]})); fi
   INPAINT_KERNELS_CPU_ISA=${isas[$index]} OMP_NUM_THREADS=2 PYTHONPATH=tools \
     "$python" -m pytest -q -n 2 -p pytest_share -p no:cacheprovider "$@"
 done
