@@ -11,11 +11,23 @@ import argparse
 import doctest
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import inpaint_kernels
 from inpaint_kernels import _library
+
+
+def public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """Functions, modules with a forward and what subpackages export."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if isinstance(value, types.ModuleType):
+            yield from public(value)
+        elif isinstance(value, types.FunctionType) or hasattr(value, "forward"):
+            yield name, value
 
 
 def main() -> int:
@@ -30,10 +42,7 @@ def main() -> int:
         if arguments.expect not in (None, backend):
             problems.append(f"{name} runs on {backend}, not on {arguments.expect}")
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    for name in inpaint_kernels.__all__:
-        value = getattr(inpaint_kernels, name)
-        if not isinstance(value, types.FunctionType):
-            continue
+    for name, value in public(inpaint_kernels):
         examples = [test for test in finder.find(value, name) if test.examples]
         if not examples:
             problems.append(f"{name} has no example")
