@@ -50,10 +50,10 @@ IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T
 }
 
 // out[r * ldo + c] = sum_k a[r * a_row + k * a_k] * b[k * b_k + c] for kOuterRows rows and kOuterCols
-// columns: the columns of b are contiguous. `stream` writes around the cache and needs an aligned out.
+// columns: the columns of b are contiguous.
 template <typename T, int Rows>
-IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n,
-                          bool stream, T* out, int64_t ldo) {
+IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n, T* out,
+                          int64_t ldo) {
   using V = Vec<T>;
   V sums[Rows][kOuterVectors];
   for (int r = 0; r < Rows; ++r) {
@@ -70,10 +70,7 @@ IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, in
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kOuterVectors; ++v) {
-      T* at = out + r * ldo + v * V::lanes;
-      stream ? sums[r][v].stream(at) : sums[r][v].store(at);
-    }
+    for (int v = 0; v < kOuterVectors; ++v) sums[r][v].store(out + r * ldo + v * V::lanes);
   }
 }
 

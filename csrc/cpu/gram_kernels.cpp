@@ -44,10 +44,8 @@ IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
 }
 
 // Rows of a block stay in the second-level cache while the tiles of a band pass over them.
-constexpr int64_t kBlockPixels = 1024;
+constexpr int64_t kBlockPixels = 2048;
 constexpr int64_t kBlockRows = 64;
-// Products larger than this leave the cache anyway: written around it they spare the read for ownership.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
 // Outer products add up one after the other: short blocks keep the rounding at the level of a library
 // product.
 constexpr int64_t kOuterPixels = 256;
@@ -86,7 +84,7 @@ void add_outer_products(const T* x, int64_t stride, int64_t channels, int64_t fi
   for (int64_t i = first; i < last; i += kOuterRows) {
     for (int64_t j = 0; j < least(last, i + kOuterRows); j += cols) {
       alignas(64) T tile[kOuterRows * cols];
-      outer_tile<T, kOuterRows>(x + i, 1, stride, x + j, stride, n, false, tile, cols);
+      outer_tile<T, kOuterRows>(x + i, 1, stride, x + j, stride, n, tile, cols);
       for (int64_t r = 0; r < kOuterRows && i + r < last; ++r) {
         for (int64_t s = 0; s < cols && j + s <= i + r; ++s)
           gram[(i + r) * channels + j + s] += tile[r * cols + s];
@@ -169,8 +167,6 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
   constexpr int64_t pixel_rows = kOuterRows * 8;
   Scratch<T> scratch(map.channels_last ? pixel_rows * C : panels * C * cols);
   alignas(64) T tile[kOuterRows * cols];
-  const bool stream = native && map.samples * C * M * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
-                      M % Vec<T>::lanes == 0 && reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t sample = unit / call.blocks();
     const int64_t begin = unit % call.blocks() * SymmetricProductCall::block;
@@ -184,11 +180,6 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
           for (int64_t p = 0; p * cols < width; ++p) {
             T* row = scratch.get() + (p * C + c) * cols;
             const int64_t n = least(cols, width - p * cols);
-            // Rows lie far apart, out of reach of the hardware prefetchers: the next block is fetched here.
-            const char* next = element(map, start + (panels + p) * cols);
-            for (int64_t byte = 0; byte < cols * dtype_bytes(map.dtype); byte += 64) {
-              __builtin_prefetch(next + byte, 0, 2);
-            }
             convert_to(map.dtype, element(map, start + p * cols), n, row);
             for (int64_t i = n; i < cols; ++i) row[i] = T(0);
           }
@@ -199,8 +190,7 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
             const int64_t index = (sample * C + c) * M + m + p * cols;
             const bool whole = native && c + kOuterRows <= C && (p + 1) * cols <= width;
             T* out = whole ? static_cast<T*>(call.out) + index : tile;
-            outer_tile<T, kOuterRows>(factor + c * stride, stride, 1, panel, cols, C, whole && stream, out,
-                                      whole ? M : cols);
+            outer_tile<T, kOuterRows>(factor + c * stride, stride, 1, panel, cols, C, out, whole ? M : cols);
             if (!whole) {
               store_tile(tile, cols, least(kOuterRows, C - c), least(cols, width - p * cols), call, index, M);
             }
@@ -221,7 +211,7 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
             const int64_t index = (sample * M + m + r) * C + c;
             const bool whole = native && c + cols <= C && r + kOuterRows <= height;
             T* out = whole ? static_cast<T*>(call.out) + index : tile;
-            outer_tile<T, kOuterRows>(x + r * C, C, 1, factor + c, stride, C, false, out, whole ? C : cols);
+            outer_tile<T, kOuterRows>(x + r * C, C, 1, factor + c, stride, C, out, whole ? C : cols);
             if (!whole)
               store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
           }
@@ -229,9 +219,6 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
       }
     }
   }
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (stream) _mm_sfence();
-#endif
 }
 
 }  // namespace
