@@ -10,12 +10,14 @@ from .ops.masked_l1 import (
     masked_l1_loss,
     masked_mse_loss,
 )
+from .ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
 from .ops.style import style_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HoleValid",
+    "PartialConvOutput",
     "feature_distance",
     "features",
     "gram_matrix",
@@ -25,5 +27,7 @@ __all__ = [
     "masked_l1_loss",
     "masked_mse_loss",
     "nn",
+    "partial_conv2d",
+    "partial_conv3d",
     "style_loss",
 ]

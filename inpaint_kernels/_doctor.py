@@ -41,14 +41,18 @@ def _gpus() -> list[str]:
 
 def _missing_kernels(name: str) -> list[str]:
     """Operators the loaded library `name` should implement and does not: it is older than its sources."""
-    missing = []
+    operators = [
+        kernel[name] for kernels in _library.KERNELS.values() for kernel in kernels if name in kernel
+    ]
     for op in _library.OPS.values():
-        for route in [op.routes[name]] if name in op.routes else []:
-            for operator in (route.forward, route.backward):
-                qualified = operator._schema.name
-                if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[name]):
-                    missing.append(qualified.split("::")[1])
-    return missing
+        if name in op.routes:
+            operators += [op.routes[name].forward, op.routes[name].backward]
+    names = [operator._schema.name for operator in operators]
+    return [
+        qualified.split("::")[1]
+        for qualified in names
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[name])
+    ]
 
 
 def _rebuild(name: str) -> str:

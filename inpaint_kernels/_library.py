@@ -14,7 +14,10 @@ from torch import Tensor
 from . import _backend
 
 NAMESPACE = "inpaint_kernels"
+BACKENDS = ("cpu", "triton", "cuda")
 OPS: dict[str, Op] = {}
+# What `define_kernel` made, by op.
+KERNELS: dict[str, list[dict[str, Any]]] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # A registered autograd rule costs about 7 us a call even without a gradient. Calls that need no rule, or whose
@@ -124,6 +127,8 @@ class Op:
             `needs` tells which are wanted, nested likewise. With grad mode on (`create_graph=True`) it must use
             differentiable torch functions instead of `op`.
         lists: whether an argument is a list of tensors.
+        implement: for an op made of kernels (see `define_kernel`) around calls of torch: `(forward, backward)`, each
+            called with the backend first. Without it, every backend registers the two functions itself.
         backends: those with kernels, besides `reference`.
     """
 
@@ -138,19 +143,22 @@ class Op:
         backward_fake: Callable[..., Any],
         save: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
-        backends: tuple[str, ...] = ("cpu", "triton", "cuda"),
+        backends: tuple[str, ...] = BACKENDS,
         lists: bool = False,
+        implement: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
         self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
         self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
         self.backends = backends
         self.lists = lists
         self.routes = {backend: _Route(self, backend) for backend in backends}
-        if "triton" in backends:
+        if implement is not None:
+            for backend in backends:
+                for suffix, composed in zip(("", "_backward"), implement, strict=True):
+                    _implement(f"{name}{suffix}_{backend}", functools.partial(composed, backend))
+        elif "triton" in backends:
             for suffix, function in (("", "forward"), ("_backward", "backward")):
-                kernel = _lazy_triton(name, function)
-                for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-                    _library.impl(f"{name}{suffix}_triton", kernel, key)
+                _implement(f"{name}{suffix}_triton", _lazy_triton(name, function))
         OPS[name] = self
 
     def choose(self, backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -176,10 +184,36 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+def _define(name: str, schema: str, fake: Callable[..., Any] | None) -> Any:
     _library.define(name + schema)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if fake is not None:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _implement(name: str, function: Callable[..., Any]) -> None:
+    """Python code as the implementation of an operator, also on the CPU (Triton's interpreter)."""
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, function, key)
+
+
+def define_kernel(
+    op: str,
+    part: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any] | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+) -> dict[str, Any]:
+    """One kernel of an op that is composed of several: the operators `<op>_<part>_<backend>` by backend.
+
+    No autograd of its own. `fake` is needed where a graph holds the kernel itself instead of the op around it.
+    """
+    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in backends}
+    if "triton" in backends:
+        _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
+    KERNELS.setdefault(op, []).append(found)
+    return found
 
 
 def _lazy_triton(module: str, function: str) -> Callable[..., Any]:

@@ -29,6 +29,9 @@ IK_HD double max_(double a, double b) { return a > b ? a : b; }
 // value where weight != 0, else 0: NaN and Inf under a zero weight must not survive a multiplication by it.
 IK_HD float select_zero_(float weight, float value) { return weight == 0.0f ? 0.0f : value; }
 IK_HD double select_zero_(double weight, double value) { return weight == 0.0 ? 0.0 : value; }
+// value where x > 0, else other.
+IK_HD float select_positive_(float x, float value, float other) { return x > 0.0f ? value : other; }
+IK_HD double select_positive_(double x, double value, double other) { return x > 0.0 ? value : other; }
 
 // penalty(d); `param` is eps of charbonnier, delta of huber, unused otherwise.
 template <Penalty P, typename T>

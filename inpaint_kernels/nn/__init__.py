@@ -1,5 +1,13 @@
 """Losses and layers as modules."""
 
+from .partial_conv import PartialConv2d, PartialConv3d
 from .perceptual import PerceptualLoss, PerceptualStyle, PerceptualStyleLoss, StyleLoss
 
-__all__ = ["PerceptualLoss", "PerceptualStyle", "PerceptualStyleLoss", "StyleLoss"]
+__all__ = [
+    "PartialConv2d",
+    "PartialConv3d",
+    "PerceptualLoss",
+    "PerceptualStyle",
+    "PerceptualStyleLoss",
+    "StyleLoss",
+]

@@ -1,0 +1,167 @@
+"""Partial convolution in plain PyTorch; also what `torch.export` and ONNX see."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masked_l1 import accumulate_dtype
+
+
+def box_sum(
+    planes: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Sum over the windows of a convolution, zeros outside; one dimension after the other.
+
+    Additions of shifted slices, not a convolution with ones: cuDNN would round its input to TF32.
+    """
+    for axis, (size, step, pad, spread) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
+        dim = axis - len(kernel)
+        around = [0] * (-2 * dim)
+        around[-2:] = [pad, pad]
+        padded = F.pad(planes, around)
+        count = (padded.shape[dim] - spread * (size - 1) - 1) // step + 1
+        # Slices stop at the last element they need: `[start::step]` of a symbolic size has no known length.
+        last = (count - 1) * step + 1
+        index = [slice(None)] * planes.ndim
+        parts = []
+        for start in range(0, size * spread, spread):
+            index[dim] = slice(start, start + last, step)
+            parts.append(padded[tuple(index)])
+        planes = functools.reduce(torch.add, parts)
+    return planes
+
+
+def window_planes(
+    mask: Tensor,
+    groups: int,
+    multiplicity: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    numerator: float,
+    update: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(ratio, new_mask), each (N, 1 or groups, ...), from the mask summed over every window.
+
+    A mask (N, 1, ...) stands for `multiplicity` equal channels; one of several is summed over each group's.
+    """
+    planes = mask.to(dtype)
+    if mask.shape[1] == 1:
+        planes = planes * multiplicity
+    else:
+        multiplicity = mask.shape[1] // groups
+        planes = planes.unflatten(1, (groups, multiplicity)).sum(2)
+    covered = box_sum(planes, kernel, stride, padding, dilation)
+    empty = covered == 0
+    safe = torch.where(empty, 1.0, covered)
+    if update == "clamp":
+        # numerator / s * min(s, 1), written so that it cannot overflow however small s is.
+        ratio, new_mask = numerator / safe.clamp(min=1), covered.clamp(max=1)
+    else:
+        ratio = (numerator / safe).clamp(max=torch.finfo(dtype).max)
+        new_mask = (
+            covered / (multiplicity * math.prod(kernel))
+            if update == "proportional"
+            else torch.ones_like(covered)
+        )
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(empty, zero, ratio), torch.where(empty, zero, new_mask)
+
+
+def masked_input(input: Tensor, mask: Tensor) -> Tensor:
+    """input * mask in the input's dtype, 0 where the mask is exactly 0 whatever lies there."""
+    dtype = accumulate_dtype(input)
+    ignored = mask == 0
+    if mask.requires_grad:
+        # The derivative by the mask is the input, also at mask 0: drop only what is not finite.
+        ignored = ignored & ~torch.isfinite(input)
+    zero = torch.zeros((), dtype=dtype, device=input.device)
+    return (torch.where(ignored, zero, input.to(dtype)) * mask.to(dtype)).to(input.dtype)
+
+
+def activate(x: Tensor, activation: str, slope: float) -> Tensor:
+    """`activation` is "none", "relu" or "leaky_relu"."""
+    if activation == "none":
+        return x
+    return F.relu(x) if activation == "relu" else F.leaky_relu(x, slope)
+
+
+def channel_planes(planes: Tensor, channels: int) -> Tensor:
+    """Planes (N, 1 or groups, ...) for every output channel: broadcast, or repeated within each group."""
+    groups = planes.shape[1]
+    return planes if groups in (1, channels) else planes.repeat_interleave(channels // groups, 1)
+
+
+def finish(
+    raw: Tensor,
+    ratio: Tensor,
+    new_mask: Tensor,
+    bias: Tensor | None,
+    weigh_bias: bool,
+    scale_bias: bool,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """From the convolution's result to the layer's: ratio, bias, activation, zero where nothing was seen."""
+    channels = raw.shape[1]
+    ratio, new_mask = channel_planes(ratio, channels), channel_planes(new_mask, channels)
+    x = raw.to(ratio.dtype)
+    empty = new_mask == 0
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    # Before any arithmetic: an Inf that is selected away later would send back NaN.
+    x = torch.where(empty, zero, x)
+    shift = None if bias is None else bias.to(x.dtype).view(-1, *[1] * (raw.ndim - 2))
+    if scale_bias:
+        return (activate(x if shift is None else x + shift, activation, slope) * ratio).to(raw.dtype)
+    x = x * ratio
+    if shift is not None:
+        x = (x + shift) * new_mask if weigh_bias else torch.where(empty, zero, x + shift)
+    return activate(x, activation, slope).to(raw.dtype)
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """F.conv2d or F.conv3d without a bias, as the number of dimensions has it."""
+    convolution = F.conv2d if input.ndim == 4 else F.conv3d
+    out: Tensor = convolution(input, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return out
+
+
+def partial_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    weigh_bias: bool,
+    scale_bias: bool,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """Masks the input (unless `mask` is None), convolves and finishes with the planes of `window_planes`."""
+    x = input if mask is None else masked_input(input, mask)
+    raw = convolve(x, weight, stride, padding, dilation, groups)
+    return finish(raw, ratio, new_mask, bias, weigh_bias, scale_bias, activation, slope)
