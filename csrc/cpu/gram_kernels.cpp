@@ -12,29 +12,11 @@
 
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
+#include "cpu/scratch.h"
 
 namespace ik {
 namespace IK_ISA {
 namespace {
-
-IK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// 64-byte aligned scratch memory of one kernel call. std::vector would pull shared inline code into this
-// build.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : data_(nullptr) {
-    if (size > 0 && posix_memalign(&data_, 64, static_cast<size_t>(size) * sizeof(T)) != 0) std::abort();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() { return static_cast<T*>(data_); }
-
- private:
-  void* data_;
-};
 
 template <typename T>
 constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;

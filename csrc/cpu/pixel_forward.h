@@ -4,18 +4,11 @@
 
 #include "cpu/convert.h"
 #include "cpu/pixel.h"
+#include "cpu/scratch.h"
 #include "cpu/vec.h"
 
 namespace ik {
 namespace IK_ISA {
-
-// A core alone keeps too few reads in flight to use the memory. Prefetching into the second-level cache, half
-// a page ahead, raised two streams of reads from 21 to 28 GB/s on two Zen 4 cores; into the first level it
-// gained nothing.
-template <typename S>
-IK_INLINE void prefetch(const S* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
-}
 
 // What a mask means to a run. A mask of zeros and ones selects and needs no multiplication.
 enum class Weights { none, mask, binary_mask, two_regions, two_binary_regions };

@@ -32,6 +32,7 @@ namespace IK_ISA {
 using ik::abs_;
 using ik::max_;
 using ik::min_;
+using ik::select_positive_;
 using ik::select_zero_;
 using ik::sqrt_;
 // value where weight == 0, else 0.
@@ -106,6 +107,11 @@ IK_INLINE Vec<T> abs_(Vec<T> a) {
   return a;
 }
 template <typename T>
+IK_INLINE Vec<T> select_positive_(Vec<T> x, Vec<T> value, Vec<T> other) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) value.v[i] = x.v[i] > T(0) ? value.v[i] : other.v[i];
+  return value;
+}
+template <typename T>
 IK_INLINE Vec<T> fma_(Vec<T> a, Vec<T> b, Vec<T> c) {
   for (int i = 0; i < Vec<T>::lanes; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
@@ -154,6 +160,10 @@ IK_INLINE Vec<float> select_zero_(Vec<float> weight, Vec<float> value) {
 }
 IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight.v, _mm512_setzero_ps(), _CMP_EQ_OQ), value.v);
+}
+
+IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float> other) {
+  return _mm512_mask_mov_ps(other.v, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), value.v);
 }
 
 #elif defined(IK_ISA_AVX2)
@@ -209,6 +219,9 @@ IK_INLINE Vec<float> select_zero_(Vec<float> weight, Vec<float> value) {
 }
 IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
   return _mm256_and_ps(_mm256_cmp_ps(weight.v, _mm256_setzero_ps(), _CMP_EQ_OQ), value.v);
+}
+IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float> other) {
+  return _mm256_blendv_ps(other.v, value.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ));
 }
 
 #endif

@@ -1,0 +1,270 @@
+// Partial convolution on blocks of L channels by L pixels (L: lanes of a vector), for tensors that do not all
+// lie the same way. A block is held with a vector for each channel, or for each pixel; what lies the other
+// way in memory is transposed on the way in or out, so that a change of layout or dtype costs no extra pass.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/convert.h"
+#include "cpu/partial_conv_kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/transpose.h"
+
+#define IK_NOINLINE static __attribute__((noinline))
+
+namespace ik {
+namespace IK_ISA {
+namespace {
+
+// The channels and pixels of one block.
+struct Block {
+  int64_t n;
+  int64_t channel;
+  int channels;
+  int64_t pixel;
+  int pixels;
+};
+
+template <typename S, typename T>
+IK_INLINE Vec<T> load_some(const S* p, int valid) {
+  constexpr int L = Vec<T>::lanes;
+  if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value && !std::is_same<S, uint8_t>::value) {
+    if (valid == L) return load_vec(p);
+  }
+  T some[L] = {};
+  for (int i = 0; i < valid; ++i) some[i] = static_cast<T>(load_one(p + i));
+  return Vec<T>::load(some);
+}
+
+template <typename S, typename T>
+IK_INLINE void store_some(Vec<T> x, S* p, int valid, bool stream) {
+  constexpr int L = Vec<T>::lanes;
+  if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value) {
+    if (valid == L) return store_vec(x, p, stream);
+  }
+  T some[L];
+  x.store(some);
+  for (int i = 0; i < valid; ++i) {
+    if constexpr (std::is_same<S, Half>::value || std::is_same<S, Bfloat16>::value) {
+      store_one(static_cast<float>(some[i]), p + i);
+    } else {
+      p[i] = static_cast<S>(some[i]);
+    }
+  }
+}
+
+// Whether vectors run along pixels or along channels, and how many are used of what.
+template <bool PIXEL_ROWS>
+struct Shape {
+  int rows;
+  int lanes;
+  explicit IK_MEMBER Shape(const Block& b)
+      : rows(PIXEL_ROWS ? b.pixels : b.channels), lanes(PIXEL_ROWS ? b.channels : b.pixels) {}
+};
+
+IK_INLINE int64_t offset_of(const ImageView& view, const Block& b) {
+  return b.n * view.stride_n + b.channel * view.stride_c + b.pixel * view.stride_s;
+}
+
+template <bool PIXEL_ROWS, typename S, typename T>
+IK_NOINLINE void load_typed(const ImageView& view, const Block& b, Vec<T>* rows) {
+  const S* p = static_cast<const S*>(view.data) + offset_of(view, b);
+  const Shape<PIXEL_ROWS> shape(b);
+  const int64_t step = view.interleaved ? view.stride_s : view.stride_c;
+  if (view.interleaved == PIXEL_ROWS) {
+    for (int r = 0; r < shape.rows; ++r) rows[r] = load_some<S, T>(p + r * step, shape.lanes);
+    return;
+  }
+  for (int r = 0; r < shape.lanes; ++r) rows[r] = load_some<S, T>(p + r * step, shape.rows);
+  for (int r = shape.lanes; r < Vec<T>::lanes; ++r) rows[r] = Vec<T>(T(0));
+  transpose(rows);
+}
+
+template <bool PIXEL_ROWS, typename T>
+void load_block(const ImageView& view, const Block& b, Vec<T>* rows) {
+  switch (view.dtype) {
+    case Dtype::f32:
+      return load_typed<PIXEL_ROWS, float>(view, b, rows);
+    case Dtype::f64:
+      return load_typed<PIXEL_ROWS, double>(view, b, rows);
+    case Dtype::f16:
+      return load_typed<PIXEL_ROWS, Half>(view, b, rows);
+    case Dtype::bf16:
+      return load_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
+    default:
+      return load_typed<PIXEL_ROWS, uint8_t>(view, b, rows);
+  }
+}
+
+template <bool PIXEL_ROWS, typename S, typename T>
+IK_NOINLINE void store_typed(const ImageView& view, const Block& b, Vec<T>* rows, bool stream) {
+  S* p = static_cast<S*>(view.data) + offset_of(view, b);
+  const Shape<PIXEL_ROWS> shape(b);
+  const int64_t step = view.interleaved ? view.stride_s : view.stride_c;
+  if (view.interleaved == PIXEL_ROWS) {
+    for (int r = 0; r < shape.rows; ++r) store_some<S, T>(rows[r], p + r * step, shape.lanes, stream);
+    return;
+  }
+  transpose(rows);
+  for (int r = 0; r < shape.lanes; ++r) store_some<S, T>(rows[r], p + r * step, shape.rows, stream);
+}
+
+// Leaves `rows` in any order.
+template <bool PIXEL_ROWS, typename T>
+void store_block(const ImageView& view, const Block& b, Vec<T>* rows, bool stream) {
+  switch (view.dtype) {
+    case Dtype::f32:
+      return store_typed<PIXEL_ROWS, float>(view, b, rows, stream);
+    case Dtype::f64:
+      return store_typed<PIXEL_ROWS, double>(view, b, rows, false);
+    case Dtype::f16:
+      return store_typed<PIXEL_ROWS, Half>(view, b, rows, false);
+    default:
+      return store_typed<PIXEL_ROWS, Bfloat16>(view, b, rows, false);
+  }
+}
+
+// A plane's values for the rows of a block.
+template <bool PIXEL_ROWS, typename T>
+IK_NOINLINE void load_plane(const PlaneView& view, const PartialConvCall& call, const Block& b,
+                            Vec<T>* rows) {
+  const T* p = static_cast<const T*>(view.data) + b.n * view.stride_n + b.pixel;
+  const int64_t channels = call.channels / view.planes;
+  const Shape<PIXEL_ROWS> shape(b);
+  if (PIXEL_ROWS) {
+    for (int r = 0; r < shape.rows; ++r) {
+      if (view.planes == 1) {
+        rows[r] = Vec<T>(p[r]);
+        continue;
+      }
+      T some[Vec<T>::lanes] = {};
+      for (int i = 0; i < shape.lanes; ++i) some[i] = p[(b.channel + i) / channels * call.pixels + r];
+      rows[r] = Vec<T>::load(some);
+    }
+    return;
+  }
+  if (view.planes == 1) {
+    const Vec<T> plane = load_some<T, T>(p, shape.lanes);
+    for (int r = 0; r < shape.rows; ++r) rows[r] = plane;
+    return;
+  }
+  for (int r = 0; r < shape.rows; ++r) {
+    rows[r] = load_some<T, T>(p + (b.channel + r) / channels * call.pixels, shape.lanes);
+  }
+}
+
+template <bool PIXEL_ROWS, typename T>
+IK_INLINE Vec<T> row_bias(const Vec<T>& lanes, const T* bias, int r) {
+  return PIXEL_ROWS ? lanes : Vec<T>(bias[r]);
+}
+
+// Calls f(unit, block) for every block of the units.
+template <typename T, typename F>
+IK_INLINE void for_blocks(const PartialConvCall& call, int64_t begin, int64_t end, const F& f) {
+  constexpr int L = Vec<T>::lanes;
+  // Rows of NCHW are far apart: a few cache lines of each at a time, then the next channels.
+  constexpr int64_t kPixels = 8 * L;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % call.tiles() * PartialConvCall::tile;
+    const int64_t last = least(first + PartialConvCall::tile, call.pixels);
+    Block b;
+    b.n = unit / call.tiles();
+    for (int64_t some = first; some < last; some += kPixels) {
+      for (b.channel = 0; b.channel < call.channels; b.channel += L) {
+        b.channels = static_cast<int>(least(L, call.channels - b.channel));
+        const int64_t stop = least(some + kPixels, last);
+        for (b.pixel = some; b.pixel < stop; b.pixel += L) {
+          b.pixels = static_cast<int>(least(L, stop - b.pixel));
+          f(unit, b);
+        }
+      }
+    }
+  }
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+  if (call.stream) _mm_sfence();
+#endif
+}
+
+template <bool PIXEL_ROWS, typename T>
+void mask_input_blocks(const PartialConvCall& call, int64_t begin, int64_t end) {
+  constexpr int L = Vec<T>::lanes;
+  for_blocks<T>(call, begin, end, [&](int64_t, const Block& b) {
+    Vec<T> rows[L], mask[L];
+    load_block<PIXEL_ROWS>(call.source, b, rows);
+    if (call.mask.data != nullptr) {
+      load_block<PIXEL_ROWS>(call.mask, b, mask);
+    } else if (call.single_mask.data != nullptr) {
+      load_plane<PIXEL_ROWS>(call.single_mask, call, b, mask);
+    }
+    if (call.mask.data != nullptr || call.single_mask.data != nullptr) {
+      const Shape<PIXEL_ROWS> shape(b);
+      for (int r = 0; r < shape.rows; ++r) rows[r] = select_zero_(mask[r], rows[r] * mask[r]);
+    }
+    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+  });
+}
+
+template <bool PIXEL_ROWS, typename T>
+void finish_blocks(const PartialConvCall& call, int64_t begin, int64_t end) {
+  constexpr int L = Vec<T>::lanes;
+  const Finish how = call.how;
+  const Vec<T> slope(static_cast<T>(call.slope));
+  for_blocks<T>(call, begin, end, [&](int64_t, const Block& b) {
+    Vec<T> rows[L], ratio[L], new_mask[L];
+    load_block<PIXEL_ROWS>(call.source, b, rows);
+    load_plane<PIXEL_ROWS>(call.ratio, call, b, ratio);
+    load_plane<PIXEL_ROWS>(call.new_mask, call, b, new_mask);
+    T bias[L] = {};
+    for (int i = 0; i < b.channels; ++i) bias[i] = static_cast<const T*>(call.bias)[b.channel + i];
+    const Vec<T> lanes = Vec<T>::load(bias);
+    const Shape<PIXEL_ROWS> shape(b);
+    for (int r = 0; r < shape.rows; ++r) {
+      rows[r] = finish(rows[r], ratio[r], new_mask[r], row_bias<PIXEL_ROWS, T>(lanes, bias, r), slope, how);
+    }
+    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+  });
+}
+
+template <bool PIXEL_ROWS, typename T>
+void finish_backward_blocks(const PartialConvCall& call, int64_t begin, int64_t end) {
+  constexpr int L = Vec<T>::lanes;
+  const Finish how = call.how;
+  const Vec<T> slope(static_cast<T>(call.slope));
+  for_blocks<T>(call, begin, end, [&](int64_t unit, const Block& b) {
+    Vec<T> rows[L], out[L], ratio[L], new_mask[L];
+    load_block<PIXEL_ROWS>(call.source, b, rows);
+    if (call.output.data != nullptr) load_block<PIXEL_ROWS>(call.output, b, out);
+    load_plane<PIXEL_ROWS>(call.ratio, call, b, ratio);
+    load_plane<PIXEL_ROWS>(call.new_mask, call, b, new_mask);
+    T* sums = call.bias_sums ? static_cast<T*>(call.bias_sums) + unit * call.channels + b.channel : nullptr;
+    const Shape<PIXEL_ROWS> shape(b);
+    Vec<T> total(T(0));
+    for (int r = 0; r < shape.rows; ++r) {
+      const Vec<T> output = call.output.data != nullptr ? out[r] : Vec<T>(T(0));
+      const Vec<T> grad = finish_bias_grad(rows[r], output, ratio[r], new_mask[r], slope, how);
+      if (PIXEL_ROWS) {
+        total = total + grad;
+      } else {
+        sums[r] += grad.lane_sum();
+      }
+      rows[r] = finish_raw_grad(grad, ratio[r], how);
+    }
+    if (PIXEL_ROWS) {
+      T some[L];
+      total.store(some);
+      for (int i = 0; i < shape.lanes; ++i) sums[i] += some[i];
+    }
+    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+  });
+}
+
+// True where nothing has to be transposed when vectors run along channels.
+static inline bool all_interleaved(const PartialConvCall& call) {
+  return call.source.interleaved && call.result.interleaved &&
+         (call.output.data == nullptr || call.output.interleaved) &&
+         (call.mask.data == nullptr || call.mask.interleaved);
+}
+
+}  // namespace
+}  // namespace IK_ISA
+}  // namespace ik

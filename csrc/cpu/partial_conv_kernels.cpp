@@ -1,0 +1,116 @@
+// CPU kernels of partial convolution: what stands before and after a library convolution.
+//
+//   mask_input       input * mask, 0 under mask 0                       an element is read and written once
+//   finish           act((raw * ratio + bias) * new_mask)               likewise
+//   finish_backward  gradients by raw and by the bias                   likewise, and the output read
+//
+// Along runs where all tensors lie the same way, else by blocks that are transposed in registers.
+#include "cpu/partial_conv_kernels.h"
+
+#include "cpu/partial_conv_blocks.h"
+#include "cpu/partial_conv_rows.h"
+
+namespace ik {
+namespace IK_ISA {
+namespace {
+
+template <typename S>
+struct Stored {
+  using type = S;
+};
+
+// Calls f(Stored<S>()) for the dtype S of source and result; false where they differ or T does not hold it.
+template <typename T, typename F>
+bool with_stored(const PartialConvCall& call, const F& f) {
+  if (call.source.dtype != call.result.dtype || call.source.interleaved != call.result.interleaved)
+    return false;
+  if constexpr (sizeof(T) == 8) {
+    if (call.source.dtype != Dtype::f64) return false;
+    f(Stored<double>());
+    return true;
+  } else {
+    switch (call.source.dtype) {
+      case Dtype::f32:
+        f(Stored<float>());
+        return true;
+      case Dtype::f16:
+        f(Stored<Half>());
+        return true;
+      case Dtype::bf16:
+        f(Stored<Bfloat16>());
+        return true;
+      default:
+        return false;
+    }
+  }
+}
+
+template <typename T>
+constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+
+template <typename T>
+void mask_input_units(const PartialConvCall& call, int64_t begin, int64_t end) {
+  const bool several = call.mask.data != nullptr, interleaved = call.source.interleaved;
+  bool done = false;
+  const bool mask_fits = call.mask.interleaved == interleaved &&
+                         (call.mask.dtype == kNative<T> || call.mask.dtype == call.source.dtype);
+  if (several ? mask_fits : call.single_mask.data != nullptr) {
+    done = with_stored<T>(call, [&](auto stored) {
+      using S = typename decltype(stored)::type;
+      if (several && call.mask.dtype == call.source.dtype) {
+        interleaved ? mask_input_runs<true, S, S, T>(call, begin, end)
+                    : mask_input_runs<false, S, S, T>(call, begin, end);
+      } else {
+        interleaved ? mask_input_runs<true, S, T, T>(call, begin, end)
+                    : mask_input_runs<false, S, T, T>(call, begin, end);
+      }
+    });
+  }
+  if (done) return;
+  all_interleaved(call) ? mask_input_blocks<true, T>(call, begin, end)
+                        : mask_input_blocks<false, T>(call, begin, end);
+}
+
+// Runs of channels see one value of a plane.
+bool planes_fit(const PartialConvCall& call) {
+  return !call.source.interleaved || (call.ratio.planes == 1 && call.new_mask.planes == 1);
+}
+
+template <typename T>
+void finish_units(const PartialConvCall& call, int64_t begin, int64_t end) {
+  const bool done = planes_fit(call) && with_stored<T>(call, [&](auto stored) {
+                      using S = typename decltype(stored)::type;
+                      call.source.interleaved ? finish_runs<true, S, T>(call, begin, end)
+                                              : finish_runs<false, S, T>(call, begin, end);
+                    });
+  if (done) return;
+  all_interleaved(call) ? finish_blocks<true, T>(call, begin, end)
+                        : finish_blocks<false, T>(call, begin, end);
+}
+
+template <typename T>
+void finish_backward_units(const PartialConvCall& call, int64_t begin, int64_t end) {
+  const bool output_fits =
+      call.output.data == nullptr ||
+      (call.output.dtype == call.source.dtype && call.output.interleaved == call.source.interleaved);
+  const bool done = output_fits && planes_fit(call) && with_stored<T>(call, [&](auto stored) {
+                      using S = typename decltype(stored)::type;
+                      call.source.interleaved ? finish_backward_runs<true, S, T>(call, begin, end)
+                                              : finish_backward_runs<false, S, T>(call, begin, end);
+                    });
+  if (done) return;
+  all_interleaved(call) ? finish_backward_blocks<true, T>(call, begin, end)
+                        : finish_backward_blocks<false, T>(call, begin, end);
+}
+
+}  // namespace
+
+const PartialConvKernels partial_conv_kernels = {mask_input_units<float>, finish_units<float>,
+                                                 finish_backward_units<float>};
+#if defined(IK_ISA_GENERIC)
+const PartialConvKernels partial_conv_kernels_wide = {mask_input_units<double>, finish_units<double>,
+                                                      finish_backward_units<double>};
+#endif
+
+}  // namespace IK_ISA
+}  // namespace ik

@@ -1,0 +1,245 @@
+// Kernels of partial_conv around the library convolution: memory-bound, every image element read and written
+// once.
+//
+//   mask      out = input * mask, 0 where the mask is 0
+//   finish    out = the layer's result from the convolution's, with ratio, new mask, bias and activation
+//   backward  out = gradient by the convolution's result; sums of the gradient by the bias
+//
+// The masks and planes are shared by many channels, which decides the work split. Planar (NCHW): a thread
+// keeps the plane values of 16 bytes of pixels and goes over channels. Interleaved (channels_last): a thread
+// keeps its 16 bytes of channels and goes over pixels. Flat: mask and images agree element by element. Any:
+// tiles through shared memory for images in two layouts, of two dtypes, or without whole vectors, element by
+// element. `out` may be the source: every element is read and written by one thread, and source loads are
+// plain ones.
+#pragma once
+
+#include "common/partial_conv.h"
+#include "cuda/cuda_utils.cuh"
+#include "cuda/pixel.cuh"
+
+namespace ik::cuda {
+
+enum class Part : int { mask, finish, backward };
+
+// Vectors in flight per thread; the backward has two images.
+template <Part kPart>
+constexpr int kAtOnce = kPart == Part::backward ? 2 : 4;
+
+// Plane value of channel c and pixel p of sample n: data[n * stride_n + c / channels * stride_plane + p *
+// stride_pixel].
+struct PlaneView {
+  const void* data;       // the mask, or the ratio in float32; null: ones
+  const float* new_mask;  // laid out like the ratio
+  int64_t stride_n;
+  int64_t stride_plane;
+  int64_t stride_pixel;
+  Divider channels;  // of a plane
+  MaskType type;
+  float cap;     // 1 for bool: any byte but 0 is true
+  bool aligned;  // whole vectors of pixels
+};
+
+struct ImageArgs {
+  const void* source;  // input, raw or grad
+  const void* output;  // of the layer, backward with an activation only
+  void* out;
+  const void* bias;
+  PlaneView planes;
+  float* partials;  // sums by channel, [channels, partial_rows], or null
+  int64_t partial_rows;
+  int64_t pixels;
+  Divider tiles_along;   // of pixels
+  Divider tiles_across;  // of channels
+  int32_t channels;
+  int32_t lanes;  // any: of channels
+  int32_t log_lanes;
+  int32_t rounds;
+  float slope;
+  Finish how;
+  MaskType bias_type;
+  MaskType source_type;  // any only, from here on
+  MaskType output_type;
+  MaskType out_type;
+  bool source_interleaved;
+  bool output_interleaved;
+  bool out_interleaved;
+};
+
+template <typename M, int K>
+IK_DEVICE void gather_as(const void* data, const int64_t (&index)[K], float (&values)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
+}
+
+// Elements of a type known at run time. One branch for all of them: the loads are in flight together.
+template <int K>
+IK_DEVICE void gather(const void* data, MaskType type, float cap, const int64_t (&index)[K],
+                      float (&values)[K]) {
+  switch (type) {
+    case MaskType::f32:
+      return gather_as<float>(data, index, values);
+    case MaskType::f16:
+      return gather_as<Half>(data, index, values);
+    case MaskType::bf16:
+      return gather_as<BFloat16>(data, index, values);
+    case MaskType::f64:
+      return gather_as<double>(data, index, values);
+    case MaskType::u8:
+      gather_as<uint8_t>(data, index, values);
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = min_(values[k], cap);
+      return;
+    default:
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = 1.0f;
+  }
+}
+
+// The bias of some channels; beyond the last one anything that exists.
+template <int K>
+IK_DEVICE void load_bias(const ImageArgs& args, const int (&channels)[K], float (&bias)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) bias[k] = 0.0f;
+  if (args.bias == nullptr) return;
+  int64_t index[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) index[k] = channels[k] < args.channels ? channels[k] : args.channels - 1;
+  gather(args.bias, args.bias_type, 1.0f, index, bias);
+}
+
+// 16 bytes of what may be overwritten by this kernel: not through the read-only path.
+template <typename T, int E>
+IK_DEVICE void load_source(bool wanted, const T* address, Pack<T, E>& pack) {
+  static_assert(Pack<T, E>::kBytes == 16, "one load instruction");
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pack.words[i] = 0;
+  if (!wanted) return;
+#if defined(__CUDA_ARCH__)
+  const uint4 value = *reinterpret_cast<const uint4*>(address);
+  pack.words[0] = value.x;
+  pack.words[1] = value.y;
+  pack.words[2] = value.z;
+  pack.words[3] = value.w;
+#else
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();  // as the GPU would
+  memcpy(pack.words, address, 16);
+#endif
+}
+
+// 16 bytes of results. The compiler takes a plain store apart where the values come out of branches.
+template <typename T, int E>
+IK_DEVICE void store_result(bool wanted, T* address, const float (&values)[E]) {
+  Pack<T, E> pack;
+  static_assert(Pack<T, E>::kBytes == 16, "one store instruction");
+  pack_values(values, pack);
+  if (!wanted) return;
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(pack.words[0]),
+               "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
+               : "memory");
+#else
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();
+  memcpy(address, pack.words, 16);
+#endif
+}
+
+// Calls `body` with the settings as a compile-time constant, so that no element branches. The backward of
+// relu is that of leaky_relu with slope 0.
+template <bool kWeigh, bool kScale, Activation kActivation>
+struct FixedFinish {
+  static __device__ constexpr Finish how() { return {kWeigh, kScale, kActivation}; }
+};
+
+template <Part kPart, bool kWeigh, bool kScale, typename Body>
+IK_DEVICE void with_activation(Activation activation, const Body& body) {
+  if (activation == Activation::none) {
+    body(FixedFinish<kWeigh, kScale, Activation::none>());
+  } else if (kPart == Part::finish && activation == Activation::relu) {
+    body(FixedFinish<kWeigh, kScale, Activation::relu>());
+  } else {
+    body(FixedFinish<kWeigh, kScale, Activation::leaky_relu>());
+  }
+}
+
+template <Part kPart, typename Body>
+IK_DEVICE void with_finish(const Finish& how, const Body& body) {
+  if constexpr (kPart == Part::mask) {
+    body(FixedFinish<false, false, Activation::none>());
+  } else if (how.scale_bias) {
+    with_activation<kPart, false, true>(how.activation, body);
+  } else if (how.weigh_bias) {
+    with_activation<kPart, true, false>(how.activation, body);
+  } else {
+    with_activation<kPart, false, false>(how.activation, body);
+  }
+}
+
+// One element; `weight` is the mask or the ratio. Adds the backward's bias gradient to `sum`.
+template <Part kPart>
+IK_DEVICE float part_element(const Finish& how, float slope, float x, float output, float weight,
+                             float new_mask, float bias, float& sum) {
+  if constexpr (kPart == Part::mask) {
+    return select_zero_(weight, x * weight);
+  } else if constexpr (kPart == Part::finish) {
+    return finish(x, weight, new_mask, bias, slope, how);
+  } else {
+    const float g = finish_bias_grad(x, output, weight, new_mask, slope, how);
+    sum += g;
+    return finish_raw_grad(g, weight, how);
+  }
+}
+
+template <typename M, int E>
+IK_DEVICE void unpack_plane(const void* data, int64_t index, float (&values)[E]) {
+  Pack<M, E> pack;
+  load_pack_if(true, static_cast<const M*>(data) + index, pack);
+  unpack(pack, values);
+}
+
+// Plane values of E consecutive pixels.
+template <Part kPart, int E>
+IK_DEVICE void load_planes(const PlaneView& planes, int64_t index, float (&weight)[E], float (&new_mask)[E]) {
+  if constexpr (kPart != Part::mask) {
+    unpack_plane<float>(planes.data, index, weight);
+    unpack_plane<float>(planes.new_mask, index, new_mask);
+  } else if (!planes.aligned) {
+    int64_t indices[E];
+#pragma unroll
+    for (int k = 0; k < E; ++k) indices[k] = index + k;
+    gather(planes.data, planes.type, planes.cap, indices, weight);
+  } else if (planes.type == MaskType::f32) {
+    unpack_plane<float>(planes.data, index, weight);
+  } else if (planes.type == MaskType::f16) {
+    unpack_plane<Half>(planes.data, index, weight);
+  } else if (planes.type == MaskType::bf16) {
+    unpack_plane<BFloat16>(planes.data, index, weight);
+  } else {
+    unpack_plane<uint8_t>(planes.data, index, weight);
+#pragma unroll
+    for (int k = 0; k < E; ++k) weight[k] = min_(weight[k], planes.cap);
+  }
+}
+
+// The tile of this block: pixels and channels count tiles.
+struct TilePlace {
+  uint32_t along;
+  uint32_t across;
+  uint32_t sample;
+};
+
+IK_DEVICE TilePlace tile_place(const ImageArgs& args) {
+  TilePlace place;
+  const uint32_t rest = args.tiles_along.quotient(blockIdx.x);
+  place.along = blockIdx.x - rest * args.tiles_along.divisor;
+  place.sample = args.tiles_across.quotient(rest);
+  place.across = rest - place.sample * args.tiles_across.divisor;
+  return place;
+}
+
+// A tile's sum for one channel.
+IK_DEVICE void store_sum(const ImageArgs& args, const TilePlace& place, int64_t channel, float sum) {
+  const int64_t row = static_cast<int64_t>(place.sample) * args.tiles_along.divisor + place.along;
+  args.partials[channel * args.partial_rows + row] = sum;
+}
+
+}  // namespace ik::cuda

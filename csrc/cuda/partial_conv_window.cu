@@ -1,0 +1,141 @@
+// partial_conv on CUDA: ratio and new mask of every window of a mask. One launch, two if channels are summed
+// first.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cuda/partial_conv_launch.cuh"
+#include "cuda/partial_conv_window.cuh"
+
+namespace ik::cuda {
+namespace {
+
+// Calls body(Type<M>()); bool as uint8.
+template <typename Body>
+void with_mask_dtype(const Tensor& mask, const Body& body) {
+  switch (mask_type(mask.scalar_type())) {
+    case MaskType::f32:
+      return body(Type<float>());
+    case MaskType::f16:
+      return body(Type<Half>());
+    case MaskType::bf16:
+      return body(Type<BFloat16>());
+    case MaskType::f64:
+      return body(Type<double>());
+    default:
+      return body(Type<uint8_t>());
+  }
+}
+
+// The mask summed over the channels of each group: [N, groups, D, H, W], contiguous.
+Tensor sum_channels(const Tensor& mask, const WindowShape& shape, const DeviceScope& device) {
+  ChannelSumArgs args{};
+  args.pixels = shape.size[0] * shape.size[1] * shape.size[2];
+  const int64_t planes = shape.samples * shape.groups;
+  const int64_t channels = shape.groups * shape.members;
+  Tensor out = empty_1d(mask, planes * args.pixels, ScalarType::Float);
+  if (planes * args.pixels == 0) return out;
+  STD_TORCH_CHECK(channels <= kMost && planes <= kMost && args.pixels <= kMost * kWarp,
+                  "mask: too many elements for one launch");
+  args.mask = mask.const_data_ptr();
+  args.planes = static_cast<float*>(out.mutable_data_ptr());
+  args.stride_n = shape.mask_stride[0];
+  args.stride_c = shape.mask_stride[1];
+  args.units = planes * args.pixels;
+  args.groups = make_divider(shape.groups);
+  args.members = static_cast<int32_t>(shape.members);
+  args.cap = mask_cap(mask);
+  bool planar = true;
+  bool interleaved = args.stride_c == 1;
+  int64_t dense = 1;
+  for (int d = 2; d >= 0; --d) {
+    args.size[d] = shape.size[d];
+    args.stride[d] = shape.mask_stride[2 + d];
+    if (shape.size[d] == 1) continue;
+    planar = planar && args.stride[d] == dense;
+    interleaved = interleaved && args.stride[d] == dense * channels;
+    dense *= shape.size[d];
+  }
+  interleaved = interleaved && (shape.samples == 1 || args.stride_n == channels * args.pixels);
+  with_mask_dtype(mask, [&](auto type) {
+    using M = typename decltype(type)::type;
+    constexpr int E = std::is_same_v<M, double> ? 1 : kMaskElements<M>;
+    const bool aligned = is_aligned(args.mask, E * static_cast<int64_t>(sizeof(M)));
+    if (interleaved && !(planar && args.pixels > 1)) {
+      const bool vectors = aligned && shape.members % E == 0;
+      args.log_lanes = std::min(log2_up(vectors ? shape.members / E : shape.members), 5);
+      const int64_t units_of_block = (kWindowThreads >> args.log_lanes) * kSumUnroll;
+      launch(vectors ? partial_conv_sum_interleaved<M, E> : partial_conv_sum_interleaved<M, 1>,
+             checked_grid(up(args.units, units_of_block), "mask"), kWindowThreads, device, args);
+    } else {
+      const bool vectors =
+          aligned && planar && args.pixels % E == 0 && args.stride_n % E == 0 && args.stride_c % E == 0;
+      const int64_t tiles = up(args.pixels, kWarp * (vectors ? E : 1));
+      args.tiles = make_divider(tiles);
+      launch(vectors ? partial_conv_sum_planar<M, E> : partial_conv_sum_planar<M, 1>,
+             checked_grid(planes * tiles, "mask"), kWindowThreads, device, args);
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> window(const Tensor& mask,  // [N, C, H, W] or [N, C, D, H, W]
+                                  int64_t groups, int64_t multiplicity, const std::vector<int64_t>& kernel,
+                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation, double numerator,
+                                  const std::string& update, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float && on_device(mask),
+                  "partial_conv: the cuda backend computes its planes in float32, of a mask on the GPU");
+  const DeviceScope device(mask);
+  const WindowShape shape = window_shape(mask, groups, kernel, stride, padding, dilation);
+  Tensor ratio = empty_strided(mask, shape.out_sizes, shape.out_strides, ScalarType::Float);
+  Tensor new_mask = empty_strided(mask, shape.out_sizes, shape.out_strides, ScalarType::Float);
+  WindowArgs args{};
+  args.update = parse_update(update);
+  args.total = ratio.numel();
+  if (args.total == 0) return {ratio, new_mask};
+  args.ratio = static_cast<float*>(ratio.mutable_data_ptr());
+  args.new_mask = static_cast<float*>(new_mask.mutable_data_ptr());
+  const bool single = mask.size(1) == 1;
+  const int64_t members = single ? multiplicity : shape.members;
+  double window_size = static_cast<double>(members);
+  for (int d = 0; d < 3; ++d) {
+    STD_TORCH_CHECK(shape.size[d] + 2 * shape.padding[d] <= kMost && shape.stride[d] <= kMost,
+                    "mask: too large for windows of 32-bit coordinates");
+    args.size[d] = static_cast<int32_t>(shape.size[d]);
+    args.out_size[d] = static_cast<int32_t>(shape.out_size[d]);
+    args.kernel[d] = static_cast<int32_t>(shape.kernel[d]);
+    args.step[d] = static_cast<int32_t>(shape.stride[d]);
+    args.padding[d] = static_cast<int32_t>(shape.padding[d]);
+    args.dilation[d] = static_cast<int32_t>(shape.dilation[d]);
+    window_size *= static_cast<double>(shape.kernel[d]);
+  }
+  args.groups = shape.groups;
+  args.multiplicity = single ? static_cast<float>(multiplicity) : 1.0f;
+  args.numerator = static_cast<float>(numerator);
+  args.window = static_cast<float>(window_size);
+  args.cap = mask_cap(mask);
+  const unsigned blocks = static_cast<unsigned>(std::min(up(args.total, kWindowThreads), kMost));
+  if (shape.members == 1) {
+    args.mask = mask.const_data_ptr();
+    std::copy(shape.mask_stride, shape.mask_stride + 5, args.stride);
+    with_mask_dtype(mask, [&](auto type) {
+      launch(partial_conv_windows<typename decltype(type)::type>, blocks, kWindowThreads, device, args);
+    });
+    return {ratio, new_mask};
+  }
+  const Tensor planes = sum_channels(mask, shape, device);
+  args.mask = planes.const_data_ptr();
+  args.stride[4] = 1;
+  for (int d = 3; d >= 1; --d) args.stride[d] = args.stride[d + 1] * shape.size[d - 1];
+  args.stride[0] = args.stride[1] * shape.groups;
+  launch(partial_conv_windows<float>, blocks, kWindowThreads, device, args);
+  return {ratio, new_mask};
+}
+
+}  // namespace
+}  // namespace ik::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CUDA, m) {
+  m.impl("partial_conv_window_cuda", TORCH_BOX(&ik::cuda::window));
+}

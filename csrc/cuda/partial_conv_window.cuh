@@ -1,0 +1,216 @@
+// Kernels of partial_conv that read the mask: its channels summed, then what follows from windows over a
+// plane.
+//
+//   plane_g = sum of the mask over the channels of group g (skipped where a group has one channel)
+//   s = multiplicity * sum of plane_g over a window, zeros outside; ratio and new mask follow from s
+//
+// Every mask value is read once for the sum over channels; a plane is small next to the images of the layer,
+// and the windows that share its values find them in L1. Sums in float32, exact for masks of 0 and 1.
+#pragma once
+
+#include "common/partial_conv.h"
+#include "cuda/cuda_utils.cuh"
+#include "cuda/pixel.cuh"
+
+namespace ik::cuda {
+
+constexpr int kWindowThreads = 256;
+constexpr int kSumRows = kWindowThreads / kWarp;
+// Mask values in flight per thread.
+constexpr int kSumUnroll = 4;
+
+template <typename M>
+constexpr int kMaskElements = sizeof(M) == 4 ? 4 : 8;
+
+struct ChannelSumArgs {
+  const void* mask;
+  float* planes;     // [N, groups, pixels]
+  int64_t stride_n;  // of the mask
+  int64_t stride_c;
+  int64_t stride[3];  // depth, height, width
+  int64_t size[3];
+  int64_t pixels;
+  int64_t units;   // pixels of all samples and groups, interleaved only
+  Divider tiles;   // of a plane, planar only
+  Divider groups;  // per sample
+  int32_t members;
+  int32_t log_lanes;  // that add the channels of one pixel, interleaved only
+  float cap;          // 1 for bool: any byte but 0 is true
+};
+
+// A 64-bit division costs several times a 32-bit one.
+IK_DEVICE int64_t quotient(int64_t n, int64_t divisor) {
+  return (n | divisor) <= UINT32_MAX ? static_cast<uint32_t>(n) / static_cast<uint32_t>(divisor)
+                                     : n / divisor;
+}
+
+// E consecutive mask values, zeros unless `wanted`; whole vectors for E > 1.
+template <typename M, int E>
+struct MaskVector {
+  Pack<M, E> pack;
+  __device__ __forceinline__ void load(const M* address, bool wanted) { load_pack_if(wanted, address, pack); }
+  __device__ __forceinline__ void add_to(float (&sums)[E], float cap) const {
+    float values[E];
+    unpack(pack, values);
+#pragma unroll
+    for (int k = 0; k < E; ++k) sums[k] += std::is_same_v<M, uint8_t> ? min_(values[k], cap) : values[k];
+  }
+};
+
+template <typename M>
+struct MaskVector<M, 1> {
+  float value;
+  __device__ __forceinline__ void load(const M* address, bool wanted) {
+    value = wanted ? static_cast<float>(*address) : 0.0f;
+  }
+  __device__ __forceinline__ void add_to(float (&sums)[1], float cap) const {
+    sums[0] += std::is_same_v<M, uint8_t> ? min_(value, cap) : value;
+  }
+};
+
+// Any strides with E = 1, dense planes of whole vectors else. A warp goes along the pixels, the warps of a
+// block share the channels.
+template <typename M, int E>
+__global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_planar(const ChannelSumArgs args) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = static_cast<int>(threadIdx.x) / kWarp;
+  const uint32_t plane = args.tiles.quotient(blockIdx.x);
+  const uint32_t sample = args.groups.quotient(plane);
+  const uint32_t group = plane - sample * args.groups.divisor;
+  const int64_t first = static_cast<int64_t>(blockIdx.x - plane * args.tiles.divisor) * kWarp * E;
+  const int64_t pixel = first + lane * E;
+  const bool inside = pixel < args.pixels;
+  int64_t offset = pixel;
+  if constexpr (E == 1) {
+    const int64_t line = quotient(pixel, args.size[2]);
+    const int64_t depth = quotient(line, args.size[1]);
+    offset = depth * args.stride[0] + (line - depth * args.size[1]) * args.stride[1] +
+             (pixel - line * args.size[2]) * args.stride[2];
+  }
+  const M* mask = static_cast<const M*>(args.mask) + sample * args.stride_n +
+                  static_cast<int64_t>(group) * args.members * args.stride_c + offset;
+  float sums[E] = {};
+#pragma unroll 1
+  for (int channel = row; channel < args.members; channel += kSumUnroll * kSumRows) {
+    MaskVector<M, E> vectors[kSumUnroll];
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u) {
+      const int64_t c = channel + u * kSumRows;
+      vectors[u].load(mask + c * args.stride_c, inside && c < args.members);
+    }
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums, args.cap);
+  }
+  __shared__ float shared[kSumRows][E][kWarp + 1];
+#pragma unroll
+  for (int k = 0; k < E; ++k) shared[row][k][lane] = sums[k];
+  __syncthreads();
+  const int column = static_cast<int>(threadIdx.x);
+  if (column >= kWarp * E || first + column >= args.pixels) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int r = 0; r < kSumRows; ++r) total += shared[r][column % E][column / E];
+  args.planes[plane * args.pixels + first + column] = total;
+}
+
+// Dense channels_last: the lanes of a group of threads go along the channels of one pixel.
+template <typename M, int E>
+__global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(const ChannelSumArgs args) {
+  const int lanes = 1 << args.log_lanes;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int hop = kWindowThreads >> args.log_lanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * hop * kSumUnroll + (threadIdx.x >> args.log_lanes);
+  float sums[kSumUnroll][E] = {};
+#pragma unroll 1
+  for (int channel = lane * E; channel < args.members; channel += lanes * E) {
+    MaskVector<M, E> vectors[kSumUnroll];
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u) {
+      const int64_t unit = first + u * hop;
+      vectors[u].load(static_cast<const M*>(args.mask) + unit * args.members + channel, unit < args.units);
+    }
+#pragma unroll
+    for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums[u], args.cap);
+  }
+#pragma unroll
+  for (int u = 0; u < kSumUnroll; ++u) {
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < E; ++k) total += sums[u][k];
+    for (int step = lanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    const int64_t unit = first + u * hop;
+    if (lane != 0 || unit >= args.units) continue;
+    int64_t to = unit;
+    const int64_t groups = args.groups.divisor;
+    if (groups > 1) {
+      const int64_t position = quotient(unit, groups);  // pixel, counted over the samples
+      const int64_t sample = quotient(position, args.pixels);
+      to = (sample * groups + unit - position * groups) * args.pixels + position - sample * args.pixels;
+    }
+    args.planes[to] = total;
+  }
+}
+
+struct WindowArgs {
+  const void* mask;
+  float* ratio;     // [N, groups, outputs of a plane]
+  float* new_mask;  // likewise
+  int64_t total;
+  int64_t stride[5];  // of the mask: sample, group, depth, height, width
+  int64_t groups;
+  int32_t size[3];
+  int32_t out_size[3];
+  int32_t kernel[3];
+  int32_t step[3];
+  int32_t padding[3];
+  int32_t dilation[3];
+  float multiplicity;
+  float numerator;
+  float window;  // mask values in a window
+  float cap;
+  MaskUpdate update;
+};
+
+template <typename M>
+__global__ void __launch_bounds__(kWindowThreads) partial_conv_windows(const WindowArgs args) {
+  const int64_t hop = static_cast<int64_t>(gridDim.x) * kWindowThreads;
+#pragma unroll 1
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWindowThreads + threadIdx.x; i < args.total;
+       i += hop) {
+    int64_t rest = i;
+    int start[3];
+#pragma unroll
+    for (int d = 2; d >= 0; --d) {
+      const int64_t next = quotient(rest, args.out_size[d]);
+      start[d] = static_cast<int>(rest - next * args.out_size[d]) * args.step[d] - args.padding[d];
+      rest = next;
+    }
+    const int64_t sample = quotient(rest, args.groups);
+    const M* mask = static_cast<const M*>(args.mask) + sample * args.stride[0] +
+                    (rest - sample * args.groups) * args.stride[1];
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int a = 0; a < args.kernel[0]; ++a) {
+      const int z = start[0] + a * args.dilation[0];
+      if (z < 0 || z >= args.size[0]) continue;
+#pragma unroll 1
+      for (int b = 0; b < args.kernel[1]; ++b) {
+        const int y = start[1] + b * args.dilation[1];
+        if (y < 0 || y >= args.size[1]) continue;
+        const M* line = mask + z * args.stride[2] + y * args.stride[3];
+#pragma unroll 4
+        for (int c = 0; c < args.kernel[2]; ++c) {
+          const int x = start[2] + c * args.dilation[2];
+          if (x < 0 || x >= args.size[2]) continue;
+          const float value = static_cast<float>(line[x * args.stride[4]]);
+          sum += std::is_same_v<M, uint8_t> ? min_(value, args.cap) : value;
+        }
+      }
+    }
+    sum *= args.multiplicity;
+    args.ratio[i] = window_ratio(sum, args.numerator, 3.402823466e38f, args.update);
+    args.new_mask[i] = window_mask(sum, args.window, args.update);
+  }
+}
+
+}  // namespace ik::cuda

@@ -1,0 +1,142 @@
+"""Tiles of the Triton kernels of partial_conv: what a program owns, where it lies, how the work is split.
+
+A program owns a tile of pixels times channels of one sample, its pixels in a row whatever their dimensions. In
+channels_last neighbouring threads take neighbouring channels and share a pixel's plane values; in NCHW they take
+neighbouring pixels, and several channels share a tile of the planes. Where two tensors differ in layout the threads
+exchange the tile. Accesses are 16 bytes a thread wherever the fast dimension allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile, and its warps; not measured. The backward holds three values an element in registers, so its
+# tile is half as large. Tiles are whole, padded if need be: one with fewer elements than the threads have room for
+# would be read by several threads, and one of them could find what another has already written in place.
+TILE, BACKWARD_TILE, WARPS = 2048, 1024, 4
+# The backward adds up at least this many partial sums, where there is work for as many programs, and at most this
+# many tiles in one program.
+PROGRAMS, MAX_STEPS = 2048, 16
+
+
+@triton.jit
+def tile_place(
+    pixels,  # in units of UNIT_P
+    channels,  # in units of UNIT_C
+    tiles,
+    chunks,
+    UNIT_P: tl.constexpr,
+    UNIT_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(sample, first pixel, first channel, pixels, channels) of a program; chunks change fastest because they share
+    planes."""
+    program = tl.program_id(0)
+    first_p = (program // chunks % tiles).to(tl.int64) * BLOCK_P
+    sample = (program // chunks // tiles).to(tl.int64)
+    # Written as multiples of a unit, which is how the compiler knows that wide accesses are aligned.
+    return sample, first_p, program % chunks * BLOCK_C, pixels.to(tl.int64) * UNIT_P, channels * UNIT_C
+
+
+@triton.jit
+def tile_inside(place, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    _, first_p, first_c, pixels, channels = place
+    inside_p = tl.arange(0, BLOCK_P)[:, None] < pixels - first_p
+    return inside_p & (tl.arange(0, BLOCK_C)[None, :] < channels - first_c)
+
+
+@triton.jit
+def tile_pointer(
+    pointer,
+    place,
+    LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SHARED: tl.constexpr = False,  # by all samples
+):
+    """Where the elements of a tile [BLOCK_P, BLOCK_C] are, in channels_last or NCHW."""
+    sample, first_p, first_c, pixels, channels = place
+    sample = sample * 0 if SHARED else sample
+    p = tl.arange(0, BLOCK_P)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    if LAST:
+        at = pointer + ((sample * pixels + first_p) * channels + first_c) + (p * channels + c)
+    else:
+        at = pointer + ((sample * channels + first_c) * pixels + first_p) + (c.to(tl.int64) * pixels + p)
+    return at
+
+
+@triton.jit
+def load_plane(
+    plane_ptr,  # [samples or 1, groups, pixels]
+    place,
+    groups,
+    SHARED: tl.constexpr,  # by all samples
+    GROUPED: tl.constexpr,  # more than one group
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Plane values of a tile, 0 outside; [BLOCK_P, 1] where one plane serves all channels."""
+    sample, first_p, first_c, pixels, channels = place
+    plane_ptr += (sample * 0 if SHARED else sample) * groups * pixels + first_p
+    p = tl.arange(0, BLOCK_P)
+    if GROUPED:
+        group = (first_c + tl.arange(0, BLOCK_C)[None, :]) // (channels // groups)
+        inside = tile_inside(place, BLOCK_P, BLOCK_C)
+        value = tl.load(plane_ptr + (group.to(tl.int64) * pixels + p[:, None]), mask=inside, other=0)
+    else:
+        value = tl.load(plane_ptr + p, mask=p < pixels - first_p, other=0)[:, None]
+    return value.to(tl.float32)
+
+
+class Work(NamedTuple):
+    """Work split of a call."""
+
+    sizes: tuple[int, int, int, int]  # pixels and channels in units, tiles, chunks
+    units: tuple[int, int]
+    block: tuple[int, int]
+    steps: int
+    programs: int
+
+
+def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, backward: bool = False) -> Work:
+    """`nchw`, `last`: whether tensors in that layout take part."""
+    tile = BACKWARD_TILE if backward else TILE
+    if last:
+        block_c = fitting_block(channels, 32 if nchw else 128)
+        block_p = tile // block_c
+    else:
+        block_p = min(triton.next_power_of_2(pixels), tile // min(triton.next_power_of_2(channels), 8))
+        block_c = tile // block_p
+    tiles, chunks = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
+    steps = max(1, min(MAX_STEPS, samples * tiles * chunks // PROGRAMS)) if backward else 1
+    tiles = triton.cdiv(tiles, steps)
+    units = (math.gcd(pixels, 8) if nchw else 1, math.gcd(channels, 8) if last else 1)
+    return Work(
+        (pixels // units[0], channels // units[1], tiles, chunks),
+        units,
+        (block_p, block_c),
+        steps,
+        samples * tiles * chunks,
+    )
+
+
+def is_last(t: Tensor, channels: int, pixels: int) -> bool:
+    """Whether a dense tensor is read as channels_last; where both layouts are one, by its longer dimension."""
+    if channels == 1 or pixels == 1:
+        return channels > 1
+    return not t.is_contiguous()
+
+
+def fitting_block(extent: int, largest: int) -> int:
+    """Power of two that cuts `extent` with the least left over, 32 to `largest` where there is a choice."""
+    whole: int = triton.next_power_of_2(extent)
+    blocks = [block for block in (128, 64, 32) if block <= largest and block < whole]
+    # The first of the best: ties go to the larger.
+    return min([min(whole, largest), *blocks], key=lambda block: -(-extent // block) * block)
