@@ -319,7 +319,7 @@ def check(
     if backend is not None:
         skip_unsupported(backend, given[0])
         given = on_device(backend, *given)
-    x, w, b, mask = given
+    x, mask = given[0], given[3]
     wanted = [i for i in wanted if given[i] is not None]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Exact values of the same tensors, and absolute ones without the activation: every sum is that of its terms.

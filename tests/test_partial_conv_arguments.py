@@ -48,7 +48,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "input-half": ({"input": ones(*SIZE).half()}, TypeError, "weight.*float32.*input.*float16"),
     "weight-none": ({"weight": None}, TypeError, "weight.*Tensor.*NoneType"),
     "weight-int": ({"weight": ones(6, 4, 3, 3, dtype=torch.int64)}, TypeError, "weight.*int64"),
-    "weight-3d": ({"weight": ones(6, 4, 3)}, ValueError, r"weight.*\(Cout, Cin / groups, kH, kW\).*\(6, 4, 3\)"),
+    "weight-3d": ({"weight": ones(6, 4, 3)}, ValueError, r"weight.*\(Cout, Cin / groups, kh, kw\).*\(6, 4, 3\)"),
     "weight-device": ({"weight": ones(6, 4, 3, 3, device="meta")}, ValueError, "weight.*meta.*cpu"),
     "weight-large": ({"weight": ones(6, 4, 9, 3)}, ValueError, r"weight.*\(9, 3\).*\(4, 4, 8, 8\)"),
     "bias-float": ({"bias": 0.0}, TypeError, "bias.*Tensor.*float"),
@@ -107,7 +107,7 @@ def test_bad_input(case: str) -> None:
 
 BAD_VOLUMES: dict[str, tuple[dict[str, Any], str]] = {
     "input-4d": ({"input": ones(*SIZE)}, r"input.*\(N, C, D, H, W\)"),
-    "weight-4d": ({"weight": ones(6, 4, 3, 3)}, r"weight.*\(Cout, Cin / groups, kD, kH, kW\)"),
+    "weight-4d": ({"weight": ones(6, 4, 3, 3)}, r"weight.*\(Cout, Cin / groups, kd, kh, kw\)"),
     "mask-ndhw": ({"mask": ones(2, 5, 8, 8)}, r"mask.*\(2, 5, 8, 8\).*\(N, 1, D, H, W\)"),
     "mask-image": ({"mask": ones(8, 8)}, r"mask.*\(8, 8\).*\(D, H, W\)"),
     "stride-2": ({"stride": (1, 1)}, "stride.*3 ints"),

@@ -61,9 +61,6 @@ std::vector<char> converted(const Tensor& t, bool wide) {
   return out;
 }
 
-// Results larger than this leave the cache before anyone reads them.
-constexpr int64_t kAroundCache = int64_t(64) << 20;
-
 PartialConvCall make_call(const Tensor& source, Tensor& out, const char* name) {
   PartialConvCall call;
   const DenseLayout layout = dense_layout(source, name);
@@ -73,13 +70,8 @@ PartialConvCall make_call(const Tensor& source, Tensor& out, const char* name) {
   call.pixels = layout.pixels;
   call.source = view_of(source, name);
   call.result = view_of(out, "out");
-  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
   if (out.const_data_ptr() != source.const_data_ptr()) {
-    ask_for_huge_pages(call.result.data, bytes);
-    // Whole, aligned vectors everywhere.
-    const int64_t row = call.result.interleaved ? call.channels : call.pixels;
-    call.stream = bytes > kAroundCache && call.result.dtype == Dtype::f32 && row % 16 == 0 &&
-                  reinterpret_cast<uintptr_t>(call.result.data) % 64 == 0;
+    ask_for_huge_pages(call.result.data, out.numel() * static_cast<int64_t>(out.element_size()));
   }
   return call;
 }

@@ -37,10 +37,10 @@ IK_INLINE Vec<T> load_some(const S* p, int valid) {
 }
 
 template <typename S, typename T>
-IK_INLINE void store_some(Vec<T> x, S* p, int valid, bool stream) {
+IK_INLINE void store_some(Vec<T> x, S* p, int valid) {
   constexpr int L = Vec<T>::lanes;
   if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value) {
-    if (valid == L) return store_vec(x, p, stream);
+    if (valid == L) return store_vec(x, p, false);
   }
   T some[L];
   x.store(some);
@@ -97,30 +97,30 @@ void load_block(const ImageView& view, const Block& b, Vec<T>* rows) {
 }
 
 template <bool PIXEL_ROWS, typename S, typename T>
-IK_NOINLINE void store_typed(const ImageView& view, const Block& b, Vec<T>* rows, bool stream) {
+IK_NOINLINE void store_typed(const ImageView& view, const Block& b, Vec<T>* rows) {
   S* p = static_cast<S*>(view.data) + offset_of(view, b);
   const Shape<PIXEL_ROWS> shape(b);
   const int64_t step = view.interleaved ? view.stride_s : view.stride_c;
   if (view.interleaved == PIXEL_ROWS) {
-    for (int r = 0; r < shape.rows; ++r) store_some<S, T>(rows[r], p + r * step, shape.lanes, stream);
+    for (int r = 0; r < shape.rows; ++r) store_some<S, T>(rows[r], p + r * step, shape.lanes);
     return;
   }
   transpose(rows);
-  for (int r = 0; r < shape.lanes; ++r) store_some<S, T>(rows[r], p + r * step, shape.rows, stream);
+  for (int r = 0; r < shape.lanes; ++r) store_some<S, T>(rows[r], p + r * step, shape.rows);
 }
 
 // Leaves `rows` in any order.
 template <bool PIXEL_ROWS, typename T>
-void store_block(const ImageView& view, const Block& b, Vec<T>* rows, bool stream) {
+void store_block(const ImageView& view, const Block& b, Vec<T>* rows) {
   switch (view.dtype) {
     case Dtype::f32:
-      return store_typed<PIXEL_ROWS, float>(view, b, rows, stream);
+      return store_typed<PIXEL_ROWS, float>(view, b, rows);
     case Dtype::f64:
-      return store_typed<PIXEL_ROWS, double>(view, b, rows, false);
+      return store_typed<PIXEL_ROWS, double>(view, b, rows);
     case Dtype::f16:
-      return store_typed<PIXEL_ROWS, Half>(view, b, rows, false);
+      return store_typed<PIXEL_ROWS, Half>(view, b, rows);
     default:
-      return store_typed<PIXEL_ROWS, Bfloat16>(view, b, rows, false);
+      return store_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
   }
 }
 
@@ -180,9 +180,6 @@ IK_INLINE void for_blocks(const PartialConvCall& call, int64_t begin, int64_t en
       }
     }
   }
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-  if (call.stream) _mm_sfence();
-#endif
 }
 
 template <bool PIXEL_ROWS, typename T>
@@ -200,7 +197,7 @@ void mask_input_blocks(const PartialConvCall& call, int64_t begin, int64_t end) 
       const Shape<PIXEL_ROWS> shape(b);
       for (int r = 0; r < shape.rows; ++r) rows[r] = select_zero_(mask[r], rows[r] * mask[r]);
     }
-    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+    store_block<PIXEL_ROWS>(call.result, b, rows);
   });
 }
 
@@ -221,7 +218,7 @@ void finish_blocks(const PartialConvCall& call, int64_t begin, int64_t end) {
     for (int r = 0; r < shape.rows; ++r) {
       rows[r] = finish(rows[r], ratio[r], new_mask[r], row_bias<PIXEL_ROWS, T>(lanes, bias, r), slope, how);
     }
-    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+    store_block<PIXEL_ROWS>(call.result, b, rows);
   });
 }
 
@@ -254,7 +251,7 @@ void finish_backward_blocks(const PartialConvCall& call, int64_t begin, int64_t 
       total.store(some);
       for (int i = 0; i < shape.lanes; ++i) sums[i] += some[i];
     }
-    store_block<PIXEL_ROWS>(call.result, b, rows, call.stream);
+    store_block<PIXEL_ROWS>(call.result, b, rows);
   });
 }
 

@@ -45,7 +45,6 @@ struct PartialConvCall {
   void* bias_sums = nullptr;   // [units, C] of it, zeros
   Finish how;
   double slope = 0;
-  bool stream = false;  // write around the cache
   // Rows of 8 KiB, and two planes of it in the first cache.
   static constexpr int64_t tile = 2048;
   int64_t tiles() const { return (pixels + tile - 1) / tile; }

@@ -21,14 +21,23 @@ IK_INLINE T run_one(const T* p, int64_t i) {
 }
 
 template <bool EACH, typename S, typename M, typename T>
-IK_INLINE void mask_run(const S* x, const M* mask, S* out, int64_t n, bool stream) {
+IK_INLINE void mask_run(const S* x, const M* mask, S* out, int64_t n) {
   constexpr int L = Vec<T>::lanes;
+  const bool in_place = x == out;
+  const Vec<T> zero(T(0)), one(T(1));
   int64_t i = 0;
   for (; i + L <= n; i += L) {
-    prefetch(x + i);
     if constexpr (EACH) prefetch(mask + i);
     const Vec<T> m = EACH ? load_vec(mask + i) : Vec<T>(load_one(mask));
-    store_vec(select_zero_(m, load_vec(x + i) * m), out + i, stream);
+    // Masks are nearly all zeros and ones: a hole need not be read, and what is known stays in place as it
+    // is.
+    if (in_place && all_equal_(m, one)) continue;
+    if (all_equal_(m, zero)) {
+      store_vec(zero, out + i, false);
+      continue;
+    }
+    prefetch(x + i);
+    store_vec(select_zero_(m, load_vec(x + i) * m), out + i, false);
   }
   for (; i < n; ++i) {
     const T m = load_one(mask + (EACH ? i : 0));
@@ -39,7 +48,7 @@ IK_INLINE void mask_run(const S* x, const M* mask, S* out, int64_t n, bool strea
 // Planes: each element's for a run of pixels, one for a run of channels; the bias the other way round.
 template <bool INTERLEAVED, typename S, typename T>
 IK_INLINE void finish_run(const S* raw, const T* ratio, const T* new_mask, const T* bias, S* out, int64_t n,
-                          T slope, const Finish& how, bool stream) {
+                          T slope, const Finish& how) {
   constexpr int L = Vec<T>::lanes;
   constexpr bool PLANE = !INTERLEAVED;
   const Vec<T> slopes(slope);
@@ -48,7 +57,7 @@ IK_INLINE void finish_run(const S* raw, const T* ratio, const T* new_mask, const
     prefetch(raw + i);
     const Vec<T> x = finish(load_vec(raw + i), run_vec<PLANE>(ratio, i), run_vec<PLANE>(new_mask, i),
                             run_vec<INTERLEAVED>(bias, i), slopes, how);
-    store_vec(x, out + i, stream);
+    store_vec(x, out + i, false);
   }
   for (; i < n; ++i) {
     const T x = finish<T>(load_one(raw + i), run_one<PLANE>(ratio, i), run_one<PLANE>(new_mask, i),
@@ -60,7 +69,7 @@ IK_INLINE void finish_run(const S* raw, const T* ratio, const T* new_mask, const
 // `sums`: [n] for a run of channels, one for a run of pixels.
 template <bool INTERLEAVED, typename S, typename T>
 IK_INLINE void finish_backward_run(const S* grad, const S* output, const T* ratio, const T* new_mask, S* out,
-                                   T* sums, int64_t n, T slope, const Finish& how, bool stream) {
+                                   T* sums, int64_t n, T slope, const Finish& how) {
   constexpr int L = Vec<T>::lanes;
   constexpr bool PLANE = !INTERLEAVED;
   const Vec<T> slopes(slope);
@@ -77,7 +86,7 @@ IK_INLINE void finish_backward_run(const S* grad, const S* output, const T* rati
     } else {
       total = total + g;
     }
-    store_vec(finish_raw_grad(g, r, how), out + i, stream);
+    store_vec(finish_raw_grad(g, r, how), out + i, false);
   }
   for (; i < n; ++i) {
     const T r = run_one<PLANE>(ratio, i);
@@ -106,9 +115,6 @@ IK_INLINE void for_runs(const PartialConvCall& call, bool interleaved, int64_t b
       for (int64_t c = 0; c < call.channels; ++c) f(unit, n, c, first, last - first);
     }
   }
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-  if (call.stream) _mm_sfence();
-#endif
 }
 
 template <typename S>
@@ -127,10 +133,9 @@ void mask_input_runs(const PartialConvCall& call, int64_t begin, int64_t end) {
   for_runs(call, INTERLEAVED, begin, end, [&](int64_t, int64_t n, int64_t c, int64_t s, int64_t count) {
     const S* x = at<S>(call.source, n, c, s);
     S* out = at<S>(call.result, n, c, s);
-    if (call.mask.data != nullptr)
-      return mask_run<true, S, M, T>(x, at<M>(call.mask, n, c, s), out, count, call.stream);
+    if (call.mask.data != nullptr) return mask_run<true, S, M, T>(x, at<M>(call.mask, n, c, s), out, count);
     const T* plane = at<T>(call.single_mask, call, n, c, s);
-    mask_run<!INTERLEAVED, S, T, T>(x, plane, out, count, call.stream);
+    mask_run<!INTERLEAVED, S, T, T>(x, plane, out, count);
   });
 }
 
@@ -142,7 +147,7 @@ void finish_runs(const PartialConvCall& call, int64_t begin, int64_t end) {
   for_runs(call, INTERLEAVED, begin, end, [&](int64_t, int64_t n, int64_t c, int64_t s, int64_t count) {
     finish_run<INTERLEAVED, S, T>(at<S>(call.source, n, c, s), at<T>(call.ratio, call, n, c, s),
                                   at<T>(call.new_mask, call, n, c, s), bias + c, at<S>(call.result, n, c, s),
-                                  count, slope, how, call.stream);
+                                  count, slope, how);
   });
 }
 
@@ -156,7 +161,7 @@ void finish_backward_runs(const PartialConvCall& call, int64_t begin, int64_t en
     finish_backward_run<INTERLEAVED, S, T>(at<S>(call.source, n, c, s), output,
                                            at<T>(call.ratio, call, n, c, s),
                                            at<T>(call.new_mask, call, n, c, s), at<S>(call.result, n, c, s),
-                                           sums + unit * call.channels + c, count, slope, how, call.stream);
+                                           sums + unit * call.channels + c, count, slope, how);
   });
 }
 

@@ -66,7 +66,7 @@ void sum_channels_units(const WindowCall& call, int64_t begin, int64_t end) {
   const int64_t* stride = call.mask_stride;
   const int64_t bytes = dtype_bytes(call.mask_dtype);
   const char* mask = static_cast<const char*>(call.mask);
-  const bool flat = stride[4] == 1 && stride[3] == W && stride[2] == W * call.size[1];
+  const bool flat = stride[4] == 1 && stride[3] == W && (call.size[0] == 1 || stride[2] == W * call.size[1]);
   T values[256];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t plane = unit / tiles, n = plane / call.groups, first = plane % call.groups * call.members;

@@ -112,6 +112,12 @@ IK_INLINE Vec<T> select_positive_(Vec<T> x, Vec<T> value, Vec<T> other) {
   return value;
 }
 template <typename T>
+IK_INLINE bool all_equal_(Vec<T> a, Vec<T> b) {
+  int equal = 0;
+  for (int i = 0; i < Vec<T>::lanes; ++i) equal += a.v[i] == b.v[i];
+  return equal == Vec<T>::lanes;
+}
+template <typename T>
 IK_INLINE Vec<T> fma_(Vec<T> a, Vec<T> b, Vec<T> c) {
   for (int i = 0; i < Vec<T>::lanes; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
@@ -162,6 +168,9 @@ IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight.v, _mm512_setzero_ps(), _CMP_EQ_OQ), value.v);
 }
 
+IK_INLINE bool all_equal_(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) == 0xffff;
+}
 IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float> other) {
   return _mm512_mask_mov_ps(other.v, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), value.v);
 }
@@ -219,6 +228,9 @@ IK_INLINE Vec<float> select_zero_(Vec<float> weight, Vec<float> value) {
 }
 IK_INLINE Vec<float> select_if_zero_(Vec<float> weight, Vec<float> value) {
   return _mm256_and_ps(_mm256_cmp_ps(weight.v, _mm256_setzero_ps(), _CMP_EQ_OQ), value.v);
+}
+IK_INLINE bool all_equal_(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)) == 0xff;
 }
 IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float> other) {
   return _mm256_blendv_ps(other.v, value.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ));

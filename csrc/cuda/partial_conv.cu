@@ -1,9 +1,10 @@
 // partial_conv on CUDA: the kernels around a library convolution.
 //
-//   window           ratio and new mask of every window of a mask: one launch, two if channels are summed
-//   first mask_input       out = input * mask, 0 where the mask is 0 finish           out = the layer's
-//   result from the convolution's finish_backward  out = gradient by the convolution's result, and by the
-//   bias: one launch, two with a bias
+//   mask_input       out = input * mask, 0 where the mask is 0
+//   finish           out = the layer's result from the convolution's
+//   finish_backward  out = gradient by the convolution's result; returns the one by the bias
+//
+// One launch each, two for the gradient by the bias. Windows: partial_conv_window.cu.
 //
 // Bytes per image element: its own, read and written once (backward with an activation: twice read), and the
 // planes' divided by the channels that share them. Work split: partial_conv.cuh, partial_conv_window.cuh.

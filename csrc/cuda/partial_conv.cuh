@@ -1,16 +1,16 @@
-// Kernels of partial_conv around the library convolution: memory-bound, every image element read and written
-// once.
+// What the kernels of partial_conv around the library convolution share. Memory-bound: every image element is
+// read and written once.
 //
 //   mask      out = input * mask, 0 where the mask is 0
 //   finish    out = the layer's result from the convolution's, with ratio, new mask, bias and activation
 //   backward  out = gradient by the convolution's result; sums of the gradient by the bias
 //
-// The masks and planes are shared by many channels, which decides the work split. Planar (NCHW): a thread
-// keeps the plane values of 16 bytes of pixels and goes over channels. Interleaved (channels_last): a thread
-// keeps its 16 bytes of channels and goes over pixels. Flat: mask and images agree element by element. Any:
-// tiles through shared memory for images in two layouts, of two dtypes, or without whole vectors, element by
-// element. `out` may be the source: every element is read and written by one thread, and source loads are
-// plain ones.
+// Masks and planes are shared by many channels, which decides the work split.
+//   planar       NCHW: a thread keeps the plane values of 16 bytes of pixels and goes over channels
+//   interleaved  channels_last: a thread keeps its 16 bytes of channels and goes over pixels
+//   flat         mask and images agree element by element
+//   any          images of two layouts or dtypes, or without whole vectors: tiles through shared memory
+// `out` may be the source: one thread reads and writes an element, and loads of the source are plain ones.
 #pragma once
 
 #include "common/partial_conv.h"

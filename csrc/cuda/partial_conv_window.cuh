@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(c
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int hop = kWindowThreads >> args.log_lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * hop * kSumUnroll + (threadIdx.x >> args.log_lanes);
-  float sums[kSumUnroll][E] = {};
+  float sums[kSumUnroll] = {};
 #pragma unroll 1
   for (int channel = lane * E; channel < args.members; channel += lanes * E) {
     MaskVector<M, E> vectors[kSumUnroll];
@@ -130,13 +130,16 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(c
       vectors[u].load(static_cast<const M*>(args.mask) + unit * args.members + channel, unit < args.units);
     }
 #pragma unroll
-    for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums[u], args.cap);
+    for (int u = 0; u < kSumUnroll; ++u) {
+      float values[E] = {};
+      vectors[u].add_to(values, args.cap);
+#pragma unroll
+      for (int k = 0; k < E; ++k) sums[u] += values[k];
+    }
   }
 #pragma unroll
   for (int u = 0; u < kSumUnroll; ++u) {
-    float total = 0.0f;
-#pragma unroll
-    for (int k = 0; k < E; ++k) total += sums[u][k];
+    float total = sums[u];
     for (int step = lanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
     const int64_t unit = first + u * hop;
     if (lane != 0 || unit >= args.units) continue;

@@ -12,6 +12,8 @@ from ..ops.partial_conv import ACTIVATIONS, NUMERATORS, UPDATES, partial_conv2d,
 class _Options:
     """What a partial convolution has besides a convolution: keyword arguments, kept as attributes."""
 
+    padding_mode: Any
+
     def __init__(
         self,
         *args: Any,
@@ -27,8 +29,8 @@ class _Options:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if kwargs.get("padding_mode", "zeros") != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {kwargs['padding_mode']!r}")
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {self.padding_mode!r}")
         for name, value, allowed in (
             ("numerator", numerator, NUMERATORS),
             ("mask_update", mask_update, UPDATES),
@@ -69,8 +71,8 @@ class PartialConv2d(_Options, nn.Conv2d):
         Everything else as ``torch.nn.Conv2d``; `padding_mode` must be "zeros".
 
     ``forward(input, mask=None)`` takes (N, Cin, H, W) and a mask (1 = known) as in `ik.partial_conv2d` and returns
-    the output (N, Cout, Ho, Wo), or a `PartialConvOutput` with `return_mask`. Differentiable in input, weight and bias,
-    and in a mask that requires a gradient. Raises ValueError for shapes that do not fit and for unknown options.
+    the output (N, Cout, Ho, Wo), or a `PartialConvOutput` with `return_mask`. Differentiable in input, weight and
+    bias, and in a mask that requires a gradient. Raises ValueError for shapes that do not fit and for unknown options.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018.
 

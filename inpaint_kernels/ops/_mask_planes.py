@@ -220,6 +220,8 @@ class _Cache:
             # The name (an address) may belong to another mask by now.
             if owner is not None and owner.mask is not None and owner.mask() is None:
                 del self._owners[name]
+            # The last reference goes here, and the masks that die with it are found by this loop.
+            owner = None
 
 
 cache = _Cache(CACHE_BYTES)
@@ -229,6 +231,7 @@ def _may_remember(mask: Tensor | None, device: torch.device) -> bool:
     """Only where an object stands for the same values until its version counter says otherwise."""
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch.is_inference_mode_enabled()
         or _python_dispatch._get_current_dispatch_mode() is not None
     ):

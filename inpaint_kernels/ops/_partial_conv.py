@@ -57,8 +57,8 @@ def _inner(input: Tensor, weight: Tensor) -> tuple[torch.memory_format, torch.dt
     """Layout and dtype the library convolution gets.
 
     On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
-    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8), and the kernels before and after it touch every element
-    anyway. float16 it convolves at 1/50 of the speed of float32 where the CPU has no such arithmetic.
+    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8), and the kernels before and after it touch every
+    element anyway. float16 it convolves at 1/50 of the speed of float32 where the CPU has no such arithmetic.
     """
     layout = _result_layout(input, weight)
     if input.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -102,9 +102,14 @@ def _convolution_backward(
     wanted = (weight is not None, input is not None, False)
     if not any(wanted):
         return grad, grad
-    # An operand that is not read still has to have a shape.
-    x = grad.new_empty(1).expand(input_size) if input is None else input
-    w = grad.new_empty(1).expand(weight_size) if weight is None else weight
+    # Of an operand that is not read the shape counts, and a dense layout: another one would be copied.
+    layout = _layout(grad) or torch.contiguous_format
+    x = (
+        torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        if input is None
+        else input
+    )
+    w = grad.new_empty(weight_size) if weight is None else weight
     zeros = [0] * len(stride)
     found = torch.ops.aten.convolution_backward(
         grad, x, w, None, stride, padding, dilation, False, zeros, groups, wanted
@@ -184,28 +189,28 @@ def _backward_kernels(
     )
     kernel_mask = _kernel_mask(mask, mask_input, grad)
     x = None if input is None else _operand(backend, input, kernel_mask, layout, dtype)
-    w = None if weight is None else weight.to(dtype)
-    grad_input, grad_weight = _convolution_backward(
-        raw_grad, x, w, input_size, weight_size, stride, padding, dilation, groups
+    raw, grad_weight = _convolution_backward(
+        raw_grad,
+        x,
+        None if weight is None else weight.to(dtype),
+        input_size,
+        weight_size,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
-    if w is None:
-        grad_input = grad.new_empty(0, dtype=input_dtype)
-    elif (
-        kernel_mask is not None
-        or grad_input.dtype != input_dtype
-        or not grad_input.is_contiguous(memory_format=input_layout)
-    ):
-        raw = _dense(grad_input)
-        grad_input = raw
-        if raw.dtype != input_dtype or not raw.is_contiguous(memory_format=input_layout):
-            grad_input = torch.empty(
-                raw.shape, dtype=input_dtype, device=raw.device, memory_format=input_layout
-            )
-        _mask_input[backend](raw, kernel_mask, grad_input)
     if x is None:
         grad_weight = grad.new_empty(0, dtype=weight_dtype)
     else:
-        grad_weight = grad_weight.to(weight_dtype, memory_format=weight_layout)
+        grad_weight = grad_weight.to(weight_dtype).contiguous(memory_format=weight_layout)
+    if weight is None:
+        return grad.new_empty(0, dtype=input_dtype), grad_weight, bias_grad
+    grad_input = raw = _dense(raw)
+    if raw.dtype != input_dtype or not raw.is_contiguous(memory_format=input_layout):
+        grad_input = torch.empty(raw.shape, dtype=input_dtype, device=raw.device, memory_format=input_layout)
+    if kernel_mask is not None or grad_input is not raw:
+        _mask_input[backend](raw, kernel_mask, grad_input)
     return grad_input, grad_weight, bias_grad
 
 

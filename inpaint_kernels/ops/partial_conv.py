@@ -202,7 +202,7 @@ def _partial_conv(
             f"padding {pads}"
         )
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         input, weight = (t if t.dtype == torch.float64 else t.to(low) for t in (input, weight))
     if input.dtype != weight.dtype:
@@ -314,10 +314,11 @@ def _check_mask(mask: Tensor, input: Tensor, multi_channel: bool | None) -> bool
     if mask.device != input.device:
         raise ValueError(f"mask is on {mask.device}, input is on {input.device}")
     shape, full = tuple(mask.shape), tuple(input.shape)
+    # No `shape[0] in (1, full[0])`: torch.compile finds no symbolic size in a tuple.
     fits = shape == full[2:] or (
         len(shape) == len(full)
-        and shape[0] in (1, full[0])
-        and shape[1] in (1, full[1])
+        and (shape[0] == 1 or shape[0] == full[0])
+        and (shape[1] == 1 or shape[1] == full[1])
         and shape[2:] == full[2:]
     )
     if not fits:

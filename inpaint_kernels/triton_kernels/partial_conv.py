@@ -157,8 +157,8 @@ def finish_backward_kernel(
     )
     first_p *= steps
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for _ in range(steps):
-        place = (sample, first_p, first_c, all_pixels, all_channels)
+    for step in range(steps):
+        place = (sample, first_p + step * BLOCK_P, first_c, all_pixels, all_channels)
         inside = tile_inside(place, BLOCK_P, BLOCK_C)
         at = tile_pointer(grad_ptr, place, GRAD_LAST, BLOCK_P, BLOCK_C)
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -180,7 +180,6 @@ def finish_backward_kernel(
             g *= ratio
         at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
         tl.store(at, g.to(out_ptr.dtype.element_ty), mask=inside)
-        first_p += BLOCK_P
     if sums_ptr is not None:
         c = tl.arange(0, BLOCK_C)[None, :]
         at = (
@@ -277,7 +276,7 @@ def finish(
             raw,
             ratio,
             new_mask,
-            bias,
+            None if bias is None else bias.contiguous(),
             out,
             *work.sizes,
             groups,
@@ -352,7 +351,7 @@ def finish_backward(
                 sums,
                 bias_grad,
                 rows,
-                1024 if rows <= 1024 else 4096,
+                1024 if rows <= 1024 else 2048,
                 num_warps=4 if rows <= 1024 else 8,
             )
     return bias_grad

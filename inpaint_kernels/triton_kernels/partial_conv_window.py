@@ -24,7 +24,7 @@ from . import plan
 from .partial_conv_tile import fitting_block
 
 # Elements of a tile and its warps. Reasoned, not measured.
-SUM_TILE, SUM_WARPS = 2048, 4
+SUM_TILE, SUM_WARPS = 1024, 4
 BOX_TILE, BOX_WARPS = 512, 4
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 

@@ -1,0 +1,519 @@
+"""Partial convolution in training: second derivatives, memory, registration, compile, export, autocast."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    DTYPES,
+    INTERPRETING,
+    Backend,
+    assert_within_budget,
+    evaluate,
+    generator,
+    grid,
+    same_bits,
+)
+from partial_conv_cases import (
+    CONVOLUTIONS,
+    SLOPE,
+    Case,
+    definition,
+    exact_convolutions,  # noqa: F401
+    fresh_planes,  # noqa: F401
+    make_mask,
+    make_tensors,
+    run,
+)
+from pixel_cases import on_device, skip_unsupported
+from torch import Tensor, nn
+from training_checks import (
+    check_capturable,
+    check_no_host_sync,
+    check_opcheck,
+    kept_bytes,
+    ops_called,
+)
+
+import inpaint_kernels as ik
+from inpaint_kernels.ops import _checks, _mask_planes
+from inpaint_kernels.ops import _partial_conv as composed
+
+CASE = Case(size=(2, 3, 7, 8), outputs=4)
+FORMS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "relu": {"activation": "relu"},
+    "mat": {
+        "mask_input": False,
+        "scale_bias": True,
+        "activation": "leaky_relu",
+        "negative_slope": SLOPE,
+    },
+    "soft": {"mask_update": "proportional"},
+}
+
+
+def with_options(case: Case, **options: Any) -> Case:
+    return Case(**{**case.__dict__, "options": options})
+
+
+def output_of(backend: Backend | None, case: Case, mask: Any) -> Any:
+    return lambda *leaves: run(backend, case, [*leaves, mask]).output
+
+
+# ---- second derivatives ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "mask", "bias", "dims"),
+    [
+        *((form, mask, "same", 2) for form in FORMS for mask in ("n1", "nc")),
+        ("usual", "none", "same", 2),
+        ("usual", "n1", None, 2),
+        ("mat", "nc", "same", 3),
+    ],
+)
+def test_gradcheck(backend: Backend, form: str, mask: str, bias: str | None, dims: int) -> None:
+    case = Case(size=(1, 2, 2, 3, 2)[: dims + 2], outputs=2, kernel=2, options=FORMS[form])
+    given = make_tensors(case, "f64", mask=mask, bias=bias)
+    skip_unsupported(backend, given[0])
+    leaves = [t.requires_grad_() for t in given[:3] if t is not None]
+    call = lambda *t: run(backend, case, [*t, *[None] * (3 - len(t)), given[3]]).output  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def second(call: Any, leaves: list[Any], upstream: Tensor, seconds: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the gradients to input, weight and bias, weighted by `seconds`: by input, weight, bias, upstream."""
+    leaves = [t.detach().requires_grad_() for t in (*leaves, upstream)]
+    first = torch.autograd.grad(call(*leaves[:-1]), leaves[:-1], leaves[-1], create_graph=True)
+    return torch.autograd.grad(first, leaves, seconds, allow_unused=True, materialize_grads=True)
+
+
+@grid(
+    form=FORMS,
+    mask=("none", "n1", "nc"),
+    layout=("contiguous", "channels_last"),
+    groups=(1, 2),
+    dims=(2, 3),
+)
+def test_second_derivatives(
+    backend: Backend, form: str, mask: str, layout: str, groups: int, dims: int
+) -> None:
+    size = (2, 4, 5, 6, 4)[: dims + 2]
+    case = Case(size=size, outputs=4, groups=groups, stride=2, options=FORMS[form])
+    x, w, b, known = on_device(backend, *make_tensors(case, mask=mask, layouts=f"{layout}/contiguous"))
+    leaves = [x, w, b]
+    exact = [t.double().cpu() for t in leaves]
+    rng = generator(5)
+    upstream = torch.randn(definition(case, *exact, known).output.shape, generator=rng)
+    seconds = [torch.randn(t.shape, generator=rng) for t in leaves]
+    moved = partial(on_device, backend)
+    cpu_mask = None if known is None else known.cpu()
+    got = second(output_of(backend, case, known), leaves, *moved(upstream), moved(*seconds))
+    formula = lambda case: lambda *t: definition(case, *t, cpu_mask).output  # noqa: E731
+    wide = [s.double() for s in seconds]
+    truth = second(formula(case), exact, upstream.double(), wide)
+    plain = second(formula(case), [t.cpu() for t in leaves], upstream, seconds)
+    # Linear without the activation: absolute values give the sums of absolute terms.
+    linear = with_options(case, **{**case.options, "activation": "none"})
+    sizes = second(
+        formula(linear), [t.abs() for t in exact], upstream.double().abs(), [s.abs() for s in wide]
+    )
+    for i, (a, usual, want, size) in enumerate(zip(got, plain, truth, sizes, strict=True)):
+        assert_within_budget(a, usual, want, acc=torch.float32, what=f"derivative {i}", magnitude=size)
+
+
+@grid(form=FORMS, dtype=("f32", "f16", "bf16"), mask=("n1", "nc"))
+def test_create_graph_does_not_change_the_gradient(
+    backend: Backend, form: str, dtype: str, mask: str
+) -> None:
+    """By more than the rounding of a half that the library's convolution gets."""
+    case = with_options(CASE, **FORMS[form])
+    x, w, b, known = on_device(backend, *make_tensors(case, dtype, mask=mask))
+    call = output_of(backend, case, known)
+    _, first, (upstream,) = evaluate(call, (x, w, b), (0, 1, 2))
+    leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+    again = torch.autograd.grad(call(*leaves), leaves, upstream, create_graph=True)
+    linear = with_options(CASE, **{**FORMS[form], "activation": "none"})
+    terms = evaluate(
+        lambda *t: definition(linear, *t, known).output,
+        [t.double().abs() for t in leaves],
+        (0, 1, 2),
+        [upstream],
+    )[1]
+    eps = torch.finfo(DTYPES[dtype]).eps if dtype != "f32" else 8 * torch.finfo(torch.float32).eps
+    for got, want, size in zip(again, first, terms, strict=True):
+        assert got.dtype == want.dtype
+        assert bool(((got.double() - want.double()).abs() <= 2 * eps * size).all())
+
+
+def test_gradient_penalty(backend: Backend) -> None:
+    """As a critic with such layers has it: the norm of the input's gradient, by the weights of two layers."""
+    x, w, b, mask = on_device(backend, *make_tensors(CASE))
+    w2 = w.flatten()[: 3 * 4 * 9].view(3, 4, 3, 3).clone()
+
+    def penalty(backend: Backend | None, wide: bool) -> tuple[Tensor, ...]:
+        kind = torch.float64 if wide else torch.float32
+        device = "cpu" if wide else x.device
+        leaves = [t.detach().to(device, kind).requires_grad_() for t in (x, w, w2)]
+        case2 = Case(size=(2, 4, 7, 8), outputs=3)
+        if wide:
+            middle = definition(CASE, *leaves[:2], b.to(device, kind), mask.cpu())
+            value = definition(case2, F.silu(middle.output), leaves[2], None, middle.new_mask[:, :1]).output
+        else:
+            found = run(backend, CASE, [*leaves[:2], b, mask])
+            value = run(backend, case2, [F.silu(found.output), leaves[2], None, found.new_mask]).output
+        (grad,) = torch.autograd.grad(value.sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaves[1:])
+
+    for got, want in zip(penalty(backend, False), penalty(None, True), strict=True):
+        largest = float(want.abs().max())
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-5 * largest)
+
+
+@grid(form=FORMS, mask=("n1", "plane", "nc"), multi_channel=(None, True))
+def test_gradient_to_the_mask(form: str, mask: str, multi_channel: bool | None) -> None:
+    """The automatic choice takes the differentiable formula, for the output and the new mask."""
+    case = Case(
+        size=(1, 2, 4, 4), outputs=2, kernel=2, options={**FORMS[form], "multi_channel": multi_channel}
+    )
+    x, w, b, _ = make_tensors(case, "f64")
+    # Away from 0 and from window sums of 1, where the formula has kinks.
+    known = make_mask(mask, case.size, "f64", values="ones") * 0.7
+    known += 0.05 * torch.rand(known.shape, generator=generator(2), dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, w, b, known)]
+    assert torch.autograd.gradcheck(lambda *t: tuple(run(None, case, list(t))), leaves)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+@grid(
+    wanted=((0, 1, 2), (0,), (1,), (2,), (0, 2), (1, 2)),
+    mask=("none", "n1", "nc"),
+    activation=("none", "relu"),
+    layout=("contiguous", "channels_last"),
+    dtype=("f32", "bf16"),
+)
+def test_saved_for_backward(
+    kernel: Backend, wanted: tuple[int, ...], mask: str, activation: str, layout: str, dtype: str
+) -> None:
+    """The operands that the wanted gradients read and the mask; no masked input, no planes."""
+    case = with_options(CASE, activation=activation)
+    x, w, b, known = on_device(kernel, *make_tensors(case, dtype, mask=mask, layouts=f"{layout}/contiguous"))
+    leaves = [t.requires_grad_(i in wanted) for i, t in enumerate((x, w, b))]
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = run(kernel, case, [*leaves, known]).output
+    allowed = [t for t, read in ((x, 1 in wanted), (w, 0 in wanted), (known, True)) if read and t is not None]
+    allowed += [output] if activation != "none" else []
+    assert set(saved) <= {t.untyped_storage().data_ptr() for t in allowed}
+    assert sum(saved.values()) <= sum(t.untyped_storage().nbytes() for t in allowed)
+    # Nor is anything kept outside of what hooks see.
+    assert kept_bytes(output_of(kernel, case, known), *leaves) == 0
+    with torch.no_grad():
+        assert kept_bytes(output_of(kernel, case, known), *leaves) == 0
+
+
+def test_saved_tensors_may_be_packed(kernel: Backend) -> None:
+    """As by offloading: the mask comes back as another object."""
+    x, w, b, known = on_device(kernel, *make_tensors(CASE))
+    call = output_of(kernel, CASE, known)
+    usual = evaluate(call, (x, w, b), (0, 1, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        packed = evaluate(call, (x, w, b), (0, 1, 2), usual[2])
+    for got, want in zip((*packed[0], *packed[1]), (*usual[0], *usual[1]), strict=True):
+        assert same_bits(got, want)
+
+
+def test_activation_checkpointing(kernel: Backend) -> None:
+    x, w, b, known = on_device(kernel, *make_tensors(CASE))
+    call = output_of(kernel, CASE, known)
+    again = partial(torch.utils.checkpoint.checkpoint, call, use_reentrant=False)
+    usual = evaluate(call, (x, w, b), (0, 1, 2))
+    for got, want in zip(evaluate(again, (x, w, b), (0, 1, 2), usual[2])[1], usual[1], strict=True):
+        assert same_bits(got, want)
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def planes(backend: Backend, case: Case, mask: Tensor | None) -> tuple[_mask_planes.Geometry, Tensor, Tensor]:
+    geometry = _mask_planes.Geometry(
+        case.windows, (case.stride,) * case.dims, (case.padding,) * case.dims, (case.dilation,) * case.dims,
+        case.size[1], case.groups, mask is not None and mask.shape[1] > 1, "window", "clamp",
+    )  # fmt: skip
+    device = torch.device(backend.device)
+    return geometry, *_mask_planes.compute(backend.name, mask, case.size[2:], device, geometry, torch.float32)
+
+
+# (input, mask, form, layout, positions that get a gradient)
+OPCHECKS: dict[str, tuple[tuple[int, ...], str, str, str, tuple[int, ...]]] = {
+    "forward": ((2, 3, 4, 5), "n1", "usual", "contiguous", ()),
+    "all": ((2, 3, 4, 5), "nc", "usual", "contiguous", (0, 1, 2)),
+    "channels_last": ((2, 3, 4, 5), "n1", "mat", "channels_last", (0, 1, 2)),
+    "weight": ((2, 3, 4, 5), "none", "usual", "channels_last", (1,)),
+    "1x1": ((2, 3, 1, 1), "n1", "mat", "contiguous", (0, 1, 2)),
+    "batch0": ((0, 3, 4, 5), "n1", "usual", "channels_last", (0, 2)),
+    "volume": ((2, 3, 3, 4, 2), "nc", "mat", "channels_last", (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", OPCHECKS)
+def test_opcheck(kernel: Backend, case: str) -> None:
+    size, mask, form, layout, wanted = OPCHECKS[case]
+    call = Case(size=size, outputs=2)
+    x, w, b, known = on_device(kernel, *make_tensors(call, mask=mask, layouts=f"{layout}/contiguous"))
+    geometry, ratio, new_mask = planes(kernel, call, known)
+    where = [list(part) for part in (geometry.stride, geometry.padding, geometry.dilation)]
+    mat = form == "mat"
+    how = [not mat, mat, "leaky_relu" if mat else "none", 0.2]
+    forward = getattr(torch.ops.inpaint_kernels, f"partial_conv_{kernel.name}").default
+    arguments = (x, w, b, known, ratio, new_mask, *where, 1, geometry.multi_channel, *how, "window", "clamp")
+    check_opcheck(forward, arguments, wanted)
+    backward = getattr(torch.ops.inpaint_kernels, f"partial_conv_backward_{kernel.name}").default
+    grad = torch.randn(size[0], 2, *ratio.shape[2:], device=kernel.device)
+    last = [layout == "channels_last" and not x.is_contiguous(), False]
+    code = _checks.FLOATS.index(torch.float32)
+    operands = (x if 1 in wanted else None, w if 0 in wanted else None, known, grad if mat else None)
+    arguments = (
+        grad, *operands, ratio, new_mask, list(x.shape), list(w.shape), last, [code, code], *where, 1, not mat,
+        not mat, *how[1:], 2 in wanted,
+    )  # fmt: skip
+    check_opcheck(backward, arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "mask_dtype", "groups", "dims"),
+    [("n1", "f32", 1, 2), ("nc", "bool", 3, 2), ("channel-view", "f16", 3, 2), ("nc", "f32", 1, 3)],
+)
+def test_opcheck_of_the_window_kernel(
+    kernel: Backend, mask: str, mask_dtype: str, groups: int, dims: int
+) -> None:
+    size = (2, 3, 4, 5, 3)[: dims + 2]
+    known = on_device(kernel, make_mask(mask, size, mask_dtype))[0]
+    window = getattr(torch.ops.inpaint_kernels, f"partial_conv_window_{kernel.name}").default
+    several = [list(t) for t in ((3, 2, 1)[:dims], (1, 2, 1)[:dims], (1, 0, 1)[:dims], (1, 1, 2)[:dims])]
+    check_opcheck(window, (known, groups, 1, *several, 9.0, "binary", torch.float32))
+
+
+# ---- compile and export ------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Layers that share a mask, that hand it on, and that change its resolution."""
+
+    def __init__(self, backend: str | None = None, multi_channel: bool = False) -> None:
+        super().__init__()
+        options = {"return_mask": True, "multi_channel": multi_channel, "backend": backend}
+        torch.manual_seed(0)
+        self.first = ik.nn.PartialConv2d(3, 6, 3, padding=1, activation="relu", **options)
+        self.side = ik.nn.PartialConv2d(3, 6, 3, padding=1, bias=False, **options)
+        self.down = ik.nn.PartialConv2d(6, 8, 4, stride=2, padding=1, groups=2, **options)
+        self.last = ik.nn.PartialConv2d(8, 2, 1, **options)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        a, seen = self.first(x, mask)
+        b, _ = self.side(x, mask)
+        value, seen = self.down(a + b, seen)
+        value, seen = self.last(value, seen)
+        return value, seen
+
+
+def step(model: Any, network: Network, x: Tensor, mask: Tensor) -> list[Tensor]:
+    """Output, new mask, and all gradients."""
+    network.zero_grad()
+    leaf = x.detach().requires_grad_()
+    output, seen = model(leaf, mask)
+    (output * torch.linspace(-1, 1, output.numel(), device=x.device).view(output.shape)).sum().backward()
+    return [output.detach(), seen, leaf.grad, *(p.grad.clone() for p in network.parameters())]
+
+
+def batch(backend: Backend, multi_channel: bool, size: tuple[int, ...], layout: str) -> list[Any]:
+    case = Case(size=size)
+    kind = "nc" if multi_channel else "n1"
+    x, _, _, mask = make_tensors(case, mask=kind, layouts=f"{layout}/contiguous")
+    return on_device(backend, x, mask)
+
+
+@pytest.mark.parametrize(
+    ("multi_channel", "layout"), [(False, "contiguous"), (True, "channels_last")], ids=["one", "many"]
+)
+def test_compile(backend: Backend, multi_channel: bool, layout: str) -> None:
+    """One graph, compiled once for all sizes, is the same kernels called one by one."""
+    if backend.name == "reference" and not multi_channel:
+        pytest.skip("slow to trace; once is enough")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    network = Network(backend.name, multi_channel).to(backend.device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
+    for number, size in enumerate(((2, 3, 12, 14), (4, 3, 16, 22))):
+        given = batch(backend, multi_channel, size, layout)
+        for got, want in zip(step(compiled, network, *given), step(network, network, *given), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        if number == 0:
+            frames = counter.frame_count
+    assert counter.frame_count == frames, "another size was compiled again"
+
+
+@pytest.mark.parametrize(("dims", "mask"), [(2, "none"), (2, "plane"), (3, "n1")])
+def test_compile_of_the_function(backend: Backend, dims: int, mask: str) -> None:
+    torch._dynamo.reset()
+    case = Case(size=(2, 3, 6, 7, 5)[: dims + 2], options={"activation": "leaky_relu"})
+    x, w, b, known = on_device(backend, *make_tensors(case, mask=mask))
+    call = output_of(backend, case, known)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want = evaluate(call, (x, w, b), (0, 1, 2))
+    got = evaluate(compiled, (x, w, b), (0, 1, 2), want[2])
+    for a, e in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+
+
+def test_inductor(kernel: Backend) -> None:
+    if INTERPRETING:
+        pytest.skip("inductor does not see Triton's interpreter")
+    torch._dynamo.reset()
+    network = Network(kernel.name).to(kernel.device)
+    given = batch(kernel, False, (2, 3, 12, 14), "contiguous")
+    compiled = torch.compile(network, fullgraph=True)
+    for got, want in zip(step(compiled, network, *given), step(network, network, *given), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("multi_channel", [False, True])
+def test_export(multi_channel: bool, strict: bool) -> None:
+    """torch's own operators only; right for another mask, and for other sizes."""
+    network, cpu = Network(None, multi_channel), Backend("reference", "cpu")
+    given = batch(cpu, multi_channel, (2, 3, 12, 14), "contiguous")
+    network(*given)  # planes that could be taken for constants
+    sizes = [(2, 3, 12, 14)]
+    dynamic = None
+    if not strict:
+        dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)] * 2
+        sizes += [(3, 3, 16, 22)]
+    program = torch.export.export(network, tuple(given), dynamic_shapes=dynamic, strict=strict)
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert not {name for name in called if "inpaint_kernels" in name}
+    assert any(name.startswith("aten.conv2d") for name in called)
+    reference = Network("reference", multi_channel)
+    for size in sizes:
+        x, mask = batch(cpu, multi_channel, size, "contiguous")
+        for changed in (mask, torch.flip(mask, (-1,))):
+            for got, want in zip(program.module()(x, changed), reference(x, changed), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+# ---- autocast and devices ----------------------------------------------------------------------------------------
+
+
+@grid(
+    dtype=("bf16", "f16"),
+    mask=("none", "n1", "nc"),
+    given=("f32", "bf16", "f64"),
+    activation=("none", "relu"),
+)
+def test_autocast(backend: Backend, dtype: str, mask: str, given: str, activation: str) -> None:
+    """The dtype of a convolution under autocast, the values of a call with operands cast before it."""
+    case = with_options(CASE, activation=activation)
+    tensors = make_tensors(case, given, mask=mask)
+    skip_unsupported(backend, tensors[0])
+    x, w, b, known = on_device(backend, *tensors)
+    low = x.dtype if given == "f64" else DTYPES[dtype]
+    call = output_of(backend, case, known)
+    with torch.autocast(backend.device, DTYPES[dtype]):
+        (got,), gradients, upstream = evaluate(call, (x, w, b), (0, 1, 2))
+        if given != "f64":
+            assert got.dtype == CONVOLUTIONS[2](x, w).dtype
+        # A layer in the wild under autocast gives the same, up to the roundings of its own.
+        plain = definition(case, x.to(low), w.to(low), b, known).output
+    (want,), expected, _ = evaluate(call, (x.to(low), w.to(low), b), (0, 1, 2), upstream)
+    assert got.dtype == low
+    for a, e, like in zip((got, *gradients), (want, *expected), (want, x, w, b), strict=True):
+        assert a.dtype == like.dtype
+        assert same_bits(a, e.to(like.dtype))
+    eps = torch.finfo(low).eps
+    size = definition(case, *(t.abs() for t in (x, w, b)), known).output
+    assert bool(((got.double() - plain.double()).abs() <= 2 * eps * size.double()).all())
+
+
+@grid(mask=("none", "n1", "nc"), form=FORMS)
+def test_no_host_sync(backend: Backend, mask: str, form: str) -> None:
+    case = with_options(CASE, **FORMS[form])
+    x, w, b, known = on_device(backend, *make_tensors(case, mask=mask))
+    call = output_of(backend, case, known)
+    for wanted in ((0, 1, 2), (1,), ()):
+        _, _, upstream = evaluate(call, (x, w, b), wanted)
+        check_no_host_sync(partial(evaluate, call, (x, w, b), wanted, upstream))
+
+
+@pytest.mark.parametrize("mask", ["none", "n1"])
+def test_cuda_graph(kernel: Backend, mask: str) -> None:
+    """What is captured computes its planes itself, though those of the mask are known."""
+    if kernel.device != "cuda":
+        pytest.skip("CUDA graphs need tensors on the GPU")
+    x, w, b, known = on_device(kernel, *make_tensors(CASE, mask=mask))
+    run(kernel, CASE, [x, w, b, known])
+    given = [x, w, b] if known is None else [x, w, b, known]
+    check_capturable(lambda *t: run(kernel, CASE, [*t[:3], known and t[3]]).output, given, (0, 1, 2))
+
+
+def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend) -> None:
+    first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]
+    if kernel.name != first:
+        pytest.skip(f"{first} comes before {kernel.name} on this device")
+    x, w, b, known = on_device(kernel, *make_tensors(CASE, mask="nc"))
+    called = ops_called(lambda: evaluate(output_of(None, CASE, known), (x, w, b), (0, 1, 2)))
+    ours = {op.split(".")[1] for op in called if op.startswith("inpaint_kernels.")}
+    assert ours == {f"partial_conv{part}_{first}" for part in ("", "_backward", "_window")}
+    # The reference's way.
+    assert not [
+        op for op in called if op.startswith(("aten.mul", "aten.div", "aten.where", "aten.sum", "aten.conv"))
+    ]
+
+
+@grid(layout=("contiguous", "channels_last"), dtype=("f32", "bf16", "f16"), mask=("none", "nc"))
+def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype: str, mask: str) -> None:
+    """No other pass over the data than the library's, no wait for the device; a dispatch mode sees no operator
+    inside another, so these are called as they are implemented."""
+    x, w, b, known = on_device(kernel, *make_tensors(CASE, dtype, mask=mask, layouts=f"{layout}/{layout}"))
+    _, ratio, new_mask = planes(kernel, CASE, known)
+    where, how = ([1, 1], [1, 1], [1, 1], 1), ("none", 0.01)
+
+    def forward() -> Tensor:
+        return composed._forward(
+            kernel.name, x, w, b, known, ratio, new_mask, *where, known is not None, True, False, *how, "window",
+            "clamp",
+        )  # fmt: skip
+
+    grad = torch.ones_like(forward())
+    code = _checks.FLOATS.index(x.dtype)
+
+    def backward() -> Any:
+        return composed._backward_kernels(
+            kernel.name, grad, x, w, known, None, ratio, new_mask, list(x.shape), list(w.shape),
+            [layout == "channels_last"] * 2, [code, code], *where, True, True, False, *how, True,
+        )  # fmt: skip
+
+    for call, expected in ((forward, "aten.convolution."), (backward, "aten.convolution_backward.")):
+        called = ops_called(call)
+        assert any(op.startswith(expected) for op in called)
+        check_no_host_sync(call)
+        passes = {op.split(".")[1] for op in called if op.startswith("aten.")}
+        # Empty results, views, and the weight's conversions.
+        assert passes <= {
+            "convolution", "convolution_backward", "empty", "empty_like", "new_empty", "_to_copy", "clone",
+            "slice", "expand", "detach", "alias",
+        }  # fmt: skip
