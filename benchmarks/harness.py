@@ -72,7 +72,9 @@ class Benchmark:
 
     The loss that is timed and differentiated is the sum of the terms times `weights`. `tolerances` maps a
     dtype to the largest relative error of the loss and of the gradients against float64. `variants` names own
-    providers that stand in for one of each backend. Of a `heavy` one a step takes seconds and is spent in library
+    providers that stand in for one of each backend. `baseline` builds a computation that does less, timed as "plain"
+    and not checked. With `layer`, the formulas return one tensor instead of terms, which is not part of a loss that is
+    timed with it: its gradient is the input `upstream`, which the formulas do not take. Of a `heavy` one a step takes seconds and is spent in library
     convolutions: a few rounds of single steps, no compiled providers, bandwidth left out.
     """
 
@@ -84,9 +86,11 @@ class Benchmark:
     minimum_bytes: Callable[[Case], Bytes]
     tolerances: Mapping[torch.dtype, float]
     rewrite: Callable[[Case], Formula | None] = lambda case: None
+    baseline: Callable[[Case], Formula | None] = lambda case: None
     weights: tuple[float, ...] = (1.0,)
     variants: tuple[str, ...] = ()
     heavy: bool = False
+    layer: bool = False
 
     def rounds(self, quick: bool) -> int:
         return (2 if self.heavy else 3) if quick else (5 if self.heavy else 30)

@@ -19,8 +19,8 @@ _COMPILE_TUNED = {"triton.cooperative_reductions": True, "combo_kernels": True}
 _BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-# Values of the terms, and gradients by name of the input.
-Exact = tuple[list[float], dict[str, Tensor]]
+# Values of the terms (the output, of a layer), and gradients by name of the input.
+Exact = tuple[list[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,26 @@ class Refusal:
 def providers(benchmark: Benchmark, case: Case, device: torch.device) -> list[str]:
     """Names of all providers of a case, baselines first."""
     names = ["eager"] if benchmark.heavy else ["eager", "compile"]
+    if benchmark.baseline(case) is not None:
+        names.insert(0, "plain")
     if benchmark.rewrite(case) is not None:
         names += ["rewrite"] if benchmark.heavy else ["rewrite", "compile-rewrite"]
     if device.type == "cuda" and not benchmark.heavy:
         names.append("compile-tuned")
     return names + [f"ik-{own}" for own in benchmark.variants or _BACKENDS[device.type]]
+
+
+class _Upstream(torch.autograd.Function):
+    """A scalar whose gradient by `output` is `upstream`: what follows a layer, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, upstream: Tensor) -> Tensor:
+        ctx.upstream = upstream
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.upstream, None
 
 
 def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
@@ -57,17 +72,28 @@ def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
         formula: Formula | None = benchmark.fused(case, name.removeprefix("ik-"))
     elif name.endswith("rewrite"):
         formula = benchmark.rewrite(case)
+    elif name == "plain":
+        formula = benchmark.baseline(case)
     else:
         formula = benchmark.eager(case)
     assert formula is not None, f"{benchmark.op} has no {name}"
     terms, weights = formula, benchmark.weights
+    if benchmark.layer:
+        if name.startswith("compile"):
+            options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
+            terms = torch.compile(terms, fullgraph=True, dynamic=False, options=options)
+
+        def layer_step(upstream: Tensor, **inputs: Tensor | None) -> Tensor:
+            return _Upstream.apply(terms(**inputs)[0], upstream)
+
+        return Provider(name, terms, layer_step)
 
     # Refers to nothing but these two: torch.compile guards whatever a closure reaches, in every call.
     def step(**inputs: Tensor | None) -> Tensor:
         return weighted_sum(terms(**inputs), weights)
 
     if name.startswith("compile"):
-        options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
+        options = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
         return Provider(name, terms, torch.compile(step, fullgraph=True, dynamic=False, options=options))
     return Provider(name, terms, step)
 
@@ -89,10 +115,14 @@ def truth_of(benchmark: Benchmark, case: Case, inputs: Inputs) -> Exact:
         name: None if t is None else t.detach().double().requires_grad_(t.requires_grad)
         for name, t in inputs.items()
     }
+    upstream = double.pop("upstream", None)
     terms = benchmark.eager(case)(**double)
-    weighted_sum(terms, benchmark.weights).backward()
+    if benchmark.layer:
+        terms[0].backward(upstream)
+    else:
+        weighted_sum(terms, benchmark.weights).backward()
     gradients = {name: grad for name, grad in _gradients(double).items() if grad is not None}
-    return [float(t.detach()) for t in terms], gradients
+    return [t.detach() for t in terms], gradients
 
 
 def gate(
@@ -107,8 +137,10 @@ def gate(
     # Memory that the provider gets but fails to write then holds NaN.
     poison = [torch.full_like(t, float("nan")) for t in tensors(inputs)]
     del poison
-    with torch.no_grad():
-        terms = [float(t) for t in provider.formula(**inputs)]
+    given = {name: t for name, t in inputs.items() if name != "upstream"}
+    # A compiled layer is checked as it will run, with the graph for its backward.
+    with torch.set_grad_enabled(benchmark.layer):
+        terms = [t.detach().double() for t in provider.formula(**given)]
     loss = provider.step(**inputs)
     loss.backward()
     gradients = _gradients(inputs)
@@ -116,11 +148,17 @@ def gate(
 
     if len(terms) != len(exact_terms):
         return f"{len(terms)} terms, {len(exact_terms)} expected"
-    exact_loss = sum(w * t for w, t in zip(benchmark.weights, exact_terms))
-    for got, exact in zip([float(loss.detach()), *terms], [exact_loss, *exact_terms]):
-        # Written so that NaN fails.
-        if not abs(got - exact) <= tolerance * abs(exact):
-            return f"got {got:.9g} where float64 gives {exact:.9g}"
+    if benchmark.layer:
+        error = float(torch.linalg.vector_norm(terms[0] - exact_terms[0]))
+        scale = float(torch.linalg.vector_norm(exact_terms[0]))
+        if terms[0].shape != exact_terms[0].shape or not error <= tolerance * scale:
+            return f"output is off: L2 error {error:.3g} of {scale:.3g}"
+    else:
+        exact_loss = sum(w * float(t) for w, t in zip(benchmark.weights, exact_terms))
+        for got, exact in zip([loss.detach(), *terms], [exact_loss, *exact_terms]):
+            # Written so that NaN fails.
+            if not abs(float(got) - float(exact)) <= tolerance * abs(float(exact)):
+                return f"got {float(got):.9g} where float64 gives {float(exact):.9g}"
     if gradients.keys() != exact_gradients.keys():
         return f"gradients of {sorted(gradients)}, {sorted(exact_gradients)} expected"
     # Rounding moves features of a deep trunk across kinks of ReLU, maximum and absolute value: a handful of pixels
@@ -144,7 +182,7 @@ def admit(
     """A provider that is worth timing, or the reason why it is not."""
     try:
         provider = build(benchmark, case, name)
-        wrong = gate(benchmark, case, provider, inputs, truth)
+        wrong = None if name == "plain" else gate(benchmark, case, provider, inputs, truth)
     # Whatever a provider dies of is the reason why it is not timed; the run goes on.
     except Exception as error:
         clear_gradients(inputs)

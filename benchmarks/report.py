@@ -20,14 +20,14 @@ from .run import RESULTS, ROOT, read_rows
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _OWN = "ik-"
 _HEADER = (
-    "op", "case", "dtype", "eager", "rewrite", "compile", "ours", "variant", "vs eager", "vs compile",
+    "op", "case", "dtype", "eager", "rewrite", "compile", "ours", "variant", "vs eager", "vs compile", "of plain",
     "forward / backward, share of a copy", "kept for backward, MB: ours / eager / compile",
 )  # fmt: skip
 _HOST_HEADER = "host: ours / eager / compile"
 _METHOD = """\
 Forward + backward, medians of one interleaved run per case. *eager*: the formula as published code writes it;
 *rewrite*: the best way known to write it by hand; *compile*: the fastest of `torch.compile` of either, under
-several settings on a GPU; *variant*: the backend of ours, or for `perceptual` how many samples it streams at a
+several settings on a GPU; *of plain*: our time as a share of that of the plain convolutions alone, without masks; *variant*: the backend of ours, or for `perceptual` how many samples it streams at a
 time. Each one is checked against float64 before it is timed. Share of a copy: the fewest bytes any
 implementation has to move, per second, against a large copy measured in the same run; left out where the data
 fit in the caches or convolutions take the time. Stock heap: freed memory goes back to the system, as in a
@@ -37,7 +37,7 @@ _HOST = """\
 On a GPU, times are those of the device alone and the host's is a column of its own; for the smallest images,
 where a step takes as long as the slower of the two, the times are those of the slower one."""
 _COLORS = {
-    "eager": "#9aa0a6", "rewrite": "#5f6368", "compile": "#f2a65a", "compile-rewrite": "#d9792b",
+    "plain": "#dadce0", "eager": "#9aa0a6", "rewrite": "#5f6368", "compile": "#f2a65a", "compile-rewrite": "#d9792b",
     "compile-tuned": "#a85414", "ik-cpu": "#1a73e8", "ik-triton": "#34a0a4", "ik-cuda": "#1a73e8",
     "ik-plain": "#1a73e8", "ik-chunk1": "#0b3d91", "ik-chunk2": "#34a0a4", "ik-chunk4": "#8ecae6",
 }  # fmt: skip
@@ -136,6 +136,7 @@ def _cells(group: Group, own: str | None, on_gpu: bool) -> list[str]:
         f"`{own.removeprefix(_OWN)}`" if own else "",
         ratio(eager, ours),
         ratio(compile_ms, ours),
+        _of_plain(group, ours),
         " / ".join(_share(group, own, mode) for mode in ("forward", "backward")) if own else "",
         " / ".join(_kept(row) for row in trio),
     ]
@@ -162,6 +163,11 @@ def ratio(baseline: float | None, ours: float | None) -> str:
         return ""
     times = baseline / ours
     return f"{times:.2f}x" if times < 2 else f"{times:.1f}x" if times < 10 else f"{times:.0f}x"
+
+
+def _of_plain(group: Group, ours: float | None) -> str:
+    plain = group.ms("plain")
+    return f"{ours / plain:.2f}" if plain and ours else ""
 
 
 def _share(group: Group, own: str, mode: str) -> str:

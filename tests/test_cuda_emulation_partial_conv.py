@@ -198,8 +198,8 @@ def test_groups(groups: int, batch: int, layout: str, dtype: str) -> None:
 # More than 2048 tiles, so that a block goes over its share in several rounds.
 @grid(
     case=(
-        ("nchw", (1025, 520, 2, 2)),  # a vector a plane
-        ("nchw", (1025, 5, 10, 26)),  # four warps a plane
+        ("nchw", (700, 1030, 2, 2)),  # a vector a plane
+        ("nchw", (700, 9, 10, 26)),  # four warps a plane
         ("nhwc", (1, 8, 1025, 1024)),
     )
 )
@@ -215,8 +215,8 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
     others = (0, 2, 3)
     error = (bias_grad.double() - terms.sum(others, dtype=torch.float64)).abs()
     assert bool((error <= 1e-6 * terms.abs().sum(others, dtype=torch.float64)).all())
-    if size[1] == 5:
-        raw = image((size[0], 9, *size[2:]), "f32", layout)
+    if size[1] == 9:
+        raw = image((size[0], 17, *size[2:]), "f32", layout)
         out = empty(raw, layout, "f32")
         OPS.partial_conv_finish_cuda(raw, ratio, new_mask, None, False, False, "none", 0.0, out)
         torch.testing.assert_close(out, raw * ratio, rtol=1e-6, atol=0)
@@ -442,6 +442,10 @@ STRIDES = {
     "batch_inside": lambda m: m.transpose(0, 1).contiguous().transpose(0, 1),
     "sliced": lambda m: torch.stack([m, m], -1)[..., 0],
     "cropped": lambda m: torch.nn.functional.pad(m, (1, 2, 3, 0))[..., 3:, 1:-2],
+    "odd_batches": lambda m: torch.nn.functional.pad(m.flatten(1), (0, 1))[:, :-1].unflatten(1, m.shape[1:]),
+    "odd_channels": lambda m: torch.nn.functional.pad(m.flatten(2), (0, 1))[..., :-1].unflatten(
+        2, m.shape[2:]
+    ),
     "expanded": lambda m: m[:, :1, :1].expand(m.shape),
     "channels_apart": lambda m: torch.cat([m, m], 1)[:, ::2],
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Backend, evaluate, generator, grid, same_bits
+from harness import INTERPRETING, Backend, evaluate, generator, grid, same_bits
 from partial_conv_cases import (
     FUNCTIONS,
     Case,
@@ -244,7 +244,7 @@ def test_training_moves_the_parameters(backend: Backend) -> None:
     picture = torch.rand(1, 3, 12, 12, generator=rng).to(backend.device)
     mask = torch.ones(1, 1, 12, 12, device=backend.device)
     losses = []
-    for i in range(30):
+    for i in range(10 if INTERPRETING else 30):
         mask.fill_(1)
         mask[..., i % 6 : i % 6 + 4, 3:7] = 0
         value, seen = first(picture * mask, mask)
@@ -253,7 +253,7 @@ def test_training_moves_the_parameters(backend: Backend) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert losses[-1] < 0.25 * losses[0]
+    assert losses[-1] < (0.5 if INTERPRETING else 0.25) * losses[0]
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -72,7 +72,8 @@ class PartialConv2d(_Options, nn.Conv2d):
 
     ``forward(input, mask=None)`` takes (N, Cin, H, W) and a mask (1 = known) as in `ik.partial_conv2d` and returns
     the output (N, Cout, Ho, Wo), or a `PartialConvOutput` with `return_mask`. Differentiable in input, weight and
-    bias, and in a mask that requires a gradient. Raises ValueError for shapes that do not fit and for unknown options.
+    bias, and in a mask that requires a gradient. Raises ValueError for shapes that do not fit and for unknown
+    options.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018.
 

@@ -11,6 +11,7 @@ from .. import _library
 from ..reference import partial_conv as reference
 from . import _checks, _mask_planes
 from ._mask_planes import Geometry
+from ._scratch import Make, temporaries
 
 # Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
 # `out` may be one tensor. Each tensor is dense in NCHW or channels_last of its own.
@@ -70,13 +71,18 @@ def _inner(input: Tensor, weight: Tensor) -> tuple[torch.memory_format, torch.dt
 
 
 def _operand(
-    backend: str, input: Tensor, mask: Tensor | None, layout: torch.memory_format, dtype: torch.dtype
+    backend: str,
+    make: Make,
+    input: Tensor,
+    mask: Tensor | None,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
 ) -> Tensor:
     """What is convolved: the masked input in the library's layout and dtype."""
     input = _dense(input)
     if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=layout):
         return input
-    out = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=layout)
+    out = make(input.shape, dtype, layout)
     _mask_input[backend](input, mask, out)
     return out
 
@@ -138,11 +144,12 @@ def _forward(
     update: str,
 ) -> Tensor:
     layout, dtype = _inner(input, weight)
-    x = _operand(backend, input, _kernel_mask(mask, mask_input, input), layout, dtype)
     zeros = [0] * len(stride)
-    raw = torch.ops.aten.convolution(
-        x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups
-    )
+    with temporaries(input.device) as make:
+        x = _operand(backend, make, input, _kernel_mask(mask, mask_input, input), layout, dtype)
+        raw = torch.ops.aten.convolution(
+            x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups
+        )
     raw = _dense(raw)
     outer = _result_layout(input, weight)
     out = raw
@@ -183,24 +190,25 @@ def _backward_kernels(
     input_dtype, weight_dtype = (_checks.FLOATS[i] for i in dtypes)
     like = grad if input is None else input
     layout, dtype = _inner(like, like if weight is None else weight)
-    raw_grad = torch.empty(grad.shape, dtype=dtype, device=grad.device, memory_format=layout)
-    bias_grad = _finish_backward[backend](
-        grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
-    )
     kernel_mask = _kernel_mask(mask, mask_input, grad)
-    x = None if input is None else _operand(backend, input, kernel_mask, layout, dtype)
-    raw, grad_weight = _convolution_backward(
-        raw_grad,
-        x,
-        None if weight is None else weight.to(dtype),
-        input_size,
-        weight_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    if x is None:
+    with temporaries(grad.device) as make:
+        raw_grad = make(grad.shape, dtype, layout)
+        bias_grad = _finish_backward[backend](
+            grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
+        )
+        x = None if input is None else _operand(backend, make, input, kernel_mask, layout, dtype)
+        raw, grad_weight = _convolution_backward(
+            raw_grad,
+            x,
+            None if weight is None else weight.to(dtype),
+            input_size,
+            weight_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+        )
+    if input is None:
         grad_weight = grad.new_empty(0, dtype=weight_dtype)
     else:
         grad_weight = grad_weight.to(weight_dtype).contiguous(memory_format=weight_layout)

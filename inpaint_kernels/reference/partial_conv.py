@@ -66,11 +66,13 @@ def window_planes(
     covered = box_sum(planes, kernel, stride, padding, dilation)
     empty = covered == 0
     safe = torch.where(empty, 1.0, covered)
+    # A tensor: torch takes a number by the reciprocal, and a full window would not give exactly 1.
+    whole = torch.full_like(safe, numerator)
     if update == "clamp":
-        # numerator / s * min(s, 1), written so that it cannot overflow however small s is.
-        ratio, new_mask = numerator / safe.clamp(min=1), covered.clamp(max=1)
+        # whole / s * min(s, 1), written so that it cannot overflow however small s is.
+        ratio, new_mask = whole / safe.clamp(min=1), covered.clamp(max=1)
     else:
-        ratio = (numerator / safe).clamp(max=torch.finfo(dtype).max)
+        ratio = (whole / safe).clamp(max=torch.finfo(dtype).max)
         new_mask = (
             covered / (multiplicity * math.prod(kernel))
             if update == "proportional"
