@@ -113,7 +113,11 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
 
 _LAYER, _CPU = (4, 64, 128, 128), ("cpu",)
 _WIDE, _DEEP = (16, 64, 256, 256), (16, 256, 64, 64)
-_HALF = {"dtype": torch.bfloat16, "layout": "channels_last", "devices": ("cuda",)}
+
+
+def _half(shape: tuple[int, int, int, int], variant: str) -> Case:
+    return Case(shape, variant, torch.bfloat16, "channels_last", devices=("cuda",))
+
 
 BENCHMARK = Benchmark(
     op="partial_conv",
@@ -126,10 +130,10 @@ BENCHMARK = Benchmark(
         Case(_LAYER, MULTI, torch.bfloat16, devices=_CPU),
         Case((4, 19, 128, 128), f"{MULTI}, 3 out", options={"out": 3}, devices=_CPU),
         Case((1, 16, 64, 64), SINGLE, quick=True),
-        Case(_WIDE, MULTI, **_HALF),
-        Case(_WIDE, SINGLE, **_HALF),
-        Case(_DEEP, MULTI, **_HALF),
-        Case(_DEEP, SINGLE, **_HALF),
+        _half(_WIDE, MULTI),
+        _half(_WIDE, SINGLE),
+        _half(_DEEP, MULTI),
+        _half(_DEEP, SINGLE),
     ],
     make_inputs=make_inputs,
     eager=eager,

@@ -27,12 +27,13 @@ _HOST_HEADER = "host: ours / eager / compile"
 _METHOD = """\
 Forward + backward, medians of one interleaved run per case. *eager*: the formula as published code writes it;
 *rewrite*: the best way known to write it by hand; *compile*: the fastest of `torch.compile` of either, under
-several settings on a GPU; *of plain*: our time as a share of that of the plain convolutions alone, without masks; *variant*: the backend of ours, or for `perceptual` how many samples it streams at a
-time. Each one is checked against float64 before it is timed. Share of a copy: the fewest bytes any
-implementation has to move, per second, against a large copy measured in the same run; left out where the data
-fit in the caches or convolutions take the time. Stock heap: freed memory goes back to the system, as in a
-training, so that temporaries cost page faults; with a kept heap nobody pays for them. Kept for backward: what
-autograd holds between the two passes, and in brackets the same with the inputs it holds on to."""
+several settings on a GPU; *of plain*: our time as a share of that of the plain convolutions alone, without masks;
+*variant*: the backend of ours, or for `perceptual` how many samples it streams at a time. Each one is checked
+against float64 before it is timed. Share of a copy: the fewest bytes any implementation has to move, per second,
+against a large copy measured in the same run; left out where the data fit in the caches or convolutions take the
+time. Stock heap: freed memory goes back to the system, as in a training, so that temporaries cost page faults; with
+a kept heap nobody pays for them. Kept for backward: what autograd holds between the two passes, and in brackets the
+same with the inputs it holds on to."""
 _HOST = """\
 On a GPU, times are those of the device alone and the host's is a column of its own; for the smallest images,
 where a step takes as long as the slower of the two, the times are those of the slower one."""
@@ -172,7 +173,7 @@ def _of_plain(group: Group, ours: float | None) -> str:
 
 def _share(group: Group, own: str, mode: str) -> str:
     row = group.rows.get((own, mode))
-    if row is None or _is_small(row) or not row["copy_share"]:
+    if row is None or _is_small(row) or not row["copy_share"] or ("plain", "full") in group.rows:
         return "-"
     return f"{100 * float(row['copy_share']):.0f} %"
 

@@ -60,15 +60,27 @@ def save(folder: Path, state: dict[str, Any], *, new_run: bool) -> Path:
 
 
 def load(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
-    """Reads a checkpoint of the given architecture."""
-    if path.is_dir():
-        path = path / NAME
+    """Reads a checkpoint of the given architecture, to go on from it."""
+    path = checkpoint_file(path)
     if not path.is_file():
         raise InputError(f"--resume: there is no checkpoint {path}; leave out --resume to start a new run")
+    state = read(path, option="--resume ")
+    if state["architecture"] != architecture:
+        raise InputError(
+            f"{path} holds another network ({_spell(state['architecture'])}) than this run ({_spell(architecture)})"
+        )
+    return state
+
+
+def read(path: Path, option: str = "") -> dict[str, Any]:
+    """Reads a checkpoint, the newest one of a folder; `option` goes before the path of another one in messages."""
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}; train.py writes one")
     hint = ""
     previous = path.with_name(PREVIOUS)
     if path.name == NAME and previous.is_file():
-        hint = f"; the one before it is kept: --resume {previous}"
+        hint = f"; the one before it is kept: {option}{previous}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load raises a different type for every way a file can be damaged.
@@ -76,12 +88,12 @@ def load(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is damaged or not a checkpoint ({reason}){hint}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != KEYS:
-        raise InputError(f"{path} was not written by this program{hint}")
-    if state["architecture"] != architecture:
-        raise InputError(
-            f"{path} holds another network ({_spell(state['architecture'])}) than this run ({_spell(architecture)})"
-        )
+        raise InputError(f"{path} was not written by train.py{hint}")
     return state
+
+
+def checkpoint_file(path: Path) -> Path:
+    return path / NAME if path.is_dir() else path
 
 
 def _spell(values: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import statistics
 import sys
@@ -78,13 +79,20 @@ class Stopwatch:
         return float(statistics.median((end - start) * 1e3 for start, end in spans))
 
 
+def make_network(settings: Settings) -> PartialConvUNet:
+    import inpaint_kernels as ik
+
+    backend = "reference" if settings.layer == "reference" else None
+    return PartialConvUNet(settings.width, functools.partial(ik.nn.PartialConv2d, backend=backend))
+
+
 class Trainer:
     """A network, its optimiser and an objective; ``train`` runs from ``step`` to ``settings.steps``."""
 
     def __init__(self, settings: Settings, world: World, sampler: Sampler, objective: Objective) -> None:
         self.settings, self.world, self.sampler, self.objective = settings, world, sampler, objective
         torch.manual_seed(settings.seed)
-        self.net = PartialConvUNet(settings.width).to(world.device)
+        self.net = make_network(settings).to(world.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
         self.step = 0

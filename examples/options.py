@@ -32,6 +32,7 @@ class Settings:
     style: float = 0.0
     chunk: int | None = None
     trunk: str = "none"
+    layer: str = "ik"
 
     @property
     def formula(self) -> str:
@@ -149,6 +150,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         choices=("reference", "cpu", "triton", "cuda"),
         help="of the fused pixel loss (default: by device; INPAINT_KERNELS_BACKEND sets it for every loss)",
+    )
+    add(
+        "--layer",
+        choices=("ik", "reference"),
+        default="ik",
+        help="the partial convolutions: this package's kernels, or its formulas in plain PyTorch (default: ik)",
     )
     add("--save-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: %(default)s)")
     add("--no-compare", action="store_true", help="do not repeat the steps with the eager formulas")

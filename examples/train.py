@@ -113,6 +113,7 @@ class Job:
             style=args.style,
             chunk=args.chunk,
             trunk=f"vgg16, weights {args.trunk_weights or 'random'}" if self._has_features else "none",
+            layer=args.layer,
         )
         self.features = self._load_features()
         self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)

@@ -42,6 +42,28 @@ SLOPE = 0.2
 EPSILON = 1e-13
 
 
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "relu": {"activation": "relu"},
+    "leaky": {"activation": "leaky_relu", "negative_slope": SLOPE},
+    "leaky-default": {"activation": "leaky_relu"},
+}
+
+# What users combine.
+FORMS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "relu": {"activation": "relu"},
+    "mat": {
+        "mask_input": False,
+        "scale_bias": True,
+        "activation": "leaky_relu",
+        "negative_slope": SLOPE,
+    },
+    "soft": {"mask_update": "proportional"},
+}
+VOLUME = {"size": (2, 3, 5, 6, 7)}
+
+
 @dataclass(frozen=True)
 class Case:
     """One call: the input's size, the windows, and options other than the defaults."""
@@ -285,6 +307,14 @@ def run(backend: Backend | None, case: Case, given: Sequence[Tensor | None]) -> 
     x, w, b, mask = given
     name = backend and backend.name
     return FUNCTIONS[case.dims](x, w, b, mask, *case.geometry, **case.options, backend=name)
+
+
+def with_options(case: Case, **options: Any) -> Case:
+    return Case(**{**case.__dict__, "options": options})
+
+
+def output_of(backend: Backend | None, case: Case, mask: Any) -> Any:
+    return lambda *leaves: run(backend, case, [*leaves, mask]).output
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

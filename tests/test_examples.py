@@ -340,7 +340,7 @@ def test_unusable_checkpoints(run: Run, tmp_path: Path) -> None:
         newest.write_bytes(damaged)
         assert_one_line(run("--steps", 9, "--resume"), "checkpoint.pt is damaged", "checkpoint.previous.pt")
     torch.save({"weights": torch.ones(2)}, newest)
-    assert_one_line(run("--steps", 9, "--resume"), "not written by this program")
+    assert_one_line(run("--steps", 9, "--resume"), "not written by train.py")
 
 
 def test_unusable_options(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

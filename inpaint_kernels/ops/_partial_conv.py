@@ -11,7 +11,7 @@ from .. import _library
 from ..reference import partial_conv as reference
 from . import _checks, _mask_planes
 from ._mask_planes import Geometry
-from ._scratch import Make, temporaries
+from ._scratch import give_back, temporary
 
 # Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
 # `out` may be one tensor. Each tensor is dense in NCHW or channels_last of its own.
@@ -30,6 +30,9 @@ _finish_backward = _library.define_kernel(
     "(Tensor grad, Tensor? output, Tensor ratio, Tensor new_mask, bool weigh_bias, bool scale_bias, str activation, "
     "float slope, bool need_bias, Tensor(a!) out) -> Tensor",
 )
+
+
+_convolution = torch.ops.aten.convolution.default
 
 
 def channels_last_format(ndim: int) -> torch.memory_format:
@@ -72,7 +75,7 @@ def _inner(input: Tensor, weight: Tensor) -> tuple[torch.memory_format, torch.dt
 
 def _operand(
     backend: str,
-    make: Make,
+    used: list[Any],
     input: Tensor,
     mask: Tensor | None,
     layout: torch.memory_format,
@@ -82,7 +85,7 @@ def _operand(
     input = _dense(input)
     if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=layout):
         return input
-    out = make(input.shape, dtype, layout)
+    out = temporary(used, input.device, input.shape, dtype, layout)
     _mask_input[backend](input, mask, out)
     return out
 
@@ -117,7 +120,7 @@ def _convolution_backward(
     )
     w = grad.new_empty(weight_size) if weight is None else weight
     zeros = [0] * len(stride)
-    found = torch.ops.aten.convolution_backward(
+    found = torch.ops.aten.convolution_backward.default(
         grad, x, w, None, stride, padding, dilation, False, zeros, groups, wanted
     )
     return found[0], found[1]
@@ -145,11 +148,11 @@ def _forward(
 ) -> Tensor:
     layout, dtype = _inner(input, weight)
     zeros = [0] * len(stride)
-    with temporaries(input.device) as make:
-        x = _operand(backend, make, input, _kernel_mask(mask, mask_input, input), layout, dtype)
-        raw = torch.ops.aten.convolution(
-            x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups
-        )
+    used: list[Any] = []
+    x = _operand(backend, used, input, _kernel_mask(mask, mask_input, input), layout, dtype)
+    raw = _convolution(x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups)
+    give_back(used)
+    del x
     raw = _dense(raw)
     outer = _result_layout(input, weight)
     out = raw
@@ -191,23 +194,25 @@ def _backward_kernels(
     like = grad if input is None else input
     layout, dtype = _inner(like, like if weight is None else weight)
     kernel_mask = _kernel_mask(mask, mask_input, grad)
-    with temporaries(grad.device) as make:
-        raw_grad = make(grad.shape, dtype, layout)
-        bias_grad = _finish_backward[backend](
-            grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
-        )
-        x = None if input is None else _operand(backend, make, input, kernel_mask, layout, dtype)
-        raw, grad_weight = _convolution_backward(
-            raw_grad,
-            x,
-            None if weight is None else weight.to(dtype),
-            input_size,
-            weight_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-        )
+    used: list[Any] = []
+    raw_grad = temporary(used, grad.device, grad.shape, dtype, layout)
+    bias_grad = _finish_backward[backend](
+        grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
+    )
+    x = None if input is None else _operand(backend, used, input, kernel_mask, layout, dtype)
+    raw, grad_weight = _convolution_backward(
+        raw_grad,
+        x,
+        None if weight is None else weight.to(dtype),
+        input_size,
+        weight_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    give_back(used)
+    del raw_grad, x
     if input is None:
         grad_weight = grad.new_empty(0, dtype=weight_dtype)
     else:
@@ -296,8 +301,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         update,
     )
     weigh_bias = bias_dtype is not None and update == "clamp" and not scale_bias
-    backend = op._schema.name.rpartition("_")[2]
-    ratio, new_mask, _ = _mask_planes.find(backend, mask, input_size[2:], grad.device, geometry, dtype)
+    ratio, new_mask, _ = _mask_planes.find(ctx.backend, mask, input_size[2:], grad.device, geometry, dtype)
     if torch.is_grad_enabled():
         shaping = (stride, padding, dilation, groups, mask_input, weigh_bias, scale_bias, activation, slope)
         found = _formula(grad, input, weight, mask, output, ratio, new_mask, ctx.sizes, input_dtype, *shaping)

@@ -218,7 +218,7 @@ def _partial_conv(
             f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     # A graph for other programs holds torch's own operators only.
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state():
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state():
         chosen = "reference"
     channels = weight.shape[0] if multi_channel else 1
     view = (1 if mask is None or mask.ndim == dims else mask.shape[0], channels)

@@ -1,0 +1,114 @@
+"""The demo's U-Net of partial convolutions, one step, from the library's layers and from NVIDIA's.
+
+The plain network has the same convolutions and activations and no masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .harness import Benchmark, Bytes, Case, Formula, Terms, image_inputs
+from .run import ROOT
+
+
+class _Nvidia(nn.Conv2d):
+    """models/partialconv2d.py of NVIDIA/partialconv, with an activation after it."""
+
+    def __init__(
+        self, *args: Any, multi_channel: bool = False, activation: str = "none", **kwargs: Any
+    ) -> None:
+        self.slope, self.activation = kwargs.pop("negative_slope", 0.0), activation
+        self.multi_channel = multi_channel
+        super().__init__(*args, **{k: v for k, v in kwargs.items() if k not in ("mask_input", "return_mask")})
+
+    def activate(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(x)
+        return F.leaky_relu(x, self.slope) if self.activation == "leaky_relu" else x
+
+    def forward(self, input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        with torch.no_grad():
+            shape = (self.out_channels, self.in_channels) if self.multi_channel else (1, 1)
+            ones = torch.ones(*shape, *self.kernel_size, dtype=mask.dtype, device=mask.device)
+            new_mask = F.conv2d(mask, ones, None, self.stride, self.padding)
+            ratio = ones[0].numel() / (new_mask + 1e-8)
+            new_mask = torch.clamp(new_mask, 0, 1)
+            ratio = ratio * new_mask
+        raw = super().forward(torch.mul(input, mask))
+        shift = self.bias.view(1, -1, 1, 1)
+        return self.activate(torch.mul(torch.mul(raw - shift, ratio) + shift, new_mask)), new_mask
+
+
+class _Plain(_Nvidia):
+    """Only the convolution; the mask is thinned out to the output's size."""
+
+    def forward(self, input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        output = self.activate(nn.Conv2d.forward(self, input))
+        return output, mask[:, :1, :: self.stride[0], :: self.stride[1]]
+
+
+@functools.lru_cache
+def _network(kind: str) -> nn.Module:
+    folder = str(ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from model import PartialConvUNet
+
+    class Nvidia(PartialConvUNet):
+        def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
+            return torch.cat([above_mask.expand_as(above), skip_mask.expand_as(skip)], 1)
+
+    class Plain(PartialConvUNet):
+        def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
+            return skip_mask
+
+    if kind == "nvidia":
+        return Nvidia(layer=_Nvidia)
+    if kind == "plain":
+        return Plain(layer=_Plain)
+    import inpaint_kernels as ik
+
+    return PartialConvUNet(layer=functools.partial(ik.nn.PartialConv2d, backend=kind))
+
+
+def _formula(kind: str) -> Formula:
+    def formula(image: Tensor, mask: Tensor, **parameters: Tensor) -> Terms:
+        named = {name.replace("__", "."): value for name, value in parameters.items()}
+        return (torch.func.functional_call(_network(kind), named, (image, mask)),)
+
+    return formula
+
+
+def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
+    found = image_inputs(case, device, generator)
+    upstream = torch.randn(case.shape, generator=generator).to(device, case.dtype)
+    inputs: dict[str, Tensor | None] = {"image": found["target"], "mask": found["mask"], "upstream": upstream}
+    for name, parameter in _network("plain").named_parameters():
+        value = parameter.detach().to(device, case.dtype)
+        inputs[name.replace(".", "__")] = value.clone().requires_grad_()
+    return inputs
+
+
+BENCHMARK = Benchmark(
+    op="partial_conv_unet",
+    cases=[
+        Case((4, 3, 128, 128), "width 32"),
+        Case((1, 3, 64, 64), "width 32", quick=True),
+        Case((16, 3, 256, 256), "width 32", devices=("cuda",)),
+    ],
+    make_inputs=make_inputs,
+    eager=lambda case: _formula("nvidia"),
+    baseline=lambda case: _formula("plain"),
+    fused=lambda case, backend: _formula(backend),
+    minimum_bytes=lambda case: Bytes(0, 0),
+    # Ten layers with kinks.
+    tolerances={torch.float32: 1e-3},
+    heavy=True,
+    layer=True,
+)
