@@ -360,7 +360,7 @@ def test_compiled_code_computes_its_own(backend: Backend) -> None:
 def test_a_trace_computes_its_own() -> None:
     """torch.jit.trace and the old ONNX exporter would keep remembered planes as constants."""
     x, w, b, _ = make_tensors(CASE)
-    call = lambda x: run(None, CASE, [x, w, b, None]).output  # noqa: E731
+    call = lambda x: run(Backend("reference", "cpu"), CASE, [x, w, b, None]).output  # noqa: E731
     call(x)
     with pytest.warns(torch.jit.TracerWarning):
         traced = torch.jit.trace(call, (x,), check_trace=False)
