@@ -142,6 +142,23 @@ def test_fused_and_eager_curves_agree(run: Run, tmp_path: Path, normalize: str, 
     assert report["largest_relative_difference"] < (1e-5 if amp == "off" else 2e-2)
 
 
+def test_layer_trains_as_its_formulas_do(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, backends, curves = engine.make_network, [], []
+
+    def make_network(settings: Any) -> torch.nn.Module:
+        net = make(settings)
+        backends.append({m.backend for m in net.modules() if isinstance(m, ik.nn.PartialConv2d)})
+        return net
+
+    monkeypatch.setattr(engine, "make_network", make_network)
+    for layer in ("ik", "reference"):
+        assert run("--steps", 8, "--no-compare", "--layer", layer, out=tmp_path / layer)[0] == 0
+        curves.append(load(tmp_path / layer / "checkpoint.pt")["history"][:, 0])
+    assert backends == [{None}, {"reference"}]
+    # A few roundings of float32: changing the last bit of the weights moves the curve as far.
+    torch.testing.assert_close(*curves, rtol=16 * 2**-24, atol=0)
+
+
 def test_learns_to_fill_holes(run: Run, tmp_path: Path) -> None:
     assert run("--steps", 100, "--save-every", 100, "--width", 8, "--batch", 4, "--no-compare")[0] == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

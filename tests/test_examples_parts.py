@@ -1,17 +1,20 @@
-"""What the training example is made of: pictures, masks and the partial convolution."""
+"""What the training example is made of: pictures, masks and the network."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("PIL", reason="the examples need pillow")
 from harness import INTERPRETING
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -92,36 +95,88 @@ def test_mask_files(tmp_path: Path, mark: str, scale: int) -> None:
 # -- network ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("multi_channel", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_partial_convolution_formula(multi_channel: bool, groups: int) -> None:
+class Published(torch.nn.Conv2d):
+    """NVIDIA's layer op by op, which masks its input and sees a mask of all channels, then its activation."""
+
+    def __init__(
+        self,
+        *args: Any,
+        multi_channel: bool = False,
+        activation: str = "none",
+        negative_slope: float = 0.0,
+        mask_input: bool = True,
+        return_mask: bool = False,
+    ) -> None:
+        super().__init__(*args)
+        slopes = {"none": 1.0, "relu": 0.0, "leaky_relu": negative_slope}
+        self.multi_channel, self.slope = multi_channel, slopes[activation]
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        assert mask.shape == (x if self.multi_channel else x[:, :1]).shape
+        ones = torch.ones_like(self.weight if self.multi_channel else self.weight[:1, :1])
+        covered = F.conv2d(mask, ones, None, self.stride, self.padding)
+        new_mask = covered.clamp(0, 1)
+        ratio = ones[0].numel() / (covered + 1e-13) * new_mask
+        raw = F.conv2d(x * mask, self.weight, None, self.stride, self.padding)
+        output = (raw * ratio + self.bias.view(1, -1, 1, 1)) * new_mask
+        return torch.where(output > 0, output, self.slope * output), new_mask
+
+
+class PublishedUNet(model.PartialConvUNet):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, Published)
+
+    def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
+        return torch.cat([above_mask.expand_as(above), skip_mask.expand_as(skip)], 1)
+
+
+@pytest.mark.parametrize("width", [6, 3])
+def test_network_computes_what_published_layers_do(width: int) -> None:
+    """Neither masking inputs nor masks of all channels would change a value or a gradient."""
     torch.manual_seed(0)
-    layer = model.PartialConv2d(
-        4, 6, 3, 2, 1, groups=groups, multi_channel=multi_channel, return_mask=True
-    ).double()
-    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
-    mask = (torch.rand(2, 4 if multi_channel else 1, 9, 8) > 0.6).double()
-    mask[:, :, :4, :4] = 0
-    output, new_mask = layer(x, mask)
-    full = mask.expand(-1, 4, -1, -1)
-    per_group = 4 // groups
-    window = torch.ones(6, per_group, 3, 3, dtype=torch.float64)
-    covered = torch.nn.functional.conv2d(full, window, None, 2, 1, 1, groups)
-    ratio = torch.where(covered > 0, 9 * per_group / covered, 0)
-    raw = torch.nn.functional.conv2d(x * full, layer.weight, None, 2, 1, 1, groups)
-    expected = (raw * ratio + layer.bias.view(1, -1, 1, 1)) * (covered > 0)
-    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
-    assert new_mask.shape[1] == (6 if multi_channel else 1)
-    torch.testing.assert_close(new_mask.expand_as(covered).double(), (covered > 0).double())
+    net, published = model.PartialConvUNet(width).double(), PublishedUNet(width).double()
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    published.load_state_dict(net.state_dict())
+    masks = [data.brush_mask(np.random.default_rng(i), 64) for i in range(2)]
+    # Holes that are still there at the lowest level.
+    masks += [np.ones((64, 64), np.uint8), np.zeros((64, 64), np.uint8)]
+    masks[2][:, 8:] = 0
+    mask = torch.from_numpy(np.stack(masks))[:, None].double()
+    image = torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    upstream = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for network in (net, published):
+        output = network(image, mask)
+        found.append([output.detach(), *torch.autograd.grad(output, list(network.parameters()), upstream)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
 
 
-def test_partial_convolution_without_mask_and_in_half_precision() -> None:
-    layer = model.PartialConv2d(2, 3, 3, 1, 1, bias=False)
-    nn_layer = torch.nn.Conv2d(2, 3, 3, 1, 1, bias=False)
-    nn_layer.load_state_dict(layer.state_dict())
-    x = torch.randn(1, 2, 8, 8)
-    torch.testing.assert_close(layer(x)[..., 1:-1, 1:-1], nn_layer(x)[..., 1:-1, 1:-1])
-    with torch.autocast("cpu", torch.float16):
-        output = layer(x.half(), torch.zeros(1, 1, 8, 8))
-    assert output.dtype == torch.float16
-    assert (output == 0).all()
+def test_network_loads_checkpoints_of_earlier_versions() -> None:
+    shapes = {name: tuple(value.shape) for name, value in model.PartialConvUNet(4).state_dict().items()}
+    down = [(4, 3, 5, 5), (8, 4, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
+    up = [(3, 5, 3, 3), (2, 8, 3, 3), (4, 16, 3, 3), (8, 32, 3, 3), (16, 32, 3, 3)]
+    expected = {}
+    for part, weights in (("down", down), ("up", up)):
+        for i, shape in enumerate(weights):
+            expected |= {f"{part}.{i}.weight": shape, f"{part}.{i}.bias": shape[:1]}
+    assert shapes == expected
+
+
+def test_network_is_made_of_the_layer_it_is_given() -> None:
+    made = []
+
+    class Plain(Published):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            output = F.leaky_relu(self._conv_forward(x, self.weight, self.bias), self.slope)
+            return output, torch.ones_like(output[:, :1])
+
+    net = model.PartialConvUNet(4, Plain)
+    assert len(made) == 2 * net.DEPTH
+    assert net(torch.rand(1, 3, 32, 64), torch.ones(1, 1, 32, 64)).shape == (1, 3, 32, 64)

@@ -96,6 +96,13 @@ IK_INLINE void store_vec(Vec<T> x, T* p, bool stream) {
 
 #if defined(IK_ISA_AVX512)
 
+// The first `valid` elements; nothing behind them is touched.
+IK_INLINE Vec<float> load_first(const float* p, int valid) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
+}
+IK_INLINE void store_first(Vec<float> x, float* p, int valid) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << valid) - 1), x.v);
+}
 IK_INLINE Vec<float> load_vec(const Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -121,6 +128,15 @@ IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool stream) {
 
 #elif defined(IK_ISA_AVX2)
 
+IK_INLINE __m256i first_lanes(int valid) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(valid), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+IK_INLINE Vec<float> load_first(const float* p, int valid) {
+  return _mm256_maskload_ps(p, first_lanes(valid));
+}
+IK_INLINE void store_first(Vec<float> x, float* p, int valid) {
+  _mm256_maskstore_ps(p, first_lanes(valid), x.v);
+}
 IK_INLINE Vec<float> load_vec(const Half* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -30,6 +30,9 @@ IK_INLINE Vec<T> load_some(const S* p, int valid) {
   constexpr int L = Vec<T>::lanes;
   if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value && !std::is_same<S, uint8_t>::value) {
     if (valid == L) return load_vec(p);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+    if constexpr (std::is_same<S, float>::value) return load_first(p, valid);
+#endif
   }
   T some[L] = {};
   for (int i = 0; i < valid; ++i) some[i] = static_cast<T>(load_one(p + i));
@@ -41,6 +44,9 @@ IK_INLINE void store_some(Vec<T> x, S* p, int valid) {
   constexpr int L = Vec<T>::lanes;
   if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value) {
     if (valid == L) return store_vec(x, p, false);
+#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
+    if constexpr (std::is_same<S, float>::value) return store_first(x, p, valid);
+#endif
   }
   T some[L];
   x.store(some);
@@ -72,10 +78,16 @@ IK_NOINLINE void load_typed(const ImageView& view, const Block& b, Vec<T>* rows)
   const Shape<PIXEL_ROWS> shape(b);
   const int64_t step = view.interleaved ? view.stride_s : view.stride_c;
   if (view.interleaved == PIXEL_ROWS) {
-    for (int r = 0; r < shape.rows; ++r) rows[r] = load_some<S, T>(p + r * step, shape.lanes);
+    for (int r = 0; r < shape.rows; ++r) {
+      prefetch(p + r * step);
+      rows[r] = load_some<S, T>(p + r * step, shape.lanes);
+    }
     return;
   }
-  for (int r = 0; r < shape.lanes; ++r) rows[r] = load_some<S, T>(p + r * step, shape.rows);
+  for (int r = 0; r < shape.lanes; ++r) {
+    prefetch(p + r * step);
+    rows[r] = load_some<S, T>(p + r * step, shape.rows);
+  }
   for (int r = shape.lanes; r < Vec<T>::lanes; ++r) rows[r] = Vec<T>(T(0));
   transpose(rows);
 }
