@@ -41,6 +41,7 @@ class _Nvidia(nn.Conv2d):
             new_mask = torch.clamp(new_mask, 0, 1)
             ratio = ratio * new_mask
         raw = super().forward(torch.mul(input, mask))
+        assert self.bias is not None
         shift = self.bias.view(1, -1, 1, 1)
         return self.activate(torch.mul(torch.mul(raw - shift, ratio) + shift, new_mask)), new_mask
 

@@ -69,7 +69,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             return int(width), int(height)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the picture {path}: {_first_line(error)}") from error
 
 
@@ -84,7 +84,7 @@ def read_picture(path: Path) -> Pixels:
             if upright.mode in ("I", "F"):
                 raise InputError(f"cannot use the picture {path}: mode {upright.mode}, expected 8 or 16 bits")
             return np.array(upright.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the picture {path}: {_first_line(error)}") from error
 
 

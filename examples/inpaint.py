@@ -156,7 +156,7 @@ def fill(net: PartialConvUNet, image: Tensor, known: Tensor) -> Tensor:
     height, width = image.shape[2:]
     # What is added counts as hole, like everything outside a picture.
     around = (0, -width % SIZE_STEP, 0, -height % SIZE_STEP)
-    output = net(F.pad(image * known, around), F.pad(known, around))
+    output = net(F.pad(image, around), F.pad(known, around))
     filled: Tensor = output[:, :, :height, :width].float().clamp(0, 1)
     return filled
 

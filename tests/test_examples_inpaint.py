@@ -214,11 +214,14 @@ def test_unusable_pictures_and_masks(run: Run, folder: Path) -> None:
     assert not (folder / "out.png").exists()
 
 
-def test_chunks_that_pillow_calls_bad_syntax(run: Run, folder: Path) -> None:
+def test_damage_that_pillow_calls_bad_syntax(run: Run, folder: Path) -> None:
     content = bytearray((folder / "photo.png").read_bytes())
-    # The name of the chunk after the header.
-    content[37:41] = b"\x02\x0f`\xbd"
+    length = content.index(b"IDAT") - 4
+    # The chunk of pixels ends early, and what follows is no chunk.
+    content[length : length + 4] = (200).to_bytes(4, "big")
     (folder / "chunk.png").write_bytes(content)
+    with pytest.raises(SyntaxError), Image.open(folder / "chunk.png") as image:
+        image.load()
     assert_one_line(run(mask="chunk.png"), "cannot read", "chunk.png")
 
 

@@ -195,7 +195,9 @@ def test_doctor_reports_a_library_of_other_sources(tmp_path: Path) -> None:
     run = python("-m", "inpaint_kernels", "doctor", INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert run.returncode == 1, run.stdout + run.stderr
     assert "_C.so lacks " in run.stdout
-    assert all(f"{name}_cpu" in run.stdout for name, op in _library.OPS.items() if "cpu" in op.backends)
+    operators = [kernel["cpu"] for kernels in _library.KERNELS.values() for kernel in kernels]
+    operators += [op.routes["cpu"].forward for op in _library.OPS.values() if op.implement is None]
+    assert all(operator._schema.name.split("::")[1] in run.stdout for operator in operators)
 
 
 def test_doctor_reports_a_triton_that_does_not_import(tmp_path: Path) -> None:

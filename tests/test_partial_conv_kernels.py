@@ -217,4 +217,7 @@ def test_a_mask_of_more_than_two_billion_elements(kernel: Backend) -> None:
     _, new_mask = kernel_of(kernel, "window")(
         mask, 1, 1, [1, 1], [1, 1], [0, 0], [1, 1], 1.0, "proportional", torch.float32
     )
-    assert float(new_mask[0, 0, -1, -1]) == 2**15 / (2**15 + 1) and bool((new_mask[..., :-1, :] == 1).all())
+    # Exact sums: the one pixel with a hole in one of its 32769 channels, and all others whole.
+    assert round(float(new_mask[0, 0, -1, -1]) * (2**15 + 1)) == 2**15
+    new_mask[0, 0, -1, -1] = 1
+    assert bool((new_mask == 1).all())

@@ -75,7 +75,8 @@ def partial_conv2d(
         mask_update: what becomes of the window sum. "clamp": as above, which gives windows with s < 1 of a fractional
             mask the constant factor K. "binary": new_mask = 1 where s > 0, ratio = K / s. "proportional": for
             soft masks, new_mask = s / K and ratio = K / s, so the output is the mean of the window weighted by the
-            mask (normalised convolution) and the new mask its mean confidence.
+            mask (normalised convolution) and the new mask its mean confidence; the bias is added whole, as with
+            "binary".
         mask_input: False convolves the input as it is (MAT).
         scale_bias: True adds the bias and applies the activation before the ratio, `act(conv + bias) * ratio` (MAT).
         activation: "none", "relu" or "leaky_relu", in the same pass.
@@ -134,15 +135,26 @@ def partial_conv3d(
     negative_slope: float = 0.01,
     backend: str | None = None,
 ) -> PartialConvOutput:
-    """Partial convolution of volumes: `partial_conv2d` with input (N, Cin, D, H, W) and weight (Cout, Cin / groups,
-    kd, kh, kw); K counts kd kh kw values.
+    """Partial convolution of volumes.
+
+    `partial_conv2d` with one more dimension: K counts the kd kh kw values of a window.
 
     Args:
-        input, weight, bias: as in `partial_conv2d`, with one more dimension.
+        input: (N, Cin, D, H, W), otherwise as in `partial_conv2d`.
+        weight: (Cout, Cin / groups, kd, kh, kw), of the input's dtype.
+        bias: (Cout,), floating, or None.
         mask: (N, 1, D, H, W), (1, 1, D, H, W), (D, H, W) or (N, Cin, D, H, W).
         stride, padding, dilation, groups: as in F.conv3d.
         multi_channel, numerator, mask_update, mask_input, scale_bias, activation, negative_slope, backend: as in
-            `partial_conv2d`, and so are what is returned, gradients and errors.
+            `partial_conv2d`.
+
+    Returns:
+        PartialConvOutput(output, new_mask), (N, Cout, Do, Ho, Wo) and the new mask as in `partial_conv2d`.
+
+    Differentiable as `partial_conv2d` is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `partial_conv2d`.
 
     Example:
         >>> import torch, inpaint_kernels as ik
