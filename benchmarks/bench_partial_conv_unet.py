@@ -108,8 +108,8 @@ BENCHMARK = Benchmark(
     baseline=lambda case: _formula("plain"),
     fused=lambda case, backend: _formula(backend),
     minimum_bytes=lambda case: Bytes(0, 0),
-    # Ten layers with kinks.
-    tolerances={torch.float32: 1e-3},
+    # Rounding moves features across the kinks of ten layers; seen: 2e-3 for a bias, of NVIDIA's formula.
+    tolerances={torch.float32: 5e-3},
     heavy=True,
     layer=True,
 )
