@@ -24,22 +24,27 @@ def _outputs(case: Case) -> int:
     return int(case.options.get("out", case.shape[1]))
 
 
+def nvidia(
+    input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, multi_channel: bool, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """models/partialconv2d.py of NVIDIA/partialconv: the output and the new mask."""
+    with torch.no_grad():
+        shape = weight.shape if multi_channel else (1, 1, *weight.shape[2:])
+        ones = torch.ones(shape, dtype=mask.dtype, device=mask.device)
+        new_mask = F.conv2d(mask, ones, None, stride, padding)
+        ratio = ones[0].numel() / (new_mask + 1e-8)
+        new_mask = torch.clamp(new_mask, 0, 1)
+        ratio = ratio * new_mask
+    raw = F.conv2d(torch.mul(input, mask), weight, bias, stride, padding)
+    shift = bias.view(1, -1, 1, 1)
+    return torch.mul(torch.mul(raw - shift, ratio) + shift, new_mask), new_mask
+
+
 def eager(case: Case) -> Formula:
-    """models/partialconv2d.py of NVIDIA/partialconv."""
-    channels = case.shape[1] if _is_multi(case) else 1
+    multi_channel = _is_multi(case)
 
     def formula(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Terms:
-        with torch.no_grad():
-            ones = torch.ones(
-                weight.shape[0] if channels > 1 else 1, channels, 3, 3, dtype=mask.dtype, device=mask.device
-            )
-            new_mask = F.conv2d(mask, ones, padding=1)
-            ratio = ones[0].numel() / (new_mask + 1e-8)
-            new_mask = torch.clamp(new_mask, 0, 1)
-            ratio = ratio * new_mask
-        raw = F.conv2d(torch.mul(input, mask), weight, bias, padding=1)
-        shift = bias.view(1, -1, 1, 1)
-        return (torch.mul(torch.mul(raw - shift, ratio) + shift, new_mask),)
+        return nvidia(input, weight, bias, mask, multi_channel, 1, 1)[:1]
 
     return formula
 

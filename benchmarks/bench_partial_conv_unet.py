@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bench_partial_conv import nvidia
 from .harness import Benchmark, Bytes, Case, Formula, Terms, image_inputs
 from .run import ROOT
 
 
 class _Nvidia(nn.Conv2d):
-    """models/partialconv2d.py of NVIDIA/partialconv, with an activation after it."""
+    """NVIDIA's layer with an activation after it."""
 
     def __init__(
         self, *args: Any, multi_channel: bool = False, activation: str = "none", **kwargs: Any
@@ -33,17 +34,10 @@ class _Nvidia(nn.Conv2d):
         return F.leaky_relu(x, self.slope) if self.activation == "leaky_relu" else x
 
     def forward(self, input: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        with torch.no_grad():
-            shape = (self.out_channels, self.in_channels) if self.multi_channel else (1, 1)
-            ones = torch.ones(*shape, *self.kernel_size, dtype=mask.dtype, device=mask.device)
-            new_mask = F.conv2d(mask, ones, None, self.stride, self.padding)
-            ratio = ones[0].numel() / (new_mask + 1e-8)
-            new_mask = torch.clamp(new_mask, 0, 1)
-            ratio = ratio * new_mask
-        raw = super().forward(torch.mul(input, mask))
         assert self.bias is not None
-        shift = self.bias.view(1, -1, 1, 1)
-        return self.activate(torch.mul(torch.mul(raw - shift, ratio) + shift, new_mask)), new_mask
+        stride, padding = self.stride[0], int(self.padding[0])
+        output, new_mask = nvidia(input, self.weight, self.bias, mask, self.multi_channel, stride, padding)
+        return self.activate(output), new_mask
 
 
 class _Plain(_Nvidia):

@@ -78,9 +78,9 @@ def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
         formula = benchmark.eager(case)
     assert formula is not None, f"{benchmark.op} has no {name}"
     terms, weights = formula, benchmark.weights
+    options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
     if benchmark.layer:
         if name.startswith("compile"):
-            options: dict[str, Any] | None = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
             terms = torch.compile(terms, fullgraph=True, dynamic=False, options=options)
 
         def layer_step(upstream: Tensor, **inputs: Tensor | None) -> Tensor:
@@ -93,7 +93,6 @@ def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
         return weighted_sum(terms(**inputs), weights)
 
     if name.startswith("compile"):
-        options = dict(_COMPILE_TUNED) if name == "compile-tuned" else None
         return Provider(name, terms, torch.compile(step, fullgraph=True, dynamic=False, options=options))
     return Provider(name, terms, step)
 

@@ -37,12 +37,10 @@ class _Route:
         self.backward = backward_op = _define(
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
-        # Without the detour over the dispatcher, which costs 40 us a step for a score of arguments.
-        run_forward, run_backward = (
-            (functools.partial(f, backend) for f in op.implement)
-            if op.implement is not None
-            else (forward_op, backward_op)
-        )
+        # Without the detour over the dispatcher, which converts a score of arguments twice.
+        run_forward, run_backward = forward_op, backward_op
+        if op.implement is not None:
+            run_forward, run_backward = (functools.partial(f, backend) for f in op.implement)
 
         nothing = (None,) * len(forward_op._schema.arguments)
 
@@ -224,15 +222,13 @@ def define_kernel(
     schema: str,
     *,
     fake: Callable[..., Any] | None = None,
-    backends: tuple[str, ...] = BACKENDS,
 ) -> dict[str, Any]:
     """One kernel of an op that is composed of several: the operators `<op>_<part>_<backend>` by backend.
 
     No autograd of its own. `fake` is needed where a graph holds the kernel itself instead of the op around it.
     """
-    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in backends}
-    if "triton" in backends:
-        _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
+    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in BACKENDS}
+    _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
     KERNELS.setdefault(op, []).append(found)
     return found
 

@@ -295,7 +295,9 @@ def test_activations_of_other_dtypes(
 def test_multi_channel(backend: Backend, multi_channel: bool, groups: int, mask: str) -> None:
     """A mask with one channel may stand for all of them; a window counts the channels of its own group."""
     if not multi_channel and mask in ("channel-view", "nc"):
-        pytest.skip("refused: see test_partial_conv_arguments")
+        pytest.skip(
+            "several channels with multi_channel=False are an error, which the tests of arguments expect"
+        )
     case = Case(outputs=8, groups=groups, options={"multi_channel": multi_channel})
     given = make_tensors(case, mask=mask)
     check(backend, case, given)

@@ -162,3 +162,14 @@ def test_a_mask_that_requires_a_gradient(backend: Backend) -> None:
     assert found.output.requires_grad and found.new_mask.requires_grad
     with torch.no_grad():
         assert not run(backend, case, [x, w, b, weighted]).new_mask.requires_grad
+
+
+def test_every_element_of_an_expanded_mask_gets_its_own_gradient() -> None:
+    x, weight = torch.randn(2, 4, 6, 5).double(), torch.randn(3, 4, 3, 3).double()
+    plane = torch.rand(1, 1, 6, 5).double() + 0.1
+    found = []
+    for mask in (plane.expand(2, 4, 6, 5), plane.repeat(2, 4, 1, 1)):
+        mask = mask.detach().requires_grad_()
+        output, new_mask = ik.partial_conv2d(x, weight, None, mask, padding=1, mask_update="proportional")
+        found.append(torch.autograd.grad(output.square().sum() + new_mask.sum(), mask)[0])
+    torch.testing.assert_close(*found)

@@ -21,6 +21,10 @@ static inline int64_t dtype_bytes(Dtype dtype) {
 
 namespace IK_ISA {
 
+// How T itself is stored.
+template <typename T>
+constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+
 IK_INLINE float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);

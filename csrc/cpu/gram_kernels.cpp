@@ -18,9 +18,6 @@ namespace ik {
 namespace IK_ISA {
 namespace {
 
-template <typename T>
-constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
-
 IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
   return static_cast<const char*>(map.data) + index * dtype_bytes(map.dtype);
 }

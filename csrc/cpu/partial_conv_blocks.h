@@ -245,7 +245,7 @@ void finish_backward_blocks(const PartialConvCall& call, int64_t begin, int64_t 
     if (call.output.data != nullptr) load_block<PIXEL_ROWS>(call.output, b, out);
     load_plane<PIXEL_ROWS>(call.ratio, call, b, ratio);
     load_plane<PIXEL_ROWS>(call.new_mask, call, b, new_mask);
-    T* sums = call.bias_sums ? static_cast<T*>(call.bias_sums) + unit * call.channels + b.channel : nullptr;
+    T* sums = static_cast<T*>(call.bias_sums) + unit * call.channels + b.channel;
     const Shape<PIXEL_ROWS> shape(b);
     Vec<T> total(T(0));
     for (int r = 0; r < shape.rows; ++r) {

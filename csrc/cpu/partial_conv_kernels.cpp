@@ -46,9 +46,6 @@ bool with_stored(const PartialConvCall& call, const F& f) {
 }
 
 template <typename T>
-constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
-
-template <typename T>
 void mask_input_units(const PartialConvCall& call, int64_t begin, int64_t end) {
   const bool several = call.mask.data != nullptr, interleaved = call.source.interleaved;
   bool done = false;

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops.partial_conv import ACTIVATIONS, NUMERATORS, UPDATES, partial_conv2d, partial_conv3d
 
 
@@ -31,13 +32,9 @@ class _Options:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {self.padding_mode!r}")
-        for name, value, allowed in (
-            ("numerator", numerator, NUMERATORS),
-            ("mask_update", mask_update, UPDATES),
-            ("activation", activation, ACTIVATIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(map(repr, allowed))}")
+        _checks.check_choice("numerator", numerator, NUMERATORS)
+        _checks.check_choice("mask_update", mask_update, UPDATES)
+        _checks.check_choice("activation", activation, ACTIVATIONS)
         self.multi_channel, self.return_mask = multi_channel, return_mask
         self.numerator, self.mask_update, self.mask_input = numerator, mask_update, mask_input
         self.scale_bias, self.activation, self.negative_slope = scale_bias, activation, negative_slope

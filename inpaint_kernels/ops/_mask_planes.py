@@ -33,13 +33,13 @@ class Geometry(NamedTuple):
     numerator: str
     update: str
 
-    def output_size(self, spatial: Any) -> list[int]:
-        return [
-            (size + 2 * pad - spread * (extent - 1) - 1) // step + 1
-            for size, extent, step, pad, spread in zip(
-                spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        ]
+
+def output_size(spatial: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    """Spatial size of what these windows give."""
+    return [
+        (size + 2 * pad - spread * (extent - 1) - 1) // step + 1
+        for size, extent, step, pad, spread in zip(spatial, kernel, stride, padding, dilation, strict=True)
+    ]
 
 
 def _window_fake(
@@ -54,9 +54,8 @@ def _window_fake(
     update: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    geometry = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), 0, 0, False, "", "")
     planes = 1 if mask.shape[1] == 1 else groups
-    size = [mask.shape[0], planes, *geometry.output_size(mask.shape[2:])]
+    size = [mask.shape[0], planes, *output_size(mask.shape[2:], kernel, stride, padding, dilation)]
     return mask.new_empty(size, dtype=dtype), mask.new_empty(size, dtype=dtype)
 
 
@@ -70,11 +69,14 @@ _window = _library.define_kernel(
 
 
 def narrowed(mask: Tensor, spatial_dims: int) -> Tensor:
-    """(N, C, ...) with 1 in place of a batch or channel dimension the mask was expanded along."""
+    """(N, C, ...) with 1 in place of a batch or channel dimension the mask was expanded along.
+
+    Not of a mask that requires a gradient: every element is due its own.
+    """
     if mask.ndim == spatial_dims:
         mask = mask[None, None]
     for dim in (0, 1):
-        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0 and not mask.requires_grad:
             mask = mask.narrow(dim, 0, 1)
     return mask
 

@@ -62,7 +62,8 @@ def _inner(input: Tensor, weight: Tensor) -> tuple[torch.memory_format, torch.dt
 
     On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
     two threads of an AMD EPYC: 2.3 ms forward instead of 6.8), and the kernels before and after it touch every
-    element anyway. float16 it convolves at 1/50 of the speed of float32 where the CPU has no such arithmetic.
+    element anyway. Where the CPU has no float16 arithmetic, it takes 6.9 s for 64 to 64 channels at 4x64x128x128
+    forward instead of 38 ms in float32.
     """
     layout = _result_layout(input, weight)
     if input.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -158,7 +159,7 @@ def _forward(
     out = raw
     if dtype != input.dtype or not raw.is_contiguous(memory_format=outer):
         out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=outer)
-    weigh = bias is not None and update == "clamp" and not scale_bias
+    weigh = reference.weighs_bias(bias is not None, update, scale_bias)
     _finish[backend](raw, ratio, new_mask, bias, weigh, scale_bias, activation, slope, out)
     return out
 
@@ -300,7 +301,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         numerator,
         update,
     )
-    weigh_bias = bias_dtype is not None and update == "clamp" and not scale_bias
+    weigh_bias = reference.weighs_bias(bias_dtype is not None, update, scale_bias)
     ratio, new_mask, _ = _mask_planes.find(ctx.backend, mask, input_size[2:], grad.device, geometry, dtype)
     if torch.is_grad_enabled():
         shaping = (stride, padding, dilation, groups, mask_input, weigh_bias, scale_bias, activation, slope)

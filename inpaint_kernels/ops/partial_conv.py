@@ -208,7 +208,7 @@ def _partial_conv(
     geometry = Geometry(
         kernel, strides, pads, dilations, input.shape[1], groups, bool(multi_channel), numerator, update
     )
-    if any(size < 1 for size in geometry.output_size(input.shape[2:])):
+    if any(size < 1 for size in _mask_planes.output_size(input.shape[2:], kernel, strides, pads, dilations)):
         raise ValueError(
             f"weight's windows {kernel} (dilation {dilations}) do not fit into input {tuple(input.shape)} with "
             f"padding {pads}"
@@ -248,14 +248,14 @@ def _partial_conv(
             input,
             weight,
             bias,
-            _broadcast(mask, dims) if mask_input else None,
+            _mask_planes.narrowed(mask, dims) if mask is not None and mask_input else None,
             ratio,
             planes,
             strides,
             pads,
             dilations,
             groups,
-            bias is not None and update == "clamp" and not scale_bias,
+            reference.weighs_bias(bias is not None, update, scale_bias),
             scale_bias,
             activation,
             slope,
@@ -370,7 +370,3 @@ def _paddings(
     if isinstance(padding, str):
         raise ValueError(f"padding must be an int, {len(kernel)} ints, 'same' or 'valid', got {padding!r}")
     return _sizes("padding", padding, len(kernel), 0), none
-
-
-def _broadcast(mask: Tensor | None, dims: int) -> Tensor | None:
-    return mask[None, None] if mask is not None and mask.ndim == dims else mask

@@ -106,6 +106,11 @@ def channel_planes(planes: Tensor, channels: int) -> Tensor:
     return planes if groups in (1, channels) else planes.repeat_interleave(channels // groups, 1)
 
 
+def weighs_bias(has_bias: bool, update: str, scale_bias: bool) -> bool:
+    """Whether the bias is multiplied by the new mask: by "clamp", whose new mask may be fractional below s = 1."""
+    return has_bias and update == "clamp" and not scale_bias
+
+
 def finish(
     raw: Tensor,
     ratio: Tensor,
