@@ -1,0 +1,33 @@
+"""Hole, valid and total variation of the composite in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .composite import composite
+from .hole_valid import hole_valid
+from .masked_l1 import accumulate_dtype
+from .total_variation import total_variation
+
+
+def inpainting_pixel(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    normalize: str,
+    tv_region: str,
+    tv_penalty: str,
+    tv_normalize: str | None,
+    mask_is: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(hole, valid, tv), unweighted; tv is that of the composite, formed in the accumulation dtype."""
+    dtype = accumulate_dtype(pred, target)
+    hole, valid = hole_valid(
+        pred, target, mask, penalty="l1", param=0.0, normalize=normalize, mask_is=mask_is
+    )
+    image = composite(pred.to(dtype), target.to(dtype), mask, mask_is=mask_is)
+    tv = total_variation(
+        image, mask, region=tv_region, penalty=tv_penalty, normalize=tv_normalize, mask_is=mask_is
+    )
+    return hole, valid, tv

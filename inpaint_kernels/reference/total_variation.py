@@ -1,0 +1,51 @@
+"""Total variation in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .composite import dilate, region_map
+from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
+
+
+def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight of the vertical pairs, of the horizontal pairs, region map) for a region other than "image"."""
+    if region == "dilated_hole":
+        hole = dilate(hole)
+    top, left = hole[..., :-1, :], hole[..., :-1]
+    if region == "first_pixel":
+        return top, left, hole
+    return top * hole[..., 1:, :], left * hole[..., 1:], hole
+
+
+def total_variation(
+    image: Tensor, mask: Tensor | None, *, region: str, penalty: str, normalize: str | None, mask_is: str
+) -> Tensor:
+    """Scalar: penalty of the differences of neighbours, summed down and across with the weights of `region`.
+
+    `normalize`: "pairs" = mean over the pairs of each axis, the two means added; "image" = both sums over numel;
+    "mask" = each axis' sum over the summed region map (broadcast over channels), the two added; None = "pairs" for
+    the whole image, else "image".
+    """
+    dtype = accumulate_dtype(image)
+    x = image.to(dtype)
+    if x.numel() == 0:
+        return x.sum()
+    down: Tensor | None = None
+    across: Tensor | None = None
+    summed = torch.full((), x.numel(), dtype=dtype, device=x.device)
+    if region != "image":
+        assert mask is not None
+        down, across, weight = pair_weights(region_map(mask, mask_is, dtype), region)
+        summed = weight.expand(x.shape).sum()
+    vertical = weighted_map(x[..., 1:, :], x[..., :-1, :], down, penalty, 0.0)
+    horizontal = weighted_map(x[..., 1:], x[..., :-1], across, penalty, 0.0)
+    if normalize is None:
+        normalize = "pairs" if region == "image" else "image"
+    if normalize == "mask":
+        return safe_divide(vertical.sum(), summed) + safe_divide(horizontal.sum(), summed)
+    if normalize == "image":
+        return (vertical.sum() + horizontal.sum()) / x.numel()
+    # An image of one row has no vertical pair: 0 / 1, not 0 / 0.
+    return vertical.sum() / max(vertical.numel(), 1) + horizontal.sum() / max(horizontal.numel(), 1)
