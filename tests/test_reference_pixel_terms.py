@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inpaint_kernels.reference.composite import composite, dilate
+from inpaint_kernels.reference.composite import composite
 from inpaint_kernels.reference.inpainting_pixel import inpainting_pixel
-from inpaint_kernels.reference.total_variation import total_variation
+from inpaint_kernels.reference.total_variation import dilate, total_variation
 
 REGIONS = ("image", "hole", "dilated_hole", "first_pixel")
 SIZES = ((2, 3, 5, 7), (1, 1, 1, 1), (1, 2, 1, 4), (2, 1, 6, 1))
@@ -135,6 +135,14 @@ def test_composite_selects_and_mixes(mask_is: str) -> None:
     assert torch.equal(by_pred, (1 - binary).expand_as(pred)) and torch.equal(
         by_target, binary.expand_as(pred)
     )
+
+
+def test_gradient_to_the_mask_of_a_composite() -> None:
+    """Also where one of the two weights is 0."""
+    pred, target, mask = images(masks=3)
+    found = composite(pred, target, mask.requires_grad_(), mask_is="valid")
+    (grad,) = torch.autograd.grad(found.sum(), mask)
+    torch.testing.assert_close(grad, target - pred)
 
 
 def test_composite_takes_the_wider_dtype() -> None:

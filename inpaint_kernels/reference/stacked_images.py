@@ -7,15 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .composite import composite, region_map
+from .composite import composite
+from .hole_valid import region_weights
 from .masked_l1 import accumulate_dtype
+from .partial_conv import masked_input
 
 PARTS = ("raw", "composite", "target", "hole_raw", "hole_target")
-
-
-def only_hole(image: Tensor, hole: Tensor) -> Tensor:
-    """hole * image, 0 where the hole is 0 whatever the image holds there."""
-    return torch.where(hole == 0, torch.zeros((), dtype=image.dtype, device=image.device), image) * hole
 
 
 def stacked_images(
@@ -47,7 +44,8 @@ def stacked_images(
             if part == "composite":
                 image = composite(x, y, mask, mask_is=mask_is)
             else:
-                image = only_hole(x if part == "hole_raw" else y, region_map(mask, mask_is, dtype))
+                hole, _ = region_weights(x, y, mask, mask_is)
+                image = masked_input(x if part == "hole_raw" else y, hole)
         images.append(image)
     stacked = torch.cat(images)
     if swap:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .composite import dilate, region_map
+from .hole_valid import region_weights
 from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
+
+
+def dilate(hole: Tensor) -> Tensor:
+    """Maximum over the 3x3 neighbourhood, which ends at the border of the image: (..., H, W)."""
+    if hole.numel() == 0:
+        return hole
+    planes = hole.reshape(-1, 1, *hole.shape[-2:])
+    return F.max_pool2d(planes, 3, stride=1, padding=1).reshape(hole.shape)
 
 
 def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +46,7 @@ def total_variation(
     summed = torch.full((), x.numel(), dtype=dtype, device=x.device)
     if region != "image":
         assert mask is not None
-        down, across, weight = pair_weights(region_map(mask, mask_is, dtype), region)
+        down, across, weight = pair_weights(region_weights(image, image, mask, mask_is)[0], region)
         summed = weight.expand(x.shape).sum()
     vertical = weighted_map(x[..., 1:, :], x[..., :-1, :], down, penalty, 0.0)
     horizontal = weighted_map(x[..., 1:], x[..., :-1], across, penalty, 0.0)
