@@ -1,9 +1,11 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
 from . import features, nn
+from .ops.composite import composite
 from .ops.feature_distance import feature_distance
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
+from .ops.inpainting_pixel import InpaintingPixel, inpainting_pixel_loss
 from .ops.masked_l1 import (
     masked_charbonnier_loss,
     masked_huber_loss,
@@ -11,17 +13,22 @@ from .ops.masked_l1 import (
     masked_mse_loss,
 )
 from .ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
+from .ops.stacked_images import stacked_images
 from .ops.style import style_loss
+from .ops.total_variation import total_variation_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HoleValid",
+    "InpaintingPixel",
     "PartialConvOutput",
+    "composite",
     "feature_distance",
     "features",
     "gram_matrix",
     "hole_valid_loss",
+    "inpainting_pixel_loss",
     "masked_charbonnier_loss",
     "masked_huber_loss",
     "masked_l1_loss",
@@ -29,5 +36,7 @@ __all__ = [
     "nn",
     "partial_conv2d",
     "partial_conv3d",
+    "stacked_images",
     "style_loss",
+    "total_variation_loss",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,6 +71,15 @@ def check_positive(name: str, value: float) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 1e-18 <= value <= 1e18:
         raise ValueError(f"{name} must lie between 1e-18 and 1e18, got {value!r}")
+    return float(value)
+
+
+def check_number(name: str, value: float) -> float:
+    """A finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 
 

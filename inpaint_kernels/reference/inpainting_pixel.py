@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .composite import composite
 from .hole_valid import hole_valid
-from .masked_l1 import accumulate_dtype
 from .total_variation import total_variation
 
 
@@ -21,13 +19,17 @@ def inpainting_pixel(
     tv_normalize: str | None,
     mask_is: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(hole, valid, tv), unweighted; tv is that of the composite, formed in the accumulation dtype."""
-    dtype = accumulate_dtype(pred, target)
+    """(hole, valid, tv), unweighted; tv is that of the composite."""
     hole, valid = hole_valid(
         pred, target, mask, penalty="l1", param=0.0, normalize=normalize, mask_is=mask_is
     )
-    image = composite(pred.to(dtype), target.to(dtype), mask, mask_is=mask_is)
     tv = total_variation(
-        image, mask, region=tv_region, penalty=tv_penalty, normalize=tv_normalize, mask_is=mask_is
+        pred,
+        mask,
+        target=target,
+        region=tv_region,
+        penalty=tv_penalty,
+        normalize=tv_normalize,
+        mask_is=mask_is,
     )
     return hole, valid, tv

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composite import composite
 from .hole_valid import region_weights
 from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
 
@@ -29,16 +30,27 @@ def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def total_variation(
-    image: Tensor, mask: Tensor | None, *, region: str, penalty: str, normalize: str | None, mask_is: str
+    image: Tensor,
+    mask: Tensor | None,
+    *,
+    target: Tensor | None = None,
+    region: str,
+    penalty: str,
+    normalize: str | None,
+    mask_is: str,
 ) -> Tensor:
     """Scalar: penalty of the differences of neighbours, summed down and across with the weights of `region`.
 
+    With `target`, of the composite of `image` and `target`, formed in the accumulation dtype.
     `normalize`: "pairs" = mean over the pairs of each axis, the two means added; "image" = both sums over numel;
     "mask" = each axis' sum over the summed region map (broadcast over channels), the two added; None = "pairs" for
     the whole image, else "image".
     """
-    dtype = accumulate_dtype(image)
+    dtype = accumulate_dtype(image) if target is None else accumulate_dtype(image, target)
     x = image.to(dtype)
+    if target is not None:
+        assert mask is not None
+        x = composite(x, target.to(dtype), mask, mask_is=mask_is)
     if x.numel() == 0:
         return x.sum()
     down: Tensor | None = None
@@ -46,7 +58,7 @@ def total_variation(
     summed = torch.full((), x.numel(), dtype=dtype, device=x.device)
     if region != "image":
         assert mask is not None
-        down, across, weight = pair_weights(region_weights(image, image, mask, mask_is)[0], region)
+        down, across, weight = pair_weights(region_weights(x, x, mask, mask_is)[0], region)
         summed = weight.expand(x.shape).sum()
     vertical = weighted_map(x[..., 1:, :], x[..., :-1, :], down, penalty, 0.0)
     horizontal = weighted_map(x[..., 1:], x[..., :-1], across, penalty, 0.0)

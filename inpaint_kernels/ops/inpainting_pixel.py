@@ -1,0 +1,254 @@
+"""Hole, valid and total variation of the composite from one pass over the images."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import hole_valid, partial_conv
+from ..reference import inpainting_pixel as reference
+from . import _checks, _pairs, _pixel
+from .hole_valid import hole_valid_loss
+from .masked_l1 import _IMAGE
+from .total_variation import total_variation_loss
+
+
+class InpaintingPixel(NamedTuple):
+    """Terms of `inpainting_pixel_loss`: the weighted total and the raw terms, scalars on the images' device."""
+
+    total: Tensor
+    hole: Tensor
+    valid: Tensor
+    tv: Tensor
+
+
+def _fake(
+    backend: str,
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    hole_weight: float,
+    valid_weight: float,
+    tv_weight: float,
+    normalize: str,
+    tv_region: str,
+    tv_normalize: str,
+    mask_is_hole: bool,
+    save_signs: bool,
+) -> tuple[Tensor, ...]:
+    dtype = _pixel.accumulate(pred, target)
+    terms = [pred.new_empty((), dtype=dtype) for _ in range(4)]
+    return (
+        *terms,
+        pred.new_empty((pred.shape[0], 2), dtype=dtype),
+        pred.new_empty(2, dtype=dtype),
+        _pairs.fake_signs(pred, 6, save_signs, backend, mask),
+    )
+
+
+def _backward_fake(
+    grad_total: Tensor | None,
+    grad_hole: Tensor | None,
+    grad_valid: Tensor | None,
+    grad_tv: Tensor | None,
+    scale: Tensor,
+    tv_scale: Tensor,
+    signs: Tensor,
+    mask: Tensor,
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    hole_weight: float,
+    valid_weight: float,
+    tv_weight: float,
+    tv_region: str,
+    mask_is_hole: bool,
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    return _pixel.fake_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, mask, *weights, _, tv_region, _, mask_is_hole, _ = inputs
+    ctx.options = (*weights, tv_region, mask_is_hole)
+    ctx.image = (pred.shape, _pixel.is_channels_last(pred), pred.dtype, target.dtype)
+    ctx.save_for_backward(*output[4:], mask)
+
+
+def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(grad is None for grad in grads):
+        return None, None
+    scale, tv_scale, signs, mask = ctx.saved_tensors
+    needs = needs[:2]
+    if not torch.is_grad_enabled():
+        found = op(*grads, scale, tv_scale, signs, mask, *ctx.image, *ctx.options, *needs)
+        return found[0] if needs[0] else None, found[1] if needs[1] else None
+    # Every term is constant almost everywhere: its second derivative by pred and target is zero.
+    *weights, tv_region, mask_is_hole = ctx.options
+    size, channels_last, pred_dtype, target_dtype = ctx.image
+    total, *raw = (scale.new_zeros(()) if grad is None else grad for grad in grads)
+    hole_grad, valid_grad, tv_grad = (
+        grad + total * weight for grad, weight in zip(raw, weights, strict=True)
+    )
+    across, down, sign = _pairs.unpack_signs(signs, 6, size, channels_last, scale.dtype)
+    tv = _pairs.sum_gradient(
+        tv_grad * tv_scale[1] * across, tv_grad * tv_scale[0] * down, mask, tv_region, mask_is_hole
+    )
+    hole, valid = hole_valid.region_weights(tv, tv, mask, "hole" if mask_is_hole else "valid")
+    column = scale[:, :, None, None, None]
+    pixel = (hole_grad * column[:, 0] * hole + valid_grad * column[:, 1] * valid) * sign
+    return (
+        (partial_conv.masked_input(tv, hole) + pixel).to(pred_dtype) if needs[0] else None,
+        (partial_conv.masked_input(tv, valid) - pixel).to(target_dtype) if needs[1] else None,
+    )
+
+
+_op = _library.Op(
+    "inpainting_pixel",
+    schema="(Tensor pred, Tensor target, Tensor mask, float hole_weight, float valid_weight, float tv_weight, "
+    "str normalize, str tv_region, str tv_normalize, bool mask_is_hole, bool save_signs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor? grad_total, Tensor? grad_hole, Tensor? grad_valid, Tensor? grad_tv, Tensor scale, "
+    f"Tensor tv_scale, Tensor signs, Tensor mask, {_IMAGE}, float hole_weight, float valid_weight, "
+    "float tv_weight, str tv_region, bool mask_is_hole, bool need_pred, bool need_target) -> (Tensor, Tensor)",
+    outputs=4,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_backward,
+    backends=("cpu",),
+)
+
+
+def inpainting_pixel_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    hole_weight: float = 6.0,
+    valid_weight: float = 1.0,
+    tv_weight: float = 0.1,
+    normalize: str = "image",
+    tv_region: str = "dilated_hole",
+    tv_penalty: str = "l1",
+    tv_normalize: str | None = None,
+    mask_is: str = "valid",
+    backend: str | None = None,
+) -> InpaintingPixel:
+    """The pixel terms of an inpainting objective, from one pass over the images forward and one backward.
+
+    ``total = hole_weight * hole + valid_weight * valid + tv_weight * tv`` with hole and valid as `hole_valid_loss`
+    and tv as ``total_variation_loss(pred, mask, target=target)``, that of the composite, which is never written.
+
+    Args:
+        pred: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides. NCHW and channels_last are
+            read in place, other strides through a copy.
+        target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
+        mask: 1 = known, 0 = hole; shapes and dtypes as `hole_valid_loss`.
+        hole_weight, valid_weight, tv_weight: factors of the terms in the total.
+        normalize: of hole and valid: "image", "mask" or "sample", as `hole_valid_loss`.
+        tv_region: "image", "hole", "dilated_hole" or "first_pixel", as `total_variation_loss`.
+        tv_penalty: "l1", or "l2", for which hole and valid take one pass and total variation another.
+        tv_normalize: "pairs", "image", "mask" or None, as `total_variation_loss`.
+        mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``InpaintingPixel(total, hole, valid, tv)``: scalars, the last three unweighted; float32, float64 if an
+        image is float64.
+
+    Differentiable in `pred` and `target` through every one of the four (subgradient 0 at ties), twice. If `mask`
+    requires a gradient the differentiable reference runs instead of a kernel. 6 bits an element are kept for the
+    gradient, on the CPU 1 more a pixel of the mask.
+
+    Raises:
+        TypeError: an argument is no tensor or has a dtype not listed above.
+        ValueError: shapes or devices disagree, or an option is unknown.
+        RuntimeError: the `backend` asked for cannot run, with the reason.
+
+    Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018: the defaults.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> pred, target = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+        >>> mask = torch.ones(1, 1, 4, 4)
+        >>> mask[..., 0] = 0
+        >>> terms = ik.inpainting_pixel_loss(pred, target, mask)
+        >>> terms.hole, terms.valid, terms.tv
+        (tensor(0.2500), tensor(0.7500), tensor(0.2500))
+        >>> terms.total  # 6 * 0.25 + 0.75 + 0.1 * 0.25
+        tensor(2.2750)
+    """
+    _checks.check_images(pred, target)
+    mask = _checks.check_mask(mask, pred)
+    weights = tuple(
+        _checks.check_number(name, value)
+        for name, value in (
+            ("hole_weight", hole_weight),
+            ("valid_weight", valid_weight),
+            ("tv_weight", tv_weight),
+        )
+    )
+    _checks.check_choice("normalize", normalize, _checks.NORMALIZATIONS)
+    _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
+    tv_norm = _pairs.check_options("tv_", tv_region, tv_penalty, tv_normalize)
+    mask_grad = mask.requires_grad and torch.is_grad_enabled()
+    if mask_grad and backend is None:
+        backend = "reference"
+    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    if chosen == "reference":
+        terms = reference.inpainting_pixel(
+            pred,
+            target,
+            mask,
+            normalize=normalize,
+            tv_region=tv_region,
+            tv_penalty=tv_penalty,
+            tv_normalize=tv_norm,
+            mask_is=mask_is,
+        )
+        return InpaintingPixel(_weighted(weights, terms), *terms)
+    if mask_grad:
+        raise RuntimeError(
+            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
+        )
+    if tv_penalty == "l2":
+        hole, valid = hole_valid_loss(
+            pred, target, mask, normalize=normalize, mask_is=mask_is, backend=chosen
+        )
+        tv = total_variation_loss(
+            pred,
+            mask,
+            target=target,
+            region=tv_region,
+            penalty="l2",
+            normalize=tv_norm,
+            mask_is=mask_is,
+            backend=chosen,
+        )
+        return InpaintingPixel(_weighted(weights, (hole, valid, tv)), hole, valid, tv)
+    grad = _pixel.needs_grad(pred, target)
+    return InpaintingPixel(
+        *_op(
+            chosen,
+            grad,
+            pred,
+            target,
+            mask,
+            *weights,
+            normalize,
+            tv_region,
+            tv_norm,
+            mask_is == "hole",
+            grad,
+        )
+    )
+
+
+def _weighted(weights: tuple[float, ...], terms: tuple[Tensor, ...]) -> Tensor:
+    return weights[0] * terms[0] + weights[1] * terms[1] + weights[2] * terms[2]
