@@ -1,10 +1,10 @@
 """What total_variation and inpainting_pixel share: options, packed signs of neighbouring pixels, gradient formulas.
 
 Signs are bit planes of the rows of an image, (N, C, H, planes, ceil(W / 8)) bytes in NCHW and (N, H, planes,
-ceil(W C / 8)) in channels_last; a buffer has the size of the first in both layouts, unused bytes are 0. Bit i of byte b
-belongs to element 8 b + i of its row. Planes 0 and 1: the difference across, next pixel minus this one, is positive,
-negative; planes 2 and 3: the same downwards; planes 4 and 5 (inpainting_pixel alone): pred - target is. A pair of
-weight 0 has no sign, the last column has none across, the last row none downwards.
+ceil(W C / 8)) in channels_last; a buffer has the size of the first in both layouts, unused bytes are 0. Bit i of
+byte b belongs to element 8 b + i of its row. Planes 0 and 1: the difference across, next pixel minus this one, is
+positive, negative; planes 2 and 3: the same downwards; planes 4 and 5 (inpainting_pixel alone): pred - target is. A
+pair of weight 0 has no sign, the last column has none across, the last row none downwards.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def stacked_images(
         (float64 for float64 images).
 
     Differentiable in `pred` and `target`, any number of times (the operation is linear). If `mask` requires a
-    gradient the differentiable reference runs instead of a kernel. Only `mask` is kept for the gradient. What lies under
-    weight 0 is ignored, even NaN.
+    gradient the differentiable reference runs instead of a kernel. Only `mask` is kept for the gradient. What lies
+    under weight 0 is ignored, even NaN.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above.

@@ -135,9 +135,9 @@ def total_variation_loss(
     """Total variation: the penalty of the differences between neighbouring pixels, down and across.
 
     ``sum_down / D_down + sum_across / D_across`` with ``sum = sum over pairs of w * p(next - this)``. With h = 1 -
-    `mask` (1 in the hole) a pair weighs 1 (``region="image"``), the product of h at its two pixels ("hole"), the product of
-    their values of h dilated by one pixel, a 3x3 maximum ("dilated_hole"), or h at the upper or left one of the two
-    ("first_pixel").
+    `mask` (1 in the hole) a pair weighs 1 (``region="image"``), the product of h at its two pixels ("hole"), the
+    product of their values of h dilated by one pixel, a 3x3 maximum ("dilated_hole"), or h at the upper or left one
+    of the two ("first_pixel").
 
     Args:
         image: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides. NCHW and channels_last are
@@ -165,7 +165,8 @@ def total_variation_loss(
         RuntimeError: the `backend` asked for cannot run, with the reason.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018 (dilated hole of the
-    composite); naoto0804/pytorch-inpainting-with-partial-conv (whole image); mmagic's MaskedTVLoss ("first_pixel" with "mask").
+    composite); naoto0804/pytorch-inpainting-with-partial-conv (whole image); mmagic's MaskedTVLoss
+    ("first_pixel" with "mask").
 
     Example:
         >>> import torch, inpaint_kernels as ik
