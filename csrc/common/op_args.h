@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/gram.h"
+#include "common/pairs.h"
 #include "common/pixel.h"
 #include "common/pixel_shape.h"
 
@@ -34,6 +35,21 @@ static inline Normalize parse_normalize(const std::string& name) {
   if (name == "image") return Normalize::image;
   STD_TORCH_CHECK(name == "sample", "normalize: unknown value '", name, "'");
   return Normalize::sample;
+}
+
+static inline Region parse_region(const std::string& name) {
+  if (name == "image") return Region::image;
+  if (name == "hole") return Region::hole;
+  if (name == "dilated_hole") return Region::dilated_hole;
+  STD_TORCH_CHECK(name == "first_pixel", "region: unknown value '", name, "'");
+  return Region::first_pixel;
+}
+
+static inline PairNormalize parse_pair_normalize(const std::string& name) {
+  if (name == "pairs") return PairNormalize::pairs;
+  if (name == "image") return PairNormalize::image;
+  STD_TORCH_CHECK(name == "mask", "normalize: unknown value '", name, "'");
+  return PairNormalize::mask;
 }
 
 static inline GramNormalize parse_gram_normalize(const std::string& name) {

@@ -23,7 +23,9 @@ static inline const PixelKernels& kernels_for(const PixelCall& call) {
   return call.wide ? generic::pixel_kernels_wide : IK_PICK_ISA(pixel_kernels);
 }
 
-static inline void run_units(const PixelCall& call, PixelKernel kernel) {
+// Call: what `kernel` is called with, PixelCall or PairCall.
+template <typename Call>
+static inline void run_units(const Call& call, void (*kernel)(const Call&, int64_t, int64_t)) {
   const int64_t units = call.units();
   const int64_t elements = call.shape.numel() / (units > 0 ? units : 1);
   const int64_t grain = kGrainElements / (elements > 0 ? elements : 1) + 1;
@@ -235,13 +237,17 @@ static inline void reduce(PixelTensors& t, Normalize normalize, Tensor* losses, 
   call.wide ? write_scale<double>(scales, scale) : write_scale<float>(scales, scale);
 }
 
+static inline std::vector<double> values_of(const Tensor& t) {
+  std::vector<double> out(static_cast<size_t>(t.numel()));
+  generic::convert_to<double>(dtype_code(t.scalar_type()), t.const_data_ptr(), t.numel(), out.data());
+  return out;
+}
+
 // coefficient [N, regions] = grad of the region * scale; a missing gradient counts as 0.
 static inline std::vector<double> coefficients(const Tensor& scale,
                                                const std::vector<std::optional<Tensor>>& grads) {
   const size_t regions = grads.size();
-  std::vector<double> out(static_cast<size_t>(scale.numel()));
-  generic::convert_to<double>(dtype_code(scale.scalar_type()), scale.const_data_ptr(), scale.numel(),
-                              out.data());
+  std::vector<double> out = values_of(scale);
   for (size_t r = 0; r < regions; ++r) {
     const double grad = grads[r].has_value() ? scalar_value(*grads[r]) : 0.0;
     for (size_t n = r; n < out.size(); n += regions) out[n] *= grad;

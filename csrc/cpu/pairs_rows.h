@@ -1,0 +1,195 @@
+// Rows of the images, of the mask and of its region, prepared once for the segments and rows that share them.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/convert.h"
+#include "cpu/pairs.h"
+#include "cpu/pixel_forward.h"
+
+namespace ik {
+namespace IK_ISA {
+
+constexpr int64_t kNoRow = INT64_MIN;
+
+// The last few rows of something, in buffers that may be read `pad` elements beyond either end: 0 is there.
+template <typename T>
+class RowRing {
+ public:
+  static constexpr int64_t slots = 4;
+  RowRing(int64_t width, int64_t pad)
+      : pad_((pad + 15) / 16 * 16),
+        stride_((width + 2 * pad_ + 31) / 16 * 16),
+        memory_((slots + 1) * stride_) {
+    std::memset(memory_.get(), 0, static_cast<size_t>((slots + 1) * stride_) * sizeof(T));
+    reset();
+  }
+  void reset() {
+    for (int64_t& row : rows_) row = kNoRow;
+  }
+  // The buffer of row `y`, and whether it holds that row already.
+  T* slot(int64_t y, bool& ready) {
+    const int64_t at = y & (slots - 1);
+    ready = rows_[at] == y;
+    rows_[at] = y;
+    return memory_.get() + at * stride_ + pad_;
+  }
+  // Beyond the image.
+  const T* zeros() { return memory_.get() + slots * stride_ + pad_; }
+
+ private:
+  int64_t pad_, stride_;
+  int64_t rows_[slots];
+  Scratch<T> memory_;
+};
+
+// dst[repeat * i + c] = src[i], i < n.
+template <typename T>
+static void repeat_each(const T* src, int64_t n, int64_t repeat, T* dst) {
+  if (repeat == 3) return triple(src, n, dst);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < repeat; ++c) *dst++ = src[i];
+  }
+}
+
+// Calls f(i, count) for runs of at most one vector.
+template <typename V, typename F>
+IK_INLINE void for_each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) f(i, V::lanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// The first `count` elements, 0 behind them.
+template <typename V, typename T>
+IK_INLINE V load_part(const T* p, int count) {
+  if (count == V::lanes) return V::load(p);
+  T part[V::lanes] = {};
+  for (int i = 0; i < count; ++i) part[i] = p[i];
+  return V::load(part);
+}
+template <typename V, typename T>
+IK_INLINE void store_part(V x, T* p, int count) {
+  if (count == V::lanes) return x.store(p);
+  T part[V::lanes];
+  x.store(part);
+  for (int i = 0; i < count; ++i) p[i] = part[i];
+}
+
+template <typename T>
+class MaskRows {
+ public:
+  explicit MaskRows(const PairCall& call)
+      : call_(call),
+        mask_(call.mask_width, 0),
+        weights_(call.shape.mask_repeat > 1 ? call.width : 0, 0),
+        region_(call.width, call.step + 16),
+        wide_(call.mask_width + 2 * call.mask_step + 32),
+        dilated_(call.mask_width + 32),
+        ones_(call.width + 2 * call.step + 64) {
+    if (call.region == Region::image || call.region == Region::first_pixel) {
+      // A pair that reaches over the border weighs 0.
+      const int64_t end = call.width + 2 * call.step + 64;
+      for (int64_t i = 0; i < end; ++i) ones_.get()[i] = T(0);
+      for (int64_t i = 0; i < call.width; ++i) ones_.get()[ones_at() + i] = T(1);
+    }
+  }
+
+  void begin(int64_t sample, int64_t segment) {
+    sample_ = sample;
+    segment_ = segment;
+    mask_.reset();
+    weights_.reset();
+    region_.reset();
+  }
+
+  // The mask as given, in elements of its own.
+  const T* mask(int64_t y) {
+    bool ready;
+    T* row = mask_.slot(y, ready);
+    if (ready) return row;
+    if (call_.mask_dtype == Dtype::bits) {
+      const uint8_t* bits = static_cast<const uint8_t*>(call_.mask);
+      unpack_bits(bits + call_.mask_bits_row(sample_, segment_, y), call_.mask_width, row);
+      return row;
+    }
+    const PixelShape& shape = call_.shape;
+    const int64_t at = sample_ * shape.mask_stride_n + segment_ * shape.mask_stride_c + y * call_.mask_width;
+    convert_to(call_.mask_dtype, static_cast<const char*>(call_.mask) + at * dtype_bytes(call_.mask_dtype),
+               call_.mask_width, row);
+    return row;
+  }
+
+  // The mask of every element of an image's row.
+  const T* weights(int64_t y) {
+    if (call_.shape.mask_repeat == 1) return mask(y);
+    bool ready;
+    T* row = weights_.slot(y, ready);
+    if (!ready) repeat_each(mask(y), call_.mask_width, call_.shape.mask_repeat, row);
+    return row;
+  }
+
+  // Weight of a pair = first(y)[i] * second(next row or pixel); both 0 beyond the image.
+  const T* first(int64_t y) {
+    if (y < 0 || y >= call_.rows) return region_.zeros();
+    return call_.region == Region::image ? ones_.get() + ones_at() : region(y);
+  }
+  const T* second(int64_t y) {
+    if (y < 0 || y >= call_.rows) return region_.zeros();
+    return call_.region == Region::image || call_.region == Region::first_pixel ? ones_.get() + ones_at()
+                                                                                : region(y);
+  }
+
+  const T* region(int64_t y) {
+    bool ready;
+    T* row = region_.slot(y, ready);
+    if (ready) return row;
+    const int64_t repeat = call_.shape.mask_repeat;
+    T* values = repeat == 1 ? row : dilated_.get();
+    call_.region == Region::dilated_hole ? dilate(y, values) : hole(mask(y), values);
+    if (repeat > 1) repeat_each(values, call_.mask_width, repeat, row);
+    return row;
+  }
+
+ private:
+  using V = Vec<T>;
+
+  int64_t ones_at() const { return call_.step + 16; }
+
+  void hole(const T* mask, T* out) {
+    const V one(T(1));
+    for_each_vector<V>(call_.mask_width, [&](int64_t i, int count) {
+      const V m = load_part<V>(mask + i, count);
+      store_part(call_.mask_is_hole ? m : one - m, out + i, count);
+    });
+  }
+
+  // Maximum of the hole over the 3x3 neighbourhood, as far as it lies within the image.
+  void dilate(int64_t y, T* out) {
+    const T* here = mask(y);
+    const T* above = y > 0 ? mask(y - 1) : here;
+    const T* below = y + 1 < call_.rows ? mask(y + 1) : here;
+    const V one(T(1));
+    T* middle = wide_.get() + call_.mask_step;
+    for (int64_t i = 1; i <= call_.mask_step; ++i) middle[-i] = middle[call_.mask_width + i - 1] = -INFINITY;
+    for_each_vector<V>(call_.mask_width, [&](int64_t i, int count) {
+      V a = load_part<V>(above + i, count), b = load_part<V>(here + i, count),
+        c = load_part<V>(below + i, count);
+      if (!call_.mask_is_hole) a = one - a, b = one - b, c = one - c;
+      store_part(max_(max_(a, b), c), middle + i, count);
+    });
+    for_each_vector<V>(call_.mask_width, [&](int64_t i, int count) {
+      const V left = load_part<V>(middle + i - call_.mask_step, count);
+      const V right = load_part<V>(middle + i + call_.mask_step, count);
+      store_part(max_(max_(left, load_part<V>(middle + i, count)), right), out + i, count);
+    });
+  }
+
+  const PairCall& call_;
+  int64_t sample_ = 0, segment_ = 0;
+  RowRing<T> mask_, weights_, region_;
+  Scratch<T> wide_, dilated_, ones_;
+};
+
+}  // namespace IK_ISA
+}  // namespace ik
