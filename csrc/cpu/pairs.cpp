@@ -27,8 +27,13 @@ struct Unit {
   int64_t segments() const { return segment_end - segment_begin; }
 };
 
+template <int LANES>
 IK_INLINE void store_bits(uint32_t bits, uint8_t* plane, int64_t i, int count) {
-  for (int g = 0; 8 * g < count; ++g) plane[i / 8 + g] = static_cast<uint8_t>(bits >> (8 * g));
+  if (count == LANES) {
+    std::memcpy(plane + i / 8, &bits, LANES / 8);
+  } else {
+    for (int g = 0; 8 * g < count; ++g) plane[i / 8 + g] = static_cast<uint8_t>(bits >> (8 * g));
+  }
 }
 template <int LANES>
 IK_INLINE uint32_t load_bits(const uint8_t* plane, int64_t i, int count) {
@@ -114,8 +119,8 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
       hole_acc = hole_acc + select_zero_(hole, hole * value);
       valid_acc = valid_acc + select_zero_(valid, valid * value);
       if (positive != nullptr) {
-        store_bits(d.positive_bits(), positive, i, count);
-        store_bits(d.negative_bits(), negative, i, count);
+        store_bits<V::lanes>(d.positive_bits(), positive, i, count);
+        store_bits<V::lanes>(d.negative_bits(), negative, i, count);
       }
     }
   });
@@ -125,43 +130,86 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
   }
 }
 
-// Sum over pairs of weight * penalty(next - here), and their signs.
-template <Penalty P, bool WEIGHTED, bool SIGNS, typename T>
-double pair_row(const T* here, const T* next, const T* first, const T* second, int64_t n, uint8_t* positive,
-                uint8_t* negative) {
+// A row of the image, and the one above it, with their pair weights and sign planes.
+template <typename T>
+struct PairRun {
+  const T* image;
+  const T* above;        // null: no pairs between the two
+  const T* first;        // of this row
+  const T* first_above;  // of the row above
+  const T* second;       // of this row
+  int64_t n, step;
+  bool has_across;        // pairs within this row
+  uint8_t* across_signs;  // planes 0 and 1 of this row; null: none
+  uint8_t* down_signs;    // planes 2 and 3 of the row above
+  int64_t groups;
+};
+
+template <Penalty P, bool WEIGHTED, bool SIGNS, typename V, typename T>
+IK_INLINE V pair_value(const T* here, const T* next, const T* first, const T* second, int64_t i, int count,
+                       uint8_t* signs, int64_t groups) {
+  V d = load_part<V>(next + i, count) - load_part<V>(here + i, count);
+  V value;
+  if constexpr (WEIGHTED) {
+    const V weight = load_part<V>(first + i, count) * load_part<V>(second + i, count);
+    d = select_zero_(weight, d);
+    value = penalty_value<P>(d, d) * weight;
+  } else {
+    value = penalty_value<P>(d, d);
+  }
+  if constexpr (SIGNS) {
+    store_bits<V::lanes>(d.positive_bits(), signs, i, count);
+    store_bits<V::lanes>(d.negative_bits(), signs + groups, i, count);
+  }
+  return value;
+}
+
+// Adds up weight * penalty(next - here) over the pairs of a run, and packs their signs.
+template <Penalty P, bool WEIGHTED, bool SIGNS, bool ACROSS, bool DOWN, typename T>
+void pair_run(const PairRun<T>& run, PairSums& sums) {
   using V = Vec<T>;
-  V sum(T(0));
-  for_each_vector<V>(n, [&](int64_t i, int count) {
-    V d = load_part<V>(next + i, count) - load_part<V>(here + i, count);
-    if constexpr (WEIGHTED) {
-      const V weight = load_part<V>(first + i, count) * load_part<V>(second + i, count);
-      d = select_zero_(weight, d);
-      sum = sum + penalty_value<P>(d, d) * weight;
-    } else {
-      sum = sum + penalty_value<P>(d, d);
+  constexpr int lanes = V::lanes;
+  V across(T(0)), down(T(0));
+  const auto add = [&](int64_t i, int count, int across_count) __attribute__((always_inline)) {
+    if (ACROSS && across_count > 0) {
+      across = across + pair_value<P, WEIGHTED, SIGNS, V>(run.image, run.image + run.step, run.first,
+                                                          WEIGHTED ? run.second + run.step : nullptr, i,
+                                                          across_count, run.across_signs, run.groups);
     }
-    if constexpr (SIGNS) {
-      store_bits(d.positive_bits(), positive, i, count);
-      store_bits(d.negative_bits(), negative, i, count);
+    if constexpr (DOWN) {
+      down = down + pair_value<P, WEIGHTED, SIGNS, V>(run.above, run.image, run.first_above, run.second, i,
+                                                      count, run.down_signs, run.groups);
     }
-  });
-  return sum.sum();
+  };
+  int64_t i = 0;
+  for (; i + lanes + run.step <= run.n; i += lanes) add(i, lanes, lanes);
+  for (; i < run.n; i += lanes) {
+    add(i, static_cast<int>(least(lanes, run.n - i)), static_cast<int>(least(lanes, run.n - run.step - i)));
+  }
+  if (ACROSS) sums.across += across.sum();
+  if (DOWN) sums.down += down.sum();
+}
+
+template <Penalty P, bool WEIGHTED, bool SIGNS, typename T>
+void pair_run_of(const PairRun<T>& run, PairSums& sums) {
+  if (run.has_across && run.above) return pair_run<P, WEIGHTED, SIGNS, true, true>(run, sums);
+  if (run.has_across) return pair_run<P, WEIGHTED, SIGNS, true, false>(run, sums);
+  if (run.above) pair_run<P, WEIGHTED, SIGNS, false, true>(run, sums);
 }
 
 template <typename T>
-double pair_row_of(const PairCall& call, const T* here, const T* next, const T* first, const T* second,
-                   int64_t n, uint8_t* positive, uint8_t* negative) {
+void add_pairs(const PairCall& call, const PairRun<T>& run, PairSums& sums) {
   const bool weighted = call.region != Region::image;
   if (call.penalty == Penalty::l2) {
-    return weighted ? pair_row<Penalty::l2, true, false>(here, next, first, second, n, positive, negative)
-                    : pair_row<Penalty::l2, false, false>(here, next, first, second, n, positive, negative);
+    return weighted ? pair_run_of<Penalty::l2, true, false>(run, sums)
+                    : pair_run_of<Penalty::l2, false, false>(run, sums);
   }
-  if (positive == nullptr) {
-    return weighted ? pair_row<Penalty::l1, true, false>(here, next, first, second, n, positive, negative)
-                    : pair_row<Penalty::l1, false, false>(here, next, first, second, n, positive, negative);
+  if (call.signs == nullptr) {
+    return weighted ? pair_run_of<Penalty::l1, true, false>(run, sums)
+                    : pair_run_of<Penalty::l1, false, false>(run, sums);
   }
-  return weighted ? pair_row<Penalty::l1, true, true>(here, next, first, second, n, positive, negative)
-                  : pair_row<Penalty::l1, false, true>(here, next, first, second, n, positive, negative);
+  weighted ? pair_run_of<Penalty::l1, true, true>(run, sums)
+           : pair_run_of<Penalty::l1, false, true>(run, sums);
 }
 
 // A row of the image whose total variation is wanted, without its losses.
@@ -212,12 +260,13 @@ void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
     const Unit unit(call, index);
     rows.begin(unit);
     PairSums sums;
-    const T* above[PairCall::unit_segments] = {};
     const int64_t last = least(unit.row_end + 1, call.rows);
-    for (int64_t y = unit.row_begin; y < last; ++y) {
-      const bool own = y < unit.row_end;
-      for (int64_t s = 0; s < unit.segments(); ++s) {
-        const int64_t segment = unit.segment_begin + s;
+    // Segment by segment: their rows lie a power of two apart, and fall on the same lines of the cache.
+    for (int64_t s = 0; s < unit.segments(); ++s) {
+      const int64_t segment = unit.segment_begin + s;
+      const T* above = nullptr;
+      for (int64_t y = unit.row_begin; y < last; ++y) {
+        const bool own = y < unit.row_end;
         MaskRows<T>& mask = rows.mask(s);
         if (own && call.mask != nullptr && (s == 0 || call.shape.mask_stride_c != 0)) {
           const double shares = call.shape.mask_stride_c != 0 ? 1.0 : static_cast<double>(unit.segments());
@@ -242,20 +291,24 @@ void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
         } else {
           image = image_row(call, rows, s, y);
         }
-        const T* first = call.region == Region::image ? nullptr : mask.first(y);
-        const T* second = call.region == Region::image ? nullptr : mask.second(y);
-        if (own && n > call.step) {
-          sums.across +=
-              pair_row_of(call, image, image + call.step, first, second ? second + call.step : nullptr,
-                          n - call.step, signs, signs ? signs + groups : nullptr);
+        PairRun<T> run{};
+        run.image = image;
+        run.above = above;
+        if (call.region != Region::image) {
+          run.first = mask.first(y);
+          run.second = mask.second(y);
+          if (above != nullptr) run.first_above = mask.first(y - 1);
         }
-        if (y > unit.row_begin) {
-          uint8_t* upper = call.signs ? call.sign_row(unit.sample, segment, y - 1) : nullptr;
-          sums.down +=
-              pair_row_of(call, above[s], image, first ? mask.first(y - 1) : nullptr, second, n,
-                          upper ? upper + 2 * groups : nullptr, upper ? upper + 3 * groups : nullptr);
+        run.n = n;
+        run.step = call.step;
+        run.has_across = own;
+        run.across_signs = signs;
+        if (above != nullptr && call.signs != nullptr) {
+          run.down_signs = call.sign_row(unit.sample, segment, y - 1) + 2 * groups;
         }
-        above[s] = image;
+        run.groups = groups;
+        add_pairs(call, run, sums);
+        above = image;
       }
     }
     call.sums[index] = sums;
@@ -410,9 +463,9 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
     const Unit unit(call, index);
     rows.begin(unit);
     const PairCoefficients& c = call.coefficients[unit.sample];
-    for (int64_t y = unit.row_begin; y < unit.row_end; ++y) {
-      for (int64_t s = 0; s < unit.segments(); ++s) {
-        const int64_t segment = unit.segment_begin + s;
+    for (int64_t s = 0; s < unit.segments(); ++s) {
+      const int64_t segment = unit.segment_begin + s;
+      for (int64_t y = unit.row_begin; y < unit.row_end; ++y) {
         const int64_t offset = rows.offset(s, y);
         MaskRows<T>& mask = rows.mask(s);
         PairRows<T> pairs{};

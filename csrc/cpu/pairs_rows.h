@@ -16,31 +16,33 @@ constexpr int64_t kNoRow = INT64_MIN;
 template <typename T>
 class RowRing {
  public:
-  static constexpr int64_t slots = 4;
-  RowRing(int64_t width, int64_t pad)
-      : pad_((pad + 15) / 16 * 16),
-        stride_((width + 2 * pad_ + 31) / 16 * 16),
-        memory_((slots + 1) * stride_) {
-    std::memset(memory_.get(), 0, static_cast<size_t>((slots + 1) * stride_) * sizeof(T));
+  // At least `rows` rows, and 4, are there at a time.
+  RowRing(int64_t width, int64_t pad, int64_t rows = 4)
+      : pad_((pad + 15) / 16 * 16), stride_((width + 2 * pad_ + 31) / 16 * 16) {
+    while (slots_ < rows) slots_ *= 2;
+    rows_.resize(slots_);
+    memory_.resize((slots_ + 1) * stride_);
+    std::memset(memory_.get(), 0, static_cast<size_t>((slots_ + 1) * stride_) * sizeof(T));
     reset();
   }
   void reset() {
-    for (int64_t& row : rows_) row = kNoRow;
+    for (int64_t i = 0; i < slots_; ++i) rows_.get()[i] = kNoRow;
   }
   // The buffer of row `y`, and whether it holds that row already.
   T* slot(int64_t y, bool& ready) {
-    const int64_t at = y & (slots - 1);
-    ready = rows_[at] == y;
-    rows_[at] = y;
+    const int64_t at = y & (slots_ - 1);
+    ready = rows_.get()[at] == y;
+    rows_.get()[at] = y;
     return memory_.get() + at * stride_ + pad_;
   }
   // Beyond the image.
-  const T* zeros() { return memory_.get() + slots * stride_ + pad_; }
+  const T* zeros() { return memory_.get() + slots_ * stride_ + pad_; }
 
  private:
   int64_t pad_, stride_;
-  int64_t rows_[slots];
-  Scratch<T> memory_;
+  int64_t slots_ = 4;
+  Scratch<int64_t> rows_{0};
+  Scratch<T> memory_{0};
 };
 
 // dst[repeat * i + c] = src[i], i < n.
@@ -64,6 +66,9 @@ IK_INLINE void for_each_vector(int64_t n, F&& f) {
 template <typename V, typename T>
 IK_INLINE V load_part(const T* p, int count) {
   if (count == V::lanes) return V::load(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if constexpr (sizeof(T) == 4) return load_first(p, count);
+#endif
   T part[V::lanes] = {};
   for (int i = 0; i < count; ++i) part[i] = p[i];
   return V::load(part);
@@ -71,6 +76,9 @@ IK_INLINE V load_part(const T* p, int count) {
 template <typename V, typename T>
 IK_INLINE void store_part(V x, T* p, int count) {
   if (count == V::lanes) return x.store(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if constexpr (sizeof(T) == 4) return store_first(x, p, count);
+#endif
   T part[V::lanes];
   x.store(part);
   for (int i = 0; i < count; ++i) p[i] = part[i];
@@ -81,9 +89,9 @@ class MaskRows {
  public:
   explicit MaskRows(const PairCall& call)
       : call_(call),
-        mask_(call.mask_width, 0),
+        mask_(call.mask_width, 0, kept(call)),
         weights_(call.shape.mask_repeat > 1 ? call.width : 0, 0),
-        region_(call.width, call.step + 16),
+        region_(call.width, call.step + 16, kept(call)),
         wide_(call.mask_width + 2 * call.mask_step + 32),
         dilated_(call.mask_width + 32),
         ones_(call.width + 2 * call.step + 64) {
@@ -105,6 +113,9 @@ class MaskRows {
 
   // The mask as given, in elements of its own.
   const T* mask(int64_t y) {
+    const PixelShape& shape = call_.shape;
+    const int64_t at = sample_ * shape.mask_stride_n + segment_ * shape.mask_stride_c + y * call_.mask_width;
+    if (call_.mask_dtype == kNative<T>) return static_cast<const T*>(call_.mask) + at;
     bool ready;
     T* row = mask_.slot(y, ready);
     if (ready) return row;
@@ -113,8 +124,6 @@ class MaskRows {
       unpack_bits(bits + call_.mask_bits_row(sample_, segment_, y), call_.mask_width, row);
       return row;
     }
-    const PixelShape& shape = call_.shape;
-    const int64_t at = sample_ * shape.mask_stride_n + segment_ * shape.mask_stride_c + y * call_.mask_width;
     convert_to(call_.mask_dtype, static_cast<const char*>(call_.mask) + at * dtype_bytes(call_.mask_dtype),
                call_.mask_width, row);
     return row;
@@ -154,6 +163,10 @@ class MaskRows {
  private:
   using V = Vec<T>;
 
+  // The rows of a unit and those around them, if several segments want them.
+  static int64_t kept(const PairCall& call) {
+    return call.shape.mask_stride_c == 0 && call.shape.segments > 1 ? call.unit_rows() + 4 : 4;
+  }
   int64_t ones_at() const { return call_.step + 16; }
 
   void hole(const T* mask, T* out) {
@@ -173,6 +186,7 @@ class MaskRows {
     T* middle = wide_.get() + call_.mask_step;
     for (int64_t i = 1; i <= call_.mask_step; ++i) middle[-i] = middle[call_.mask_width + i - 1] = -INFINITY;
     for_each_vector<V>(call_.mask_width, [&](int64_t i, int count) {
+      prefetch(below + i);
       V a = load_part<V>(above + i, count), b = load_part<V>(here + i, count),
         c = load_part<V>(below + i, count);
       if (!call_.mask_is_hole) a = one - a, b = one - b, c = one - c;

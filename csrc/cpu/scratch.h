@@ -25,12 +25,14 @@ IK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(nullptr) {
-    if (size > 0 && posix_memalign(&data_, 64, static_cast<size_t>(size) * sizeof(T)) != 0) std::abort();
-  }
+  explicit Scratch(int64_t size) : data_(nullptr) { resize(size); }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+  // Only of one that is empty.
+  void resize(int64_t size) {
+    if (size > 0 && posix_memalign(&data_, 64, static_cast<size_t>(size) * sizeof(T)) != 0) std::abort();
+  }
   T* get() { return static_cast<T*>(data_); }
 
  private:
