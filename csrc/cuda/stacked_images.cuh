@@ -98,16 +98,24 @@ IK_DEVICE void load_constants(const StackedArgs& args, Affine (&constants)[kMost
   __syncthreads();
 }
 
-// The constants of vector v of a stretch of the stacked batch.
+// Whether the constants change from element to element, not from segment to segment.
+IK_DEVICE bool by_element(const StackedArgs& args) { return args.channels > 1 && args.constants > 1; }
+
+// Those of a stretch of the stacked batch, unless they change by element.
+IK_DEVICE Affine segment_constants(const StackedArgs& args, const Affine (&constants)[kMostConstants],
+                                   const Stretch& s) {
+  return constants[args.channels == 1 && args.constants > 1 ? s.channel : 0];
+}
+
+// Those of vector v of a stretch, if they do.
 template <int E>
-IK_DEVICE void get_constants(const StackedArgs& args, const Affine (&constants)[kMostConstants],
-                             const Stretch& s, int v, Affine (&found)[E]) {
-  const bool by_element = args.channels > 1 && args.constants > 1;
-  int i = by_element ? place_in_pixel(args, s.start + v * s.step) : args.constants > 1 ? s.channel : 0;
+IK_DEVICE void element_constants(const StackedArgs& args, const Affine (&constants)[kMostConstants],
+                                 const Stretch& s, int v, Affine (&found)[E]) {
+  int place = place_in_pixel(args, s.start + v * s.step);
 #pragma unroll
   for (int k = 0; k < E; ++k) {
-    found[k] = constants[i];
-    if (by_element && ++i == args.channels) i = 0;
+    found[k] = constants[place];
+    if (++place == args.channels) place = 0;
   }
 }
 
@@ -153,8 +161,16 @@ struct Nothing {};
 template <typename... Types>
 constexpr int kStackedElements = ((sizeof(Types) == 4) || ...) ? 4 : 8;
 
+// Blocks per multiprocessor: caps of 96, 128 and 168 registers, what every architecture needs not to spill.
 template <typename P, typename T>
-__global__ void __launch_bounds__(kThreads, 5) stacked_forward(const StackedArgs args) {
+constexpr int kForwardBlocks = kStackedElements<P, T, Wider<P, T>> == 8 ? 4 : 5;
+template <typename S, typename P, typename T>
+constexpr int kBackwardBlocks = std::is_same_v<T, Nothing>       ? 5
+                                : kStackedElements<S, P, T> == 8 ? 3
+                                                                 : 4;
+
+template <typename P, typename T>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<P, T>) stacked_forward(const StackedArgs args) {
   using S = Wider<P, T>;
   constexpr int E = kStackedElements<P, T, S>;
   const Tiling& tiling = args.tiling;
@@ -189,8 +205,11 @@ __global__ void __launch_bounds__(kThreads, 5) stacked_forward(const StackedArgs
         get_mask(args, weights, u, v, mask);
 #pragma unroll 1
         for (int copy = 0; copy < args.copies; ++copy) {
+          const Affine shared = segment_constants(args, constants, stacked_stretch(args, s, 0, copy));
           Affine affine[E];
-          get_constants(args, constants, stacked_stretch(args, s, 0, copy), v, affine);
+#pragma unroll
+          for (int k = 0; k < E; ++k) affine[k] = shared;
+          if (by_element(args)) element_constants(args, constants, s, v, affine);
 #pragma unroll 1
           for (int part = 0; part < args.parts; ++part) {
             float out[E] = {};
@@ -210,7 +229,8 @@ __global__ void __launch_bounds__(kThreads, 5) stacked_forward(const StackedArgs
 
 // S: the stacked batch; P, T: the gradients wanted, T Nothing if there is only one.
 template <typename S, typename P, typename T>
-__global__ void __launch_bounds__(kThreads, 4) stacked_backward(const StackedArgs args) {
+__global__ void __launch_bounds__(kThreads, (kBackwardBlocks<S, P, T>))
+    stacked_backward(const StackedArgs args) {
   constexpr bool kBoth = !std::is_same_v<T, Nothing>;
   constexpr int E = kStackedElements<S, P, T>;
   const Tiling& tiling = args.tiling;
@@ -236,16 +256,17 @@ __global__ void __launch_bounds__(kThreads, 4) stacked_backward(const StackedArg
       for (int u = 0; u < kUnroll; ++u) {
         const Stretch s = place.stretch<E>(tiling, round, u);
         if (s.left <= 0) continue;
+        const Stretch stacked = stacked_stretch(args, s, 0, i % args.copies);
+        // A scale of every element waits for the sum: no part changes it.
+        const float scale = by_element(args) ? 1.0f : segment_constants(args, constants, stacked).scale;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           float grad[E];
           float mask[E];
-          Affine affine[E];
           unpack(packs[u][v], grad);
           get_mask(args, weights, u, v, mask);
-          get_constants(args, constants, stacked_stretch(args, s, 0, i % args.copies), v, affine);
 #pragma unroll
-          for (int k = 0; k < E; ++k) grad[k] *= affine[k].scale;
+          for (int k = 0; k < E; ++k) grad[k] *= scale;
           add_share(part.share[0], grad, mask, sum[0][u][v]);
           if constexpr (kBoth) add_share(part.share[1], grad, mask, sum[1][u][v]);
         }
@@ -257,6 +278,15 @@ __global__ void __launch_bounds__(kThreads, 4) stacked_backward(const StackedArg
       if (s.left <= 0) continue;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
+        if (by_element(args)) {
+          Affine affine[E];
+          element_constants(args, constants, s, v, affine);
+#pragma unroll
+          for (int k = 0; k < E; ++k) {
+            sum[0][u][v][k] *= affine[k].scale;
+            if constexpr (kBoth) sum[1][u][v][k] *= affine[k].scale;
+          }
+        }
         const int64_t offset = s.segment * tiling.length + s.start + v * s.step;
         const int valid = s.valid<E>(v);
         store_values(static_cast<P*>(args.gradient[0]) + offset, sum[0][u][v], valid, args.aligned);
