@@ -49,7 +49,7 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(kept, link)
         ctx.dtype = pred.dtype
         ctx.set_materialize_grads(False)
-        return _weighted_sum(values, weights), link
+        return weighted_sum(values, weights), link
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
@@ -62,7 +62,7 @@ class _Kept(torch.autograd.Function):
         return (kept * grad).to(ctx.dtype), *nothing
 
 
-def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight
@@ -135,7 +135,7 @@ def _chunk_of(
         values = [term(leaves, goal) for term in terms]
         if share != 1:
             values = [value * share for value in values]
-        total = _weighted_sum(values, weights)
+        total = weighted_sum(values, weights)
     gradient = None
     if wanted:
         half = rows.numel() > 0 and _computes_in_float16(trunk, features)
@@ -173,9 +173,16 @@ def _streamed(
                 kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
                 kept.unflatten(0, (copies, samples))[:, begin:end] = part.unflatten(0, (copies, end - begin))
     if not wanted:
-        return (_weighted_sum(values, weights), *values)
+        return (weighted_sum(values, weights), *values)
     total, _ = _Kept.apply(pred, kept, weights, *values)
     return (total, *values)
+
+
+def check_chunk(chunk: int | None) -> int | None:
+    """None, or how many samples are streamed at a time."""
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"chunk must be None or a positive number of samples, got {chunk!r}")
+    return chunk
 
 
 def check_images(pred: Tensor, target: Tensor) -> None:
@@ -211,7 +218,7 @@ def weighted_terms(
     images, goal = inputs(pred, 0, samples)
     features = trunk(images)
     found = [term(features, goal) for term in terms]
-    return (_weighted_sum(found, weights), *found)
+    return (weighted_sum(found, weights), *found)
 
 
 def trunk_terms(
