@@ -218,8 +218,8 @@ class PartialConvObjective(Objective):
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
         s = self.settings
-        composite = (self.trunk is not None and "composite" in s.predictions) or s.tv_image == "composite"
-        if composite or s.tv_region != "image":
+        composite = self.trunk is not None and "composite" in s.predictions
+        if composite or (s.tv_weight and (s.tv_image == "composite" or s.tv_region != "image")):
             raise ValueError("mask is missing: these settings compare composites or regions, which need it")
         return None
 
