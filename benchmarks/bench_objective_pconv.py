@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bench_inpainting_pixel import HOLE_WEIGHT, TV_WEIGHT, VALID_WEIGHT, dilate, total_variation
-from .bench_perceptual import PERCEPTUAL_WEIGHT, STYLE_WEIGHT, _features, _gram, _trunk
+from .bench_perceptual import PERCEPTUAL_WEIGHT, STYLE_WEIGHT, features_of, gram, trunk_of
 from .harness import Benchmark, Bytes, Case, Formula, Terms, image_inputs
 
 # Images, and which of prediction, composite and truth they are, to feature maps.
@@ -34,14 +34,14 @@ def published(trunk: Trunk, pred: Tensor, target: Tensor, mask: Tensor) -> Tenso
     for prediction in maps[:2]:
         for x, y in zip(prediction, maps[2], strict=True):
             perceptual = perceptual + F.l1_loss(x, y)
-            style = style + F.l1_loss(_gram(x), _gram(y))
+            style = style + F.l1_loss(gram(x), gram(y))
     pixel = HOLE_WEIGHT * hole + VALID_WEIGHT * valid + TV_WEIGHT * tv
     return pixel + PERCEPTUAL_WEIGHT * perceptual + STYLE_WEIGHT * style
 
 
 def eager(case: Case) -> Formula:
     def formula(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        return (published(lambda images, _: _features(images), pred, target, mask),)
+        return (published(lambda images, _: features_of(images), pred, target, mask),)
 
     return formula
 
@@ -53,7 +53,7 @@ def fused(case: Case, variant: str) -> Formula:
 
     @functools.cache
     def objective(device: torch.device, dtype: torch.dtype) -> ik.objectives.PartialConvObjective:
-        trunk = _trunk(device, dtype, preprocess="none")
+        trunk = trunk_of(device, dtype, preprocess="none", channels_last=None)
         return ik.objectives.PartialConvObjective("paper", trunk=trunk, chunk=chunk)
 
     def formula(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
