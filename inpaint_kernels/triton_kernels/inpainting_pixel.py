@@ -1,4 +1,4 @@
-"""Hole, valid and total variation of the composite in Triton: launchers of the kernels in `pairs.py`."""
+"""Hole, valid and total variation of the composite in Triton: launchers of the kernels in `pairs_*.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pairs, pixel, plan
+from . import pairs_backward, pairs_forward, pixel, plan
 
 
 def forward(
@@ -30,10 +30,10 @@ def forward(
     scale = make((n, 2), dtype=torch.float32, device=pred.device)
     tv_scale = make(2, dtype=torch.float32, device=pred.device)
     channels_last = plan.is_channels_last(pred)
-    signs = pairs.empty_signs(pred, 6, channels_last) if save_signs else None
+    signs = pairs_forward.empty_signs(pred, 6, channels_last) if save_signs else None
     if pred.numel():
         with plan.on_device(pred):
-            sums = pairs.launch_forward(
+            sums = pairs_forward.launch_forward(
                 pred,
                 target,
                 mask,
@@ -49,7 +49,9 @@ def forward(
             # It reads the first sums alone.
             pixel.launch_finalise(sums, hole, valid, scale, n, sums.shape[1] // n, pred.numel(), normalize)
             weights = hole_weight, valid_weight, tv_weight
-            pairs.launch_finalise(sums, tv, tv_scale, (total, hole, valid), weights, size, tv_normalize)
+            pairs_forward.launch_finalise(
+                sums, tv, tv_scale, (total, hole, valid), weights, size, tv_normalize
+            )
     return total, hole, valid, tv, scale, tv_scale, plan.no_signs(pred) if signs is None else signs
 
 
@@ -75,7 +77,7 @@ def backward(
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/inpainting_pixel.py`."""
-    return pairs.launch_backward(
+    return pairs_backward.launch_backward(
         (grad_total, grad_hole, grad_valid, grad_tv),
         scale,
         tv_scale,

@@ -1,10 +1,15 @@
-"""Tiles of the Triton kernels over neighbouring pixels: what a program owns, where it lies, its mask and its signs.
+"""Tiles of the Triton kernels over neighbouring pixels: what a program owns, where it lies, its region and its signs.
 
 Memory is seen as samples of `channels` segments of `height` rows of `width` elements, the next pixel STEP elements
 away: planes in NCHW (STEP 1), whole samples in channels_last (STEP C). A strip is STEPS rows of a segment; a program
-owns BLOCK_G groups of 8 elements of BLOCK_S strips of one sample and walks down their rows. A row is a [ROWS, WIDTH]
-tile as in `pixel.py`; what was found in it is kept for the next one. Read twice, from the cache, are the rows around a
-strip and the neighbours within a row. The channels of the same rows are neighbouring strips: they share a mask.
+owns BLOCK_G groups of 8 elements of BLOCK_S strips of one sample and walks down their rows, each a [ROWS, WIDTH] tile
+as in `pixel.py`. What it found in a row it keeps in registers for the next one. The channels of the same rows are
+neighbouring strips: they share a mask.
+
+Three places go together: (before, here, after), the pixels beside those of the tile. Where neighbouring pixels are
+neighbouring elements, most of them lie in the same registers, one element further: then `before` and `after` are
+[ROWS, 1], the elements beyond both ends of a row, and `behind` and `ahead` move the tile by one element. Else they
+are tiles of their own. Either way they come from the cache: their lines were read for the tile.
 """
 
 from __future__ import annotations
@@ -21,12 +26,10 @@ from .plan import Mask
 
 # (elements of the call, groups of 8 in a tile, rows of a strip). Reasoned, not tuned: no GPU has measured them yet.
 STRIPS = ((1 << 18, 16, 2), (1 << 22, 32, 4), (1 << 63, 64, 8))
-# Places in the tuple of `mask_row`: weights, then what the region is made of.
-LEFT, HERE, RIGHT, REACH = (tl.constexpr(i) for i in range(4))
 
 
 class StripPlan(NamedTuple):
-    """Work split of one call; the kernels take the sizes as one tuple, then the fields in capitals."""
+    """Work split of one call; the kernels take the sizes as one tuple, the next seven fields in this order."""
 
     sizes: tuple[int, ...]  # height, width, groups, channels, blocks, tiles
     STEP: int
@@ -36,21 +39,19 @@ class StripPlan(NamedTuple):
     BLOCK_G: int
     STEPS: int
     WIDTH: int
-    samples: int
     programs: int
     warps: int
 
 
-def make_plan(size: Any, channels_last: bool, mask: Mask, wide: bool) -> StripPlan:
-    """Work split of a call on images of `size`; `wide`: rows of 4 elements, for float32."""
-    n, c, h, w = size
-    return _plan(n, c, h, w, channels_last, mask.kind == "interleaved", wide)
+def make_plan(size: Any, channels_last: bool, mask: Mask, row: int) -> StripPlan:
+    """Work split of a call on images of `size`, in rows of `row` elements a thread."""
+    return _plan(*size, channels_last, mask.kind == "interleaved", row)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool, wide: bool) -> StripPlan:
+def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool, row: int) -> StripPlan:
     channels, width, step = (1, w * c, c) if channels_last else (c, w, 1)
-    _, block, steps = next(row for row in STRIPS if n * c * h * w <= row[0])
+    _, block, steps = next(entry for entry in STRIPS if n * c * h * w <= entry[0])
     groups = triton.cdiv(width, 8)
     # Evenly filled strips: 9 rows are two of 5, not 8 and 1.
     steps = triton.cdiv(h, triton.cdiv(h, steps))
@@ -58,7 +59,6 @@ def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool
     block_g = min(block, triton.next_power_of_2(groups))
     block_s = min(block // block_g, triton.next_power_of_2(strips))
     blocks, tiles = triton.cdiv(strips, block_s), triton.cdiv(groups, block_g)
-    row = 4 if wide else 8
     return StripPlan(
         sizes=(h, width, groups, channels, blocks, tiles),
         STEP=step,
@@ -68,7 +68,6 @@ def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool
         BLOCK_G=block_g,
         STEPS=steps,
         WIDTH=row,
-        samples=n,
         programs=n * blocks * tiles,
         warps=max(1, block_s * block_g * 8 // row // 32),
     )
@@ -77,18 +76,20 @@ def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool
 @triton.jit
 def strip_place(
     sizes,  # height, width, groups, channels, blocks, tiles
+    STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Where a program works: (sample, channel, number of the top row, place).
+    """Where a program works: (sample, channel, number of the top row, group [ROWS, 1], place).
 
-    place = (start of the tile in its row, x [ROWS, WIDTH] and group [ROWS, 1] counted from there, whether a group
-    begins [ROWS, 1]). Channel and top row are [ROWS, 1] where a tile holds several strips; a strip behind the last
-    one begins below the image.
+    Channel and top row are [ROWS, 1] where a tile holds several strips; a strip behind the last one begins below the
+    image. place = (start of the tile in its row, (before, here, after) counted from there, which of each lie in the
+    row).
     """
-    _, _, _, channels, blocks, tiles = sizes
+    _, _, groups, channels, blocks, tiles = sizes
     FOLD: tl.constexpr = 8 // WIDTH
     program = tl.program_id(0)
     strip = program // tiles % blocks * BLOCK_S
@@ -96,159 +97,216 @@ def strip_place(
     if BLOCK_S != 1:
         strip += row // (BLOCK_G * FOLD)
         row = row % (BLOCK_G * FOLD)
-    start = (program % tiles).to(tl.int64) * (BLOCK_G * 8)
-    place = (start, row * WIDTH + tl.arange(0, WIDTH)[None, :], row // FOLD, row % FOLD == 0)
+    tile = (program % tiles).to(tl.int64)
+    start = tile * (BLOCK_G * 8)
+    group = tile * BLOCK_G + row // FOLD
+    here = row * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if STEP == 1:
+        at = row * WIDTH - 1, here, row * WIDTH + WIDTH
+    else:
+        at = here - STEP, here, here + STEP
+    if WHOLE:
+        # One comparison for a whole group, which is how the compiler knows that it may be moved at once.
+        inside = tl.broadcast_to(group < groups, here.shape)
+    else:
+        inside = in_row(here, start, sizes)
+    place = start, at, (in_row(at[0], start, sizes), inside, in_row(at[2], start, sizes))
     sample = (program // tiles // blocks).to(tl.int64)
-    return sample, (strip % channels).to(tl.int64), strip // channels * STEPS, place
+    return sample, (strip % channels).to(tl.int64), strip // channels * STEPS, group, place
+
+
+@triton.jit
+def in_row(at, start, sizes):
+    """Which places counted from `start` lie in the row."""
+    # 2^30 is more than a tile is long: the comparisons are 32 bits wide whatever the size.
+    first = -tl.minimum(start, 1 << 30).to(tl.int32)
+    return (at >= first) & (at < tl.minimum(sizes[1] - start, 1 << 30).to(tl.int32))
 
 
 @triton.jit
 def row_stride(sizes, SHARED: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements of a row of the images, or of the mask whose values SHARED of them share."""
-    _, width, groups, _, _, _ = sizes
+    """Elements of a row of the images, or of a mask whose values SHARED of them share."""
     if SHARED != 1:
-        stride = (width // SHARED).to(tl.int64)
+        stride = (sizes[1] // SHARED).to(tl.int64)
     elif WHOLE:
         # Written as a multiple of 8, which is how the compiler knows that wide accesses are aligned.
-        stride = groups.to(tl.int64) * 8
+        stride = sizes[2].to(tl.int64) * 8
     else:
-        stride = width.to(tl.int64)
+        stride = sizes[1].to(tl.int64)
     return stride
 
 
 @triton.jit
-def mask_columns(place, SHARED: tl.constexpr):
-    """(start of the tile in a row of the mask, columns [ROWS, WIDTH] counted from there)."""
-    start, x, _, _ = place
-    if SHARED == 1:
-        return start, x
-    first = start // SHARED
-    return first, ((start - first * SHARED).to(tl.int32) + x) // SHARED
+def mask_place(place, SHARED: tl.constexpr):
+    """(start, (before, here, after)) in a row of a mask whose values SHARED elements share."""
+    start, at, _ = place
+    if SHARED != 1:
+        first = start // SHARED
+        here = ((start - first * SHARED).to(tl.int32) + at[1]) // SHARED
+        start, at = first, (here - 1, here, here + 1)
+    return start, at
 
 
 @triton.jit
-def in_row(place, sizes, DISTANCE: tl.constexpr, WHOLE: tl.constexpr):
-    """[ROWS, WIDTH]: which elements have one in their row DISTANCE further on."""
-    start, x, group, _ = place
-    _, width, groups, _, _, _ = sizes
-    # 2^30 is more than a tile is long: whatever the size, the comparisons are 32 bits wide.
-    if DISTANCE < 0:
-        inside = x + DISTANCE >= -tl.minimum(start, 1 << 30).to(tl.int32)
-    elif DISTANCE == 0 and WHOLE:
-        inside = tl.broadcast_to(group < tl.minimum(groups - start // 8, 1 << 30).to(tl.int32), x.shape)
+def _moved4(x, free, BACK: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    if BACK:
+        first, _ = tl.split(odd)
+        halves = tl.join(tl.join(free, first), even)
     else:
-        inside = x + DISTANCE < tl.minimum(width - start, 1 << 30).to(tl.int32)
-    return inside
+        _, last = tl.split(even)
+        halves = tl.join(odd, tl.join(last, free))
+    return tl.reshape(halves, [x.shape[0], 4])
+
+
+@triton.jit
+def _moved(x, free, BACK: tl.constexpr):
+    """Each row of x [ROWS, WIDTH] moved by one element; `free` [ROWS, 1] takes the place that becomes free.
+
+    Even and odd elements change places, their order apart: so the compiler moves nothing, it renames registers.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    free = tl.reshape(free, [ROWS])
+    if x.shape[1] == 4:
+        moved = _moved4(x, free, BACK)
+    else:
+        even, odd = tl.split(tl.reshape(x, [ROWS, 4, 2]))
+        if BACK:
+            halves = tl.join(_moved4(odd, free, BACK), even)
+        else:
+            halves = tl.join(odd, _moved4(even, free, BACK))
+        moved = tl.reshape(halves, [ROWS, 8])
+    return moved
+
+
+@triton.jit
+def ahead(here, after, STEP: tl.constexpr):
+    """The values of the pixels after those of the tile."""
+    if STEP == 1:
+        after = _moved(here, after, False)
+    return after
+
+
+@triton.jit
+def behind(here, before, STEP: tl.constexpr):
+    """The values of the pixels before those of the tile."""
+    if STEP == 1:
+        before = _moved(here, before, True)
+    return before
+
+
+@triton.jit
+def load_mask(mask_ptr, offset, exists):
+    """Mask values in float32; without a mask everything weighs 1."""
+    value = 1.0
+    if mask_ptr is not None:
+        value = tl.load(mask_ptr + offset, mask=exists, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _wider(a, b, HOLE: tl.constexpr):
+    """The mask value that leaves more of a hole."""
+    if HOLE:
+        value = tl.maximum(a, b)
+    else:
+        value = tl.minimum(a, b)
+    return value
 
 
 @triton.jit
 def wider(a, b, HOLE: tl.constexpr):
-    """The mask value that leaves more of a hole."""
-    return tl.maximum(a, b) if HOLE else tl.minimum(a, b)
+    """Of (before, here, after) each."""
+    return _wider(a[0], b[0], HOLE), _wider(a[1], b[1], HOLE), _wider(a[2], b[2], HOLE)
 
 
 @triton.jit
-def mask_value(
-    mask_ptr,  # [ROWS, WIDTH], in the row wanted
-    place,
-    sizes,
-    row_exists,
-    NEIGHBOUR: tl.constexpr,
-    HOLE: tl.constexpr,
-    STEP: tl.constexpr,
-    SHARED: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Weights of the pixels NEIGHBOUR further on in float32; beyond the image, what no hole is narrower than."""
-    exists = in_row(place, sizes, NEIGHBOUR * STEP, WHOLE) & in_row(place, sizes, 0, WHOLE) & row_exists
-    distance = NEIGHBOUR * (STEP if SHARED == 1 else 1)
-    value = tl.load(mask_ptr + distance, mask=exists, other=0).to(tl.float32)
-    return tl.where(exists, value, -float("inf") if HOLE else float("inf"))
+def _bounded(mask_ptr, exists, HOLE: tl.constexpr):
+    """Mask values in float32; beyond the image, what every hole is wider than."""
+    return tl.where(exists, load_mask(mask_ptr, 0, exists), -float("inf") if HOLE else float("inf"))
 
 
 @triton.jit
-def mask_row(
-    mask_ptr,  # [ROWS, WIDTH], in the top row; None: everything weighs 1
-    NUMBER: tl.constexpr,
+def reach(
+    mask_ptr,  # where the tile begins in its top row
     stride,
+    mask_at,  # see `mask_place`
     place,
     sizes,
     top,
-    REGION: tl.constexpr,
+    number,  # of the row wanted, counted from the top one
     HOLE: tl.constexpr,
     STEP: tl.constexpr,
     SHARED: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """Row NUMBER from the top. LEFT, HERE, RIGHT: weights of those pixels; REACH + each: the widest hole of three.
+    """The widest hole among a pixel and its two neighbours in a row, for (before, here, after).
 
-    What a kernel does not use the compiler does not load.
+    What a kernel does not use of it the compiler does not load.
     """
-    if mask_ptr is None:
-        return 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
-    exists = (top + NUMBER >= 0) & (top + NUMBER < sizes[0])
-    mask_ptr += NUMBER * stride
-    left = mask_value(mask_ptr, place, sizes, exists, -1, HOLE, STEP, SHARED, WHOLE)
-    here = mask_value(mask_ptr, place, sizes, exists, 0, HOLE, STEP, SHARED, WHOLE)
-    right = mask_value(mask_ptr, place, sizes, exists, 1, HOLE, STEP, SHARED, WHOLE)
-    if REGION != "dilated_hole":
-        return left, here, right, left, here, right
-    far_left = mask_value(mask_ptr, place, sizes, exists, -2, HOLE, STEP, SHARED, WHOLE)
-    far_right = mask_value(mask_ptr, place, sizes, exists, 2, HOLE, STEP, SHARED, WHOLE)
-    before, after = wider(left, here, HOLE), wider(here, right, HOLE)
+    PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
+    start, at, inside = place
+    mask_ptr += number * stride
+    exists = (top + number >= 0) & (top + number < sizes[0])
+    before = _bounded(mask_ptr + mask_at[0], inside[0] & exists, HOLE)
+    here = _bounded(mask_ptr + mask_at[1], inside[1] & exists, HOLE)
+    after = _bounded(mask_ptr + mask_at[2], inside[2] & exists, HOLE)
+    far_before = _bounded(mask_ptr + mask_at[0] - PIXEL, in_row(at[0] - STEP, start, sizes) & exists, HOLE)
+    far_after = _bounded(mask_ptr + mask_at[2] + PIXEL, in_row(at[2] + STEP, start, sizes) & exists, HOLE)
+    first, last = here, here
+    if STEP == 1:
+        # The first and the last element of `here` once more: no single one can be taken out of a tile.
+        first = _bounded(mask_ptr + mask_at[0] + 1, in_row(at[0] + 1, start, sizes) & exists, HOLE)
+        last = _bounded(mask_ptr + mask_at[2] - 1, in_row(at[2] - 1, start, sizes) & exists, HOLE)
+    around = _wider(behind(here, before, STEP), ahead(here, after, STEP), HOLE)
     return (
-        left,
-        here,
-        right,
-        wider(far_left, before, HOLE),
-        wider(left, after, HOLE),
-        wider(after, far_right, HOLE),
+        _wider(_wider(far_before, before, HOLE), first, HOLE),
+        _wider(around, here, HOLE),
+        _wider(_wider(last, after, HOLE), far_after, HOLE),
     )
 
 
 @triton.jit
-def region_value(above, row, below, SIDE: tl.constexpr, REGION: tl.constexpr, HOLE: tl.constexpr):
-    """Value of the region LEFT of, HERE at or RIGHT of the pixels of a row, from three of `mask_row`."""
-    value = row[REACH + SIDE]
-    if REGION == "dilated_hole":
-        value = wider(wider(above[REACH + SIDE], value, HOLE), below[REACH + SIDE], HOLE)
-    hole, _ = region_weights(value, HOLE)
-    return hole
+def region_values(value, exists, REGION: tl.constexpr, HOLE: tl.constexpr):
+    """What a pixel gives to a pair as its first and as its second one; nothing beyond the image.
 
-
-@triton.jit
-def weigh_pair(first, second, exists, REGION: tl.constexpr):
-    """(weight, which pairs count), given the region at the first pixel of each and at the second."""
-    if REGION == "image":
-        return 1.0, exists
-    weight = first if REGION == "first_pixel" else first * second
-    return weight, exists & (weight != 0)
+    value: of the mask, the widest of the neighbourhood for a dilated region.
+    """
+    first = tl.where(exists, 1.0, 0.0)
+    second = first
+    if REGION != "image":
+        hole, _ = region_weights(value, HOLE)
+        first = tl.where(exists, hole, 0.0)
+        if REGION != "first_pixel":
+            second = first
+    return first, second
 
 
 @triton.jit
 def load_image(
-    pred_ptr,  # [ROWS, WIDTH]
-    target_ptr,  # [ROWS, WIDTH], or None: no composite
+    pred_ptr,
+    target_ptr,  # None: no composite
     offset,
     exists,
     weight,
     HOLE: tl.constexpr,
 ):
     """(the image whose variation is wanted, pred - target)."""
-    pred = tl.load(pred_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-    if target_ptr is None:
-        return pred, pred
-    target = tl.load(target_ptr + offset, mask=exists, other=0.0).to(tl.float32)
-    hole, valid = region_weights(weight, HOLE)
-    # Select, not only multiply: NaN and Inf under weight 0 do not count.
-    image = tl.where(hole != 0, hole * pred, 0.0) + tl.where(valid != 0, valid * target, 0.0)
-    return image, pred - target
+    image = tl.load(pred_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+    d = image
+    if target_ptr is not None:
+        target = tl.load(target_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+        d = image - target
+        hole, valid = region_weights(weight, HOLE)
+        # Select, not only multiply: NaN and Inf under weight 0 do not count.
+        image = hole * tl.where(hole != 0, image, 0.0) + valid * tl.where(valid != 0, target, 0.0)
+    return image, d
 
 
 @triton.jit
-def store_signs(signs_ptr, groups, exists, d, counted):
+def store_signs(signs_ptr, groups, d, exists):
     """Two planes of a row, see `ops/_pairs.py`; signs_ptr [ROWS, 1]: the group's byte in the first of them."""
-    word = pack_signs(d, counted).to(tl.int32)
+    word = pack_signs(d, True).to(tl.int32)
+    exists = exists & (tl.arange(0, d.shape[0])[:, None] % (8 // d.shape[1]) == 0)
     tl.store(signs_ptr, (word & 255).to(tl.uint8), mask=exists)
     tl.store(signs_ptr + groups, (word >> 8 & 255).to(tl.uint8), mask=exists)
 
@@ -262,13 +320,13 @@ def load_signs(signs_ptr, groups, exists):
 
 @triton.jit
 def load_signs_before(signs_ptr, group, groups, exists, STEP: tl.constexpr):
-    """As `load_signs`, of the elements STEP before; group [ROWS, 1]: number in the row."""
+    """As `load_signs`, of the elements STEP before; group [ROWS, 1]: its number in the row."""
     BACK: tl.constexpr = (STEP + 7) // 8
     LATE: tl.constexpr = BACK * 8 - STEP
     word = load_signs(signs_ptr - BACK, groups, exists & (group >= BACK))
     if LATE != 0:
         rest = load_signs(signs_ptr - (BACK - 1), groups, exists & (group >= BACK - 1))
-        # Per byte: its last 8 - LATE bits come first, then LATE bits of the next group.
+        # In each of the two bytes: first the last 8 - LATE bits of one group, then LATE bits of the next.
         KEPT: tl.constexpr = 255 >> LATE
         word = (word >> LATE & (KEPT * 257)) | ((rest << (8 - LATE)) & ((255 - KEPT) * 257))
     return word

@@ -1,4 +1,4 @@
-"""Total variation in Triton: launchers of the kernels in `pairs.py`."""
+"""Total variation in Triton: launchers of the kernels in `pairs_*.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pairs, plan
+from . import pairs_backward, pairs_forward, plan
 
 # There is no total that the term would enter.
 _NO_WEIGHTS = (0.0, 0.0, 0.0)
@@ -28,10 +28,10 @@ def forward(
     tv = make((), dtype=torch.float32, device=image.device)
     scale = make(2, dtype=torch.float32, device=image.device)
     channels_last = plan.is_channels_last(image)
-    signs = pairs.empty_signs(image, 4, channels_last) if save_signs else None
+    signs = pairs_forward.empty_signs(image, 4, channels_last) if save_signs else None
     if image.numel():
         with plan.on_device(image):
-            sums = pairs.launch_forward(
+            sums = pairs_forward.launch_forward(
                 image,
                 target,
                 mask,
@@ -44,7 +44,9 @@ def forward(
                 weights=False,
                 region_sum=normalize == "mask",
             )
-            pairs.launch_finalise(sums, tv, scale, None, _NO_WEIGHTS, image.shape, normalize)
+            pairs_forward.launch_finalise(
+                sums, tv, scale, (None, None, None), _NO_WEIGHTS, image.shape, normalize
+            )
     return tv, scale, plan.no_signs(image) if signs is None else signs
 
 
@@ -67,7 +69,7 @@ def backward(
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """(grad_image, grad_target) of `ops/total_variation.py`."""
-    return pairs.launch_backward(
+    return pairs_backward.launch_backward(
         (None, None, None, grad),
         None,
         scale,
