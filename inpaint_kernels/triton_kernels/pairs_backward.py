@@ -21,6 +21,7 @@ from torch import Tensor
 from . import plan
 from .hole_valid import region_weights
 from .pairs_tile import (
+    after_edge,
     ahead,
     behind,
     load_image,
@@ -85,16 +86,17 @@ def backward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2], sizes[3]
+    height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, inside = place
+    start, at, edge, inside = place
+    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
     top_row = (sample * channels + channel) * height + top
     stride = row_stride(sizes, 1, WHOLE)
     image_start = top_row * stride + start
-    mask_start, mask_at = mask_place(place, SHARED)
+    mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_start
+        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 4 if scale_ptr is None else 6
     if PENALTY == "l1":
         signs_ptr += top_row * (PLANES * groups) + group
@@ -112,10 +114,11 @@ def backward_kernel(
         valid_factor = upstream(grad_valid_ptr, grad_total_ptr, weights[1])
         valid_factor *= tl.load(scale_ptr + scale_strides[1])
 
-    zeros = tl.zeros(at[1].shape, tl.float32)
+    zeros = tl.zeros(at.shape, tl.float32)
     # What the row above hands down: its region, its image, and its gradient but for the pairs that begin there.
     has_above = inside[1] & (top > 0) & (top <= height)
-    mask_above = load_mask(mask_ptr, mask_at[1] - mask_stride, has_above)
+    above_ptr = None if mask_ptr is None else mask_ptr - mask_stride
+    mask_above = load_mask(above_ptr, mask_at, inside, has_above, STEP, SHARED)[1]
     widest_above = mask_above
     if REGION == "dilated_hole":
         far_above = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -2, HOLE, STEP, SHARED)
@@ -126,14 +129,13 @@ def backward_kernel(
     first_above = region_values(widest_above, has_above, REGION, HOLE)[0]
     image_above, gradient_above = zeros, zeros
     if PENALTY == "l2":
-        image_above = load_image(pred_ptr, target_ptr, at[1] - stride, has_above, mask_above, HOLE)[0]
+        image_above = load_image(pred_ptr, target_ptr, at - stride, has_above, mask_above, HOLE)[0]
     # One row more than the strip has: a row is finished when the one below it is there.
     for step in range(STEPS + 1):
         exists = top + step < height
         exists_above = (top + step > 0) & (top + step <= height)
-        before = load_mask(mask_ptr, step * mask_stride + mask_at[0], inside[0] & exists)
-        here = load_mask(mask_ptr, step * mask_stride + mask_at[1], inside[1] & exists)
-        after = load_mask(mask_ptr, step * mask_stride + mask_at[2], inside[2] & exists)
+        row_ptr = None if mask_ptr is None else mask_ptr + step * mask_stride
+        before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
             widest = wider(near, below, HOLE)
@@ -161,11 +163,13 @@ def backward_kernel(
             upper = apply_signs(word_upper, weight_upper * down_factor)
         else:
             offset = step * stride
-            image_before = load_image(pred_ptr, target_ptr, offset + at[0], inside[0] & exists, before, HOLE)[
-                0
-            ]
-            image = load_image(pred_ptr, target_ptr, offset + at[1], inside[1] & exists, here, HOLE)[0]
-            image_after = load_image(pred_ptr, target_ptr, offset + at[2], inside[2] & exists, after, HOLE)[0]
+            image_before = load_image(
+                pred_ptr, target_ptr, offset + edge - STEP, inside[0] & exists, before, HOLE
+            )[0]
+            image = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)[0]
+            image_after = load_image(
+                pred_ptr, target_ptr, offset + edge + AFTER, inside[2] & exists, after, HOLE
+            )[0]
             left = square_gradient(image - behind(image, image_before, STEP), weight_left, across_factor)
             right = square_gradient(ahead(image, image_after, STEP) - image, weight_right, across_factor)
             upper = square_gradient(image - image_above, weight_upper, down_factor)
@@ -176,7 +180,8 @@ def backward_kernel(
 
         written = inside[1] & (step > 0) & exists_above
         if COMPOSITE:
-            weight = load_mask(mask_ptr, (step - 1) * mask_stride + mask_at[1], written)
+            row_ptr = mask_ptr + (step - 1) * mask_stride
+            weight = load_mask(row_ptr, mask_at, inside, exists_above, STEP, SHARED)[1]
             hole, valid = region_weights(weight, HOLE)
             to_target = tl.where(valid != 0, valid * to_pred, 0.0)
             to_pred = tl.where(hole != 0, hole * to_pred, 0.0)
@@ -190,10 +195,10 @@ def backward_kernel(
         above_start = image_start + (step - 1) * stride
         if grad_pred_ptr is not None:
             to_pred = to_pred.to(grad_pred_ptr.dtype.element_ty)
-            tl.store(grad_pred_ptr + above_start + at[1], to_pred, mask=written)
+            tl.store(grad_pred_ptr + above_start + at, to_pred, mask=written)
         if grad_target_ptr is not None:
             to_target = to_target.to(grad_target_ptr.dtype.element_ty)
-            tl.store(grad_target_ptr + above_start + at[1], to_target, mask=written)
+            tl.store(grad_target_ptr + above_start + at, to_target, mask=written)
 
 
 def launch_backward(

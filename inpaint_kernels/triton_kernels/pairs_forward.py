@@ -24,6 +24,7 @@ from torch import Tensor
 from . import plan
 from .hole_valid import region_weights
 from .pairs_tile import (
+    after_edge,
     ahead,
     load_image,
     load_mask,
@@ -63,25 +64,27 @@ def forward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2], sizes[3]
+    height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, inside = place
+    start, at, edge, inside = place
+    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
     top_row = (sample * channels + channel) * height + top
     stride = row_stride(sizes, 1, WHOLE)
     pred_ptr += top_row * stride + start
     if target_ptr is not None:
         target_ptr += top_row * stride + start
-    mask_start, mask_at = mask_place(place, SHARED)
+    mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_start
+        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 6 if LOSSES else 4
     if signs_ptr is not None:
         signs_ptr += top_row * (PLANES * groups) + group
 
-    zeros = tl.zeros(at[1].shape, tl.float32)
-    across_sum, down_sum, region_sum = zeros, zeros, zeros
-    hole_sum, valid_sum, hole_weight, valid_weight = zeros, zeros, zeros, zeros
+    zeros = tl.zeros(at.shape, tl.float32)
+    nothing = tl.zeros([at.shape[0], 1], tl.float32)
+    across_sum, down_sum, region_sum = nothing, nothing, nothing
+    hole_sum, valid_sum, hole_weight, valid_weight = nothing, nothing, nothing, nothing
     # Nothing weighs anything above the top row: the pair that ends in it belongs to the strip above.
     image_above, first_above = zeros, zeros
     if REGION == "dilated_hole":
@@ -92,36 +95,38 @@ def forward_kernel(
     for step in range(STEPS + 1):
         exists = top + step < height
         own = exists & (step < STEPS)
-        here = load_mask(mask_ptr, step * mask_stride + mask_at[1], inside[1] & exists)
-        after = load_mask(mask_ptr, step * mask_stride + mask_at[2], inside[2] & exists)
+        row_ptr = None if mask_ptr is None else mask_ptr + step * mask_stride
+        before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
             widest = wider(near, below, HOLE)
             near, last = wider(last, below, HOLE), below
         else:
-            widest = here, here, after
+            widest = before, here, after
         first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
         second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
         offset = step * stride
-        image, d = load_image(pred_ptr, target_ptr, offset + at[1], inside[1] & exists, here, HOLE)
-        image_after = load_image(pred_ptr, target_ptr, offset + at[2], inside[2] & exists, after, HOLE)[0]
+        image, d = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)
+        image_after = load_image(
+            pred_ptr, target_ptr, offset + edge + AFTER, inside[2] & exists, after, HOLE
+        )[0]
 
         weight = tl.where(own, first * ahead(second, second_after, STEP), 0.0)
         across = tl.where(weight != 0, ahead(image, image_after, STEP) - image, 0.0)
-        across_sum += weight * penalty_value(across, PENALTY, 0.0)
+        across_sum += tl.sum(weight * penalty_value(across, PENALTY, 0.0), axis=1, keep_dims=True)
         weight = first_above * second
         down = tl.where(weight != 0, image - image_above, 0.0)
-        down_sum += weight * penalty_value(down, PENALTY, 0.0)
+        down_sum += tl.sum(weight * penalty_value(down, PENALTY, 0.0), axis=1, keep_dims=True)
         if REGION_SUM:
-            region_sum += tl.where(own, first, 0.0)
+            region_sum += tl.sum(tl.where(own, first, 0.0), axis=1, keep_dims=True)
         if LOSSES:
             d = tl.where(own, d, 0.0)
             hole, valid = region_weights(here, HOLE)
-            hole_sum += hole * tl.where(hole != 0, tl.abs(d), 0.0)
-            valid_sum += valid * tl.where(valid != 0, tl.abs(d), 0.0)
+            hole_sum += tl.sum(hole * tl.where(hole != 0, tl.abs(d), 0.0), axis=1, keep_dims=True)
+            valid_sum += tl.sum(valid * tl.where(valid != 0, tl.abs(d), 0.0), axis=1, keep_dims=True)
             if WEIGHTS:
-                hole_weight += tl.where(inside[1] & own, hole, 0.0)
-                valid_weight += tl.where(inside[1] & own, valid, 0.0)
+                hole_weight += tl.sum(tl.where(inside[1] & own, hole, 0.0), axis=1, keep_dims=True)
+                valid_weight += tl.sum(tl.where(inside[1] & own, valid, 0.0), axis=1, keep_dims=True)
         if signs_ptr is not None:
             byte_ptr = signs_ptr + step * PLANES * groups
             byte_above_ptr = byte_ptr - (PLANES - 2) * groups

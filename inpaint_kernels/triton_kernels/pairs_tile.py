@@ -67,9 +67,10 @@ def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool
         BLOCK_S=block_s,
         BLOCK_G=block_g,
         STEPS=steps,
-        WIDTH=row,
+        # A pixel's neighbours are tiles of their own there: of 8 elements a thread would run out of registers.
+        WIDTH=4 if channels_last else row,
         programs=n * blocks * tiles,
-        warps=max(1, block_s * block_g * 8 // row // 32),
+        warps=max(1, block_s * block_g * 8 // (4 if channels_last else row) // 32),
     )
 
 
@@ -86,8 +87,8 @@ def strip_place(
     """Where a program works: (sample, channel, number of the top row, group [ROWS, 1], place).
 
     Channel and top row are [ROWS, 1] where a tile holds several strips; a strip behind the last one begins below the
-    image. place = (start of the tile in its row, (before, here, after) counted from there, which of each lie in the
-    row).
+    image. place = (start of the tile in its row; here and edge counted from there; which of (before, here, after) lie
+    in the row). `before` is STEP elements before the edge, `after` is `after_edge` elements behind it.
     """
     _, _, groups, channels, blocks, tiles = sizes
     FOLD: tl.constexpr = 8 // WIDTH
@@ -101,18 +102,25 @@ def strip_place(
     start = tile * (BLOCK_G * 8)
     group = tile * BLOCK_G + row // FOLD
     here = row * WIDTH + tl.arange(0, WIDTH)[None, :]
-    if STEP == 1:
-        at = row * WIDTH - 1, here, row * WIDTH + WIDTH
-    else:
-        at = here - STEP, here, here + STEP
+    edge = row * WIDTH if STEP == 1 else here
     if WHOLE:
         # One comparison for a whole group, which is how the compiler knows that it may be moved at once.
         inside = tl.broadcast_to(group < groups, here.shape)
     else:
         inside = in_row(here, start, sizes)
-    place = start, at, (in_row(at[0], start, sizes), inside, in_row(at[2], start, sizes))
+    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
+    place = start, here, edge, (in_row(edge - STEP, start, sizes), inside, in_row(edge + AFTER, start, sizes))
     sample = (program // tiles // blocks).to(tl.int64)
     return sample, (strip % channels).to(tl.int64), strip // channels * STEPS, group, place
+
+
+@triton.constexpr_function
+def after_edge(STEP, pixel, WIDTH):
+    """Distance from the edge of a place to what comes after, where neighbouring pixels are `pixel` elements apart.
+
+    A distance known to the compiler goes into the instruction: one address serves a row and all that is beside it.
+    """
+    return WIDTH if STEP == 1 else pixel
 
 
 @triton.jit
@@ -137,14 +145,14 @@ def row_stride(sizes, SHARED: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def mask_place(place, SHARED: tl.constexpr):
-    """(start, (before, here, after)) in a row of a mask whose values SHARED elements share."""
-    start, at, _ = place
+def mask_place(place, STEP: tl.constexpr, SHARED: tl.constexpr):
+    """(start, here, edge) in a row of a mask whose values SHARED elements share."""
+    start, here, edge, _ = place
     if SHARED != 1:
         first = start // SHARED
-        here = ((start - first * SHARED).to(tl.int32) + at[1]) // SHARED
-        start, at = first, (here - 1, here, here + 1)
-    return start, at
+        here = ((start - first * SHARED).to(tl.int32) + here) // SHARED
+        start, edge = first, here
+    return start, here, edge
 
 
 @triton.jit
@@ -196,12 +204,27 @@ def behind(here, before, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask_ptr, offset, exists):
-    """Mask values in float32; without a mask everything weighs 1."""
-    value = 1.0
+def load_mask(
+    mask_ptr,  # where the tile begins in the row wanted, or None
+    mask_at,  # see `mask_place`
+    inside,
+    exists,
+    STEP: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Mask values of (before, here, after) in float32; without a mask everything weighs 1.
+
+    What a kernel does not use the compiler does not load.
+    """
+    PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
+    before, here, after = 1.0, 1.0, 1.0
     if mask_ptr is not None:
-        value = tl.load(mask_ptr + offset, mask=exists, other=0).to(tl.float32)
-    return value
+        _, at, edge = mask_at
+        AFTER: tl.constexpr = after_edge(STEP, PIXEL, at.shape[1])
+        before = tl.load(mask_ptr + edge - PIXEL, mask=inside[0] & exists, other=0).to(tl.float32)
+        here = tl.load(mask_ptr + at, mask=inside[1] & exists, other=0).to(tl.float32)
+        after = tl.load(mask_ptr + edge + AFTER, mask=inside[2] & exists, other=0).to(tl.float32)
+    return before, here, after
 
 
 @triton.jit
@@ -221,9 +244,14 @@ def wider(a, b, HOLE: tl.constexpr):
 
 
 @triton.jit
-def _bounded(mask_ptr, exists, HOLE: tl.constexpr):
-    """Mask values in float32; beyond the image, what every hole is wider than."""
-    return tl.where(exists, load_mask(mask_ptr, 0, exists), -float("inf") if HOLE else float("inf"))
+def _bounded(value, exists, HOLE: tl.constexpr):
+    """Beyond the image, what every hole is wider than."""
+    return tl.where(exists, value, -float("inf") if HOLE else float("inf"))
+
+
+@triton.jit
+def _bounded_load(mask_ptr, exists, HOLE: tl.constexpr):
+    return _bounded(tl.load(mask_ptr, mask=exists, other=0).to(tl.float32), exists, HOLE)
 
 
 @triton.jit
@@ -239,24 +267,27 @@ def reach(
     STEP: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The widest hole among a pixel and its two neighbours in a row, for (before, here, after).
-
-    What a kernel does not use of it the compiler does not load.
-    """
+    """The widest hole among a pixel and its two neighbours in a row, for (before, here, after)."""
+    start, here, edge, inside = place
     PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
-    start, at, inside = place
+    AFTER: tl.constexpr = after_edge(STEP, STEP, here.shape[1])
+    MASK_AFTER: tl.constexpr = after_edge(STEP, PIXEL, here.shape[1])
     mask_ptr += number * stride
     exists = (top + number >= 0) & (top + number < sizes[0])
-    before = _bounded(mask_ptr + mask_at[0], inside[0] & exists, HOLE)
-    here = _bounded(mask_ptr + mask_at[1], inside[1] & exists, HOLE)
-    after = _bounded(mask_ptr + mask_at[2], inside[2] & exists, HOLE)
-    far_before = _bounded(mask_ptr + mask_at[0] - PIXEL, in_row(at[0] - STEP, start, sizes) & exists, HOLE)
-    far_after = _bounded(mask_ptr + mask_at[2] + PIXEL, in_row(at[2] + STEP, start, sizes) & exists, HOLE)
+    before, here, after = load_mask(mask_ptr, mask_at, inside, exists, STEP, SHARED)
+    before = _bounded(before, inside[0] & exists, HOLE)
+    here = _bounded(here, inside[1] & exists, HOLE)
+    after = _bounded(after, inside[2] & exists, HOLE)
+    mask_ptr += mask_at[2]
+    far = in_row(edge - 2 * STEP, start, sizes) & exists
+    far_before = _bounded_load(mask_ptr - 2 * PIXEL, far, HOLE)
+    far = in_row(edge + AFTER + STEP, start, sizes) & exists
+    far_after = _bounded_load(mask_ptr + MASK_AFTER + PIXEL, far, HOLE)
     first, last = here, here
     if STEP == 1:
         # The first and the last element of `here` once more: no single one can be taken out of a tile.
-        first = _bounded(mask_ptr + mask_at[0] + 1, in_row(at[0] + 1, start, sizes) & exists, HOLE)
-        last = _bounded(mask_ptr + mask_at[2] - 1, in_row(at[2] - 1, start, sizes) & exists, HOLE)
+        first = _bounded_load(mask_ptr, in_row(edge, start, sizes) & exists, HOLE)
+        last = _bounded_load(mask_ptr + AFTER - 1, in_row(edge + AFTER - 1, start, sizes) & exists, HOLE)
     around = _wider(behind(here, before, STEP), ahead(here, after, STEP), HOLE)
     return (
         _wider(_wider(far_before, before, HOLE), first, HOLE),
