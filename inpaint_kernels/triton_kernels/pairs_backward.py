@@ -96,7 +96,9 @@ def backward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
+        mask_ptr += sample * strides[0] + top * mask_stride + mask_at[0]
+        if STEP == 1:
+            mask_ptr += channel * strides[1]
     PLANES: tl.constexpr = 4 if scale_ptr is None else 6
     if PENALTY == "l1":
         signs_ptr += top_row * (PLANES * groups) + group

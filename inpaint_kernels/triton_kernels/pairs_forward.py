@@ -76,7 +76,9 @@ def forward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
+        mask_ptr += sample * strides[0] + top * mask_stride + mask_at[0]
+        if STEP == 1:
+            mask_ptr += channel * strides[1]
     PLANES: tl.constexpr = 6 if LOSSES else 4
     if signs_ptr is not None:
         signs_ptr += top_row * (PLANES * groups) + group
