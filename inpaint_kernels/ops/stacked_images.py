@@ -131,7 +131,14 @@ _op = _library.Op(
 def _constants(name: str, value: Sequence[float] | float | None, channels: int) -> list[float]:
     if value is None:
         return []
-    given = [value] * channels if isinstance(value, (int, float)) else list(value)
+    if isinstance(value, (int, float)):
+        return [_checks.check_number(name, value)] * channels
+    try:
+        given = list(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a number or a sequence of numbers, got {type(value).__name__}"
+        ) from None
     found = [_checks.check_number(f"{name}[{i}]", item) for i, item in enumerate(given)]
     if not found or (channels != 1 and len(found) != channels):
         raise ValueError(f"{name} has {len(found)} entries, pred has {channels} channels")
@@ -192,8 +199,10 @@ def stacked_images(
         torch.Size([6, 3, 4, 4])
     """
     _checks.check_images(pred, target)
-    if isinstance(parts, str) or not parts:
-        raise ValueError(f"parts: got {parts!r}, expected a sequence of {', '.join(map(repr, PARTS))}")
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a sequence of strings, got {parts!r}")
+    if not parts:
+        raise ValueError(f"parts is empty, expected a sequence of {', '.join(map(repr, PARTS))}")
     for part in parts:
         _checks.check_choice("parts", part, PARTS)
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))

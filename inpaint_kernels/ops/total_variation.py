@@ -80,6 +80,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     mask_is = "hole" if mask_is_hole else "valid"
     if penalty == "l2":
+        # New nodes of the graph: one image may be made of the other, or be the other.
+        image, target = image.view_as(image), target if target is None else target.view_as(target)
         value = reference.total_variation(
             image,
             mask,
@@ -176,7 +178,7 @@ def total_variation_loss(
     """
     _checks.check_features("image", image)
     if target is not None:
-        _checks.check_images(image, target)
+        _checks.check_images(image, target, "image")
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     normalize = _pairs.check_options("", region, penalty, normalize)
     if region == "image" and target is None:
@@ -185,7 +187,7 @@ def total_variation_loss(
         needed = f"region={region!r}" if region != "image" else "target"
         raise ValueError(f"mask is missing: {needed} needs it to tell the hole from the known pixels")
     else:
-        mask = _checks.check_mask(mask, image)
+        mask = _checks.check_mask(mask, image, "image")
     other = image if target is None else target
     mask_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if mask_grad and backend is None:
