@@ -24,6 +24,7 @@ from .pairs_tile import (
     after_edge,
     ahead,
     behind,
+    larger,
     load_image,
     load_mask,
     load_signs,
@@ -34,7 +35,6 @@ from .pairs_tile import (
     region_values,
     row_stride,
     strip_place,
-    wider,
 )
 from .pixel import apply_signs, penalty_grad
 
@@ -88,7 +88,7 @@ def backward_kernel(
 ):
     height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, edge, inside = place
+    start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
     top_row = (sample * channels + channel) * height + top
     stride = row_stride(sizes, 1, WHOLE)
@@ -121,14 +121,14 @@ def backward_kernel(
     has_above = inside[1] & (top > 0) & (top <= height)
     above_ptr = None if mask_ptr is None else mask_ptr - mask_stride
     mask_above = load_mask(above_ptr, mask_at, inside, has_above, STEP, SHARED)[1]
-    widest_above = mask_above
+    largest_above = mask_above
     if REGION == "dilated_hole":
         far_above = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -2, HOLE, STEP, SHARED)
         near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
         last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
-        near = wider(near, last, HOLE)
-        widest_above = wider(far_above, near, HOLE)[1]
-    first_above = region_values(widest_above, has_above, REGION, HOLE)[0]
+        near = larger(near, last)
+        largest_above = larger(far_above, near)[1]
+    first_above = region_values(largest_above, has_above, REGION, HOLE)[0]
     image_above, gradient_above = zeros, zeros
     if PENALTY == "l2":
         image_above = load_image(pred_ptr, target_ptr, at - stride, has_above, mask_above, HOLE)[0]
@@ -140,13 +140,13 @@ def backward_kernel(
         before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            widest = wider(near, below, HOLE)
-            near, last = wider(last, below, HOLE), below
+            largest = larger(near, below)
+            near, last = larger(last, below), below
         else:
-            widest = before, here, after
-        first_before = region_values(widest[0], inside[0] & exists, REGION, HOLE)[0]
-        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
+            largest = before, here, after
+        first_before = region_values(largest[0], inside[0] & exists, REGION, HOLE)[0]
+        first, second = region_values(largest[1], inside[1] & exists, REGION, HOLE)
+        second_after = region_values(largest[2], inside[2] & exists, REGION, HOLE)[1]
         weight_left = behind(first, first_before, STEP) * second
         weight_right = first * ahead(second, second_after, STEP)
         weight_upper = first_above * second

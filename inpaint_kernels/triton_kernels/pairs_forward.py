@@ -26,6 +26,7 @@ from .hole_valid import region_weights
 from .pairs_tile import (
     after_edge,
     ahead,
+    larger,
     load_image,
     load_mask,
     make_plan,
@@ -35,7 +36,6 @@ from .pairs_tile import (
     row_stride,
     store_signs,
     strip_place,
-    wider,
 )
 from .pixel import penalty_value
 
@@ -66,7 +66,7 @@ def forward_kernel(
 ):
     height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, edge, inside = place
+    start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
     top_row = (sample * channels + channel) * height + top
     stride = row_stride(sizes, 1, WHOLE)
@@ -92,7 +92,7 @@ def forward_kernel(
     if REGION == "dilated_hole":
         last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
         near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
-        near = wider(near, last, HOLE)
+        near = larger(near, last)
     # One row more than the strip has: it only ends pairs.
     for step in range(STEPS + 1):
         exists = top + step < height
@@ -101,12 +101,12 @@ def forward_kernel(
         before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            widest = wider(near, below, HOLE)
-            near, last = wider(last, below, HOLE), below
+            largest = larger(near, below)
+            near, last = larger(last, below), below
         else:
-            widest = before, here, after
-        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
+            largest = before, here, after
+        first, second = region_values(largest[1], inside[1] & exists, REGION, HOLE)
+        second_after = region_values(largest[2], inside[2] & exists, REGION, HOLE)[1]
         offset = step * stride
         image, d = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)
         image_after = load_image(

@@ -24,8 +24,9 @@ from .hole_valid import region_weights
 from .pixel import pack_signs
 from .plan import Mask
 
-# (elements of the call, groups of 8 in a tile, rows of a strip). Reasoned, not tuned: no GPU has measured them yet.
-STRIPS = ((1 << 18, 16, 2), (1 << 22, 32, 4), (1 << 63, 64, 8))
+# (elements of the call, rows of a strip), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.
+STRIPS = ((1 << 18, 2), (1 << 22, 4), (1 << 63, 8))
+BLOCK = 64
 
 
 class StripPlan(NamedTuple):
@@ -51,13 +52,13 @@ def make_plan(size: Any, channels_last: bool, mask: Mask, row: int) -> StripPlan
 @functools.lru_cache(maxsize=1024)
 def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool, row: int) -> StripPlan:
     channels, width, step = (1, w * c, c) if channels_last else (c, w, 1)
-    _, block, steps = next(entry for entry in STRIPS if n * c * h * w <= entry[0])
+    steps = next(rows for elements, rows in STRIPS if n * c * h * w <= elements)
     groups = triton.cdiv(width, 8)
     # Evenly filled strips: 9 rows are two of 5, not 8 and 1.
     steps = triton.cdiv(h, triton.cdiv(h, steps))
     strips = channels * triton.cdiv(h, steps)
-    block_g = min(block, triton.next_power_of_2(groups))
-    block_s = min(block // block_g, triton.next_power_of_2(strips))
+    block_g = min(BLOCK, triton.next_power_of_2(groups))
+    block_s = min(BLOCK // block_g, triton.next_power_of_2(strips))
     blocks, tiles = triton.cdiv(strips, block_s), triton.cdiv(groups, block_g)
     return StripPlan(
         sizes=(h, width, groups, channels, blocks, tiles),
@@ -87,8 +88,9 @@ def strip_place(
     """Where a program works: (sample, channel, number of the top row, group [ROWS, 1], place).
 
     Channel and top row are [ROWS, 1] where a tile holds several strips; a strip behind the last one begins below the
-    image. place = (start of the tile in its row; here and edge counted from there; which of (before, here, after) lie
-    in the row). `before` is STEP elements before the edge, `after` is `after_edge` elements behind it.
+    image. place = (start of the tile in its row; here and edge counted from there; which of (before, here, after), of
+    the pixels still farther and of the ends of a thread's elements lie in the row). `before` is STEP elements before
+    the edge, `after` is `after_edge` elements behind it.
     """
     _, _, groups, channels, blocks, tiles = sizes
     FOLD: tl.constexpr = 8 // WIDTH
@@ -109,7 +111,10 @@ def strip_place(
     else:
         inside = in_row(here, start, sizes)
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
-    place = start, here, edge, (in_row(edge - STEP, start, sizes), inside, in_row(edge + AFTER, start, sizes))
+    beside = in_row(edge - STEP, start, sizes), inside, in_row(edge + AFTER, start, sizes)
+    far = in_row(edge - 2 * STEP, start, sizes), in_row(edge + AFTER + STEP, start, sizes)
+    ends = in_row(edge, start, sizes), in_row(edge + AFTER - STEP, start, sizes)
+    place = start, here, edge, beside, far, ends
     sample = (program // tiles // blocks).to(tl.int64)
     return sample, (strip % channels).to(tl.int64), strip // channels * STEPS, group, place
 
@@ -147,7 +152,7 @@ def row_stride(sizes, SHARED: tl.constexpr, WHOLE: tl.constexpr):
 @triton.jit
 def mask_place(place, STEP: tl.constexpr, SHARED: tl.constexpr):
     """(start, here, edge) in a row of a mask whose values SHARED elements share."""
-    start, here, edge, _ = place
+    start, here, edge, _, _, _ = place
     if SHARED != 1:
         first = start // SHARED
         here = ((start - first * SHARED).to(tl.int32) + here) // SHARED
@@ -228,30 +233,10 @@ def load_mask(
 
 
 @triton.jit
-def _wider(a, b, HOLE: tl.constexpr):
-    """The mask value that leaves more of a hole."""
-    if HOLE:
-        value = tl.maximum(a, b)
-    else:
-        value = tl.minimum(a, b)
-    return value
-
-
-@triton.jit
-def wider(a, b, HOLE: tl.constexpr):
-    """Of (before, here, after) each."""
-    return _wider(a[0], b[0], HOLE), _wider(a[1], b[1], HOLE), _wider(a[2], b[2], HOLE)
-
-
-@triton.jit
-def _bounded(value, exists, HOLE: tl.constexpr):
-    """Beyond the image, what every hole is wider than."""
-    return tl.where(exists, value, -float("inf") if HOLE else float("inf"))
-
-
-@triton.jit
-def _bounded_load(mask_ptr, exists, HOLE: tl.constexpr):
-    return _bounded(tl.load(mask_ptr, mask=exists, other=0).to(tl.float32), exists, HOLE)
+def _growth(mask_ptr, exists, HOLE: tl.constexpr):
+    """Mask values such that the larger one leaves more of a hole; beyond the image, what is never the largest."""
+    value = tl.load(mask_ptr, mask=exists, other=0).to(tl.float32)
+    return tl.where(exists, value if HOLE else -value, -float("inf"))
 
 
 @triton.jit
@@ -267,44 +252,48 @@ def reach(
     STEP: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The widest hole among a pixel and its two neighbours in a row, for (before, here, after)."""
-    start, here, edge, inside = place
+    """The largest `_growth` of a pixel and its two neighbours in a row, for (before, here, after)."""
     PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
-    AFTER: tl.constexpr = after_edge(STEP, STEP, here.shape[1])
-    MASK_AFTER: tl.constexpr = after_edge(STEP, PIXEL, here.shape[1])
-    mask_ptr += number * stride
+    AFTER: tl.constexpr = after_edge(STEP, PIXEL, place[1].shape[1])
+    beside, far, ends = place[3], place[4], place[5]
     exists = (top + number >= 0) & (top + number < sizes[0])
-    before, here, after = load_mask(mask_ptr, mask_at, inside, exists, STEP, SHARED)
-    before = _bounded(before, inside[0] & exists, HOLE)
-    here = _bounded(here, inside[1] & exists, HOLE)
-    after = _bounded(after, inside[2] & exists, HOLE)
-    mask_ptr += mask_at[2]
-    far = in_row(edge - 2 * STEP, start, sizes) & exists
-    far_before = _bounded_load(mask_ptr - 2 * PIXEL, far, HOLE)
-    far = in_row(edge + AFTER + STEP, start, sizes) & exists
-    far_after = _bounded_load(mask_ptr + MASK_AFTER + PIXEL, far, HOLE)
+    here_ptr = mask_ptr + number * stride + mask_at[1]
+    edge_ptr = mask_ptr + number * stride + mask_at[2]
+    before = _growth(edge_ptr - PIXEL, beside[0] & exists, HOLE)
+    here = _growth(here_ptr, beside[1] & exists, HOLE)
+    after = _growth(edge_ptr + AFTER, beside[2] & exists, HOLE)
+    far_before = _growth(edge_ptr - 2 * PIXEL, far[0] & exists, HOLE)
+    far_after = _growth(edge_ptr + AFTER + PIXEL, far[1] & exists, HOLE)
     first, last = here, here
     if STEP == 1:
         # The first and the last element of `here` once more: no single one can be taken out of a tile.
-        first = _bounded_load(mask_ptr, in_row(edge, start, sizes) & exists, HOLE)
-        last = _bounded_load(mask_ptr + AFTER - 1, in_row(edge + AFTER - 1, start, sizes) & exists, HOLE)
-    around = _wider(behind(here, before, STEP), ahead(here, after, STEP), HOLE)
+        first = _growth(edge_ptr, ends[0] & exists, HOLE)
+        last = _growth(edge_ptr + AFTER - 1, ends[1] & exists, HOLE)
+    around = tl.maximum(behind(here, before, STEP), ahead(here, after, STEP))
     return (
-        _wider(_wider(far_before, before, HOLE), first, HOLE),
-        _wider(around, here, HOLE),
-        _wider(_wider(last, after, HOLE), far_after, HOLE),
+        tl.maximum(tl.maximum(far_before, before), first),
+        tl.maximum(around, here),
+        tl.maximum(tl.maximum(last, after), far_after),
     )
+
+
+@triton.jit
+def larger(a, b):
+    """Of (before, here, after) each."""
+    return tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.maximum(a[2], b[2])
 
 
 @triton.jit
 def region_values(value, exists, REGION: tl.constexpr, HOLE: tl.constexpr):
     """What a pixel gives to a pair as its first and as its second one; nothing beyond the image.
 
-    value: of the mask, the widest of the neighbourhood for a dilated region.
+    value: of the mask, or the largest `_growth` around the pixel for a dilated region.
     """
     first = tl.where(exists, 1.0, 0.0)
     second = first
     if REGION != "image":
+        if REGION == "dilated_hole" and not HOLE:
+            value = -value
         hole, _ = region_weights(value, HOLE)
         first = tl.where(exists, hole, 0.0)
         if REGION != "first_pixel":
