@@ -121,7 +121,7 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 
 

@@ -119,7 +119,7 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 
 
