@@ -17,23 +17,22 @@
 namespace ik::cuda {
 
 constexpr int kQuad = 4;
+// Blocks per multiprocessor, as a cap on registers: 168 for three channels, which spill a little with 128.
+template <int kChannels>
+constexpr int kPairBlocks = kChannels == 3 ? 3 : 4;
 
 // What is summed: pairs of an image, pairs of the composite of two, or those and the hole and valid terms.
 enum class Terms : int { image, composite, losses };
 
 enum class ElementType : int { f32, f16, bf16 };
 
-// How a call is cut into chunks, and where its elements are.
+// How a call is cut into chunks.
 struct Frame {
   int32_t channels;
   int32_t rows;
   int32_t width;  // in pixels
-  int32_t pixel;  // strides in elements, of NCHW or channels_last
-  int64_t row;
-  int64_t channel;
-  int64_t sample;
-  bool interleaved;  // the quad of a thread is one run of elements over all channels
-  int32_t lanes;     // power of two, 8..32
+  bool whole;     // quads, all of them within the image
+  int32_t lanes;  // power of two, 8..32
   int32_t log_lanes;
   int32_t chunk_rows;  // a multiple of 4
   Divider strips;      // of a row
@@ -45,12 +44,17 @@ struct Frame {
   int32_t sign_quads;
 };
 
-// An image in the layout of the frame; null where there is none.
-template <typename Void>
+// An image in NCHW or channels_last; null where there is none. Strides in bytes.
+template <typename Byte>
 struct Image {
-  Void* data;
+  Byte* data;
+  int64_t sample;
+  int64_t channel;
+  int64_t row;
+  int64_t pixel;
   ElementType type;
-  bool vectors;  // whole quads, each aligned to its size
+  bool vectors;      // quads in one or three loads, aligned to their size
+  bool interleaved;  // with vectors: those of all channels are one run of elements
 };
 
 // What a thread works on.
@@ -67,10 +71,13 @@ struct Spot {
   int32_t next_x;     // of the next strip's
   int32_t warp_lane;  // of the strip's first thread
   bool last;          // thread of the strip
+  bool at_border;     // no pixel of the image is to the right
 
-  __device__ int64_t offset(const Frame& frame, int column, int y) const {
-    return sample * frame.sample + channel * frame.channel + y * frame.row +
-           static_cast<int64_t>(column) * frame.pixel;
+  // Where row `y` of the pixel at `column` is, in channel `channel` + c.
+  template <typename Byte>
+  __device__ Byte* in(const Image<Byte>& image, int c, int y, int column) const {
+    return image.data + sample * image.sample + static_cast<int64_t>(channel + c) * image.channel +
+           y * image.row + column * image.pixel;
   }
 };
 
@@ -85,7 +92,6 @@ IK_DEVICE Spot locate_chunk(const Frame& frame) {
   spot.sample = static_cast<int>(sample);
   spot.lane = static_cast<int>(threadIdx.x) & (frame.lanes - 1);
   spot.warp_lane = static_cast<int>(threadIdx.x) % kWarp - spot.lane;
-  spot.last = spot.lane == frame.lanes - 1;
   // The last block of a sample may have strips too many, which lie outside of the image.
   const bool idle = slot >= static_cast<uint32_t>(frame.sample_slots);
   const int strip = idle ? static_cast<int>(frame.strips.divisor) + 1
@@ -93,6 +99,8 @@ IK_DEVICE Spot locate_chunk(const Frame& frame) {
   spot.strip_x = strip * frame.lanes * kQuad;
   spot.next_x = spot.strip_x + frame.lanes * kQuad;
   spot.x = spot.strip_x + spot.lane * kQuad;
+  spot.last = spot.lane == frame.lanes - 1;
+  spot.at_border = spot.x + kQuad >= frame.width;
   if (idle) return spot;
   const int left = frame.width - spot.x;
   spot.valid = left < 0 ? 0 : (left < kQuad ? left : kQuad);
@@ -123,50 +131,55 @@ struct RawQuads {
   uint32_t words[kChannels * kQuad];
 };
 
+template <typename T>
+IK_DEVICE uint32_t element_bits(const char* address) {
+  if constexpr (sizeof(T) == 4) {
+    return *reinterpret_cast<const uint32_t*>(address);
+  } else {
+    return *reinterpret_cast<const uint16_t*>(address);
+  }
+}
+
 template <typename T, int kChannels>
-IK_DEVICE void load_quads_of(const Image<const void>& image, const Frame& frame, int64_t offset, int channels,
-                             int valid, RawQuads<kChannels>& raw) {
+IK_DEVICE void load_quads_of(const Image<const char>& image, const char* at, int channels, int valid,
+                             RawQuads<kChannels>& raw) {
   constexpr int kWords = kQuad * static_cast<int>(sizeof(T)) / 4;
-  const T* data = static_cast<const T*>(image.data) + offset;
   if (!image.vectors) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
+      if (c >= channels) continue;
+      uint32_t packed[kWords] = {};
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
-        if (c >= channels || k >= valid) continue;
-        const T* address = data + c * frame.channel + k * frame.pixel;
-        if constexpr (sizeof(T) == 4) {
-          raw.words[c * kQuad + k] = *reinterpret_cast<const uint32_t*>(address);
-        } else {
-          const uint32_t bits = *reinterpret_cast<const uint16_t*>(address);
-          raw.words[c * kWords + k / 2] |= bits << (16 * (k % 2));
-        }
+        if (k >= valid) continue;
+        const uint32_t bits = element_bits<T>(at + c * image.channel + k * image.pixel);
+        packed[k * kWords / kQuad] |= bits << (8 * kWords * k % 32);
       }
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) raw.words[c * kWords + i] = packed[i];
     }
-  } else if (valid > 0 && frame.interleaved) {
+  } else if (valid > 0 && image.interleaved) {
     // The quads of neighbouring threads share sectors with this one's, which therefore want L1.
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      load_words<4 * kWords, false>(data + c * kQuad, raw.words + c * kWords);
+    for (int c = 0; c < kChannels; ++c) {
+      load_words<4 * kWords, false>(at + 4 * kWords * c, raw.words + c * kWords);
+    }
   } else if (valid > 0) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      if (c < channels) load_words<4 * kWords, true>(data + c * frame.channel, raw.words + c * kWords);
+      if (c < channels) load_words<4 * kWords, true>(at + c * image.channel, raw.words + c * kWords);
     }
   }
 }
 
-// Zeros beyond `channels` channels or `valid` pixels.
+// Channels beyond `channels` and pixels beyond `valid` stay as they are, or become 0.
 template <int kChannels>
-IK_DEVICE void load_quads(const Image<const void>& image, const Frame& frame, int64_t offset, int channels,
-                          int valid, RawQuads<kChannels>& raw) {
-#pragma unroll
-  for (int i = 0; i < kChannels * kQuad; ++i) raw.words[i] = 0;
-  if (channels <= 0) return;
+IK_DEVICE void load_quads(const Image<const char>& image, const char* at, int channels, int valid,
+                          RawQuads<kChannels>& raw) {
   if (image.type == ElementType::f32) {
-    load_quads_of<float>(image, frame, offset, channels, valid, raw);
+    load_quads_of<float>(image, at, channels, valid, raw);
   } else {
-    load_quads_of<Half>(image, frame, offset, channels, valid, raw);
+    load_quads_of<Half>(image, at, channels, valid, raw);
   }
 }
 
@@ -187,9 +200,9 @@ IK_DEVICE void unpack_quads_of(bool interleaved, const RawQuads<kChannels>& raw,
 }
 
 template <int kChannels>
-IK_DEVICE void unpack_quads(const Image<const void>& image, const Frame& frame,
-                            const RawQuads<kChannels>& raw, float (&values)[kChannels][kQuad]) {
-  const bool interleaved = kChannels > 1 && frame.interleaved && image.vectors;
+IK_DEVICE void unpack_quads(const Image<const char>& image, const RawQuads<kChannels>& raw,
+                            float (&values)[kChannels][kQuad]) {
+  const bool interleaved = kChannels > 1 && image.interleaved;
   if (image.type == ElementType::f32) {
     unpack_quads_of<float>(interleaved, raw, values);
   } else if (image.type == ElementType::f16) {
@@ -199,9 +212,8 @@ IK_DEVICE void unpack_quads(const Image<const void>& image, const Frame& frame,
   }
 }
 
-IK_DEVICE uint32_t load_element(ElementType type, const void* data, int64_t index) {
-  if (type == ElementType::f32) return static_cast<const uint32_t*>(data)[index];
-  return static_cast<const uint16_t*>(data)[index];
+IK_DEVICE uint32_t load_element(ElementType type, const char* address) {
+  return type == ElementType::f32 ? element_bits<float>(address) : element_bits<Half>(address);
 }
 
 IK_DEVICE float element_value(ElementType type, uint32_t bits) {
@@ -211,57 +223,56 @@ IK_DEVICE float element_value(ElementType type, uint32_t bits) {
 }
 
 template <typename T, int kChannels>
-IK_DEVICE void store_quads_of(const Image<void>& image, const Frame& frame, int64_t offset, int channels,
-                              int valid, const float (&values)[kChannels][kQuad]) {
-  T* data = static_cast<T*>(image.data) + offset;
-  const bool interleaved = kChannels > 1 && frame.interleaved;
+IK_DEVICE void store_quads_of(const Image<char>& image, char* at, int channels, int valid,
+                              const float (&values)[kChannels][kQuad]) {
+  const bool interleaved = kChannels > 1 && image.interleaved;
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     float quad[kQuad];
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       const int flat = c * kQuad + k;
-      quad[k] = image.vectors && interleaved ? values[flat % kChannels][flat / kChannels] : values[c][k];
+      quad[k] = interleaved ? values[flat % kChannels][flat / kChannels] : values[c][k];
     }
     Pack<T, kQuad> pack;
     pack_values(quad, pack);
     if (c >= channels) continue;
     if (image.vectors) {
-      T* address = data + (interleaved ? c * kQuad : c * frame.channel);
+      char* address = at + (interleaved ? c * pack.kBytes : c * image.channel);
       if (valid > 0) store_words<Pack<T, kQuad>::kBytes>(address, pack.words);
-    } else {
+      continue;
+    }
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
-        if (k >= valid) continue;
-        T* address = data + c * frame.channel + k * frame.pixel;
-        if constexpr (sizeof(T) == 4) {
-          *reinterpret_cast<uint32_t*>(address) = pack.words[k];
-        } else {
-          *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(pack.words[k / 2] >> (16 * (k % 2)));
-        }
+    for (int k = 0; k < kQuad; ++k) {
+      if (k >= valid) continue;
+      char* address = at + c * image.channel + k * image.pixel;
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<uint32_t*>(address) = pack.words[k];
+      } else {
+        *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(pack.words[k / 2] >> (16 * (k % 2)));
       }
     }
   }
 }
 
 template <int kChannels>
-IK_DEVICE void store_quads(const Image<void>& image, const Frame& frame, int64_t offset, int channels,
-                           int valid, const float (&values)[kChannels][kQuad]) {
-  if (image.data == nullptr) return;
+IK_DEVICE void store_quads(const Image<char>& image, char* at, int channels, int valid,
+                           const float (&values)[kChannels][kQuad]) {
   if (image.type == ElementType::f32) {
-    store_quads_of<float>(image, frame, offset, channels, valid, values);
+    store_quads_of<float>(image, at, channels, valid, values);
   } else if (image.type == ElementType::f16) {
-    store_quads_of<Half>(image, frame, offset, channels, valid, values);
+    store_quads_of<Half>(image, at, channels, valid, values);
   } else {
-    store_quads_of<BFloat16>(image, frame, offset, channels, valid, values);
+    store_quads_of<BFloat16>(image, at, channels, valid, values);
   }
 }
 
-// hole * pred + valid * target. The same rounding wherever a pixel's composite is formed, so that equal
-// pixels stay equal: no contraction is left to the compiler.
-IK_DEVICE float composite_value(float hole, float valid, float pred, float target) {
-  const float part = hole == 0.0f ? 0.0f : fmaf(hole, pred, 0.0f);
-  return valid == 0.0f ? part : fmaf(valid, target, part);
+// mask * weighed + (1 - mask) * other. The same rounding wherever a pixel's composite is formed, so that
+// equal pixels stay equal: no contraction is left to the compiler.
+IK_DEVICE float composite_value(float mask, float weighed, float other) {
+  const float rest = 1.0f - mask;
+  const float part = rest == 0.0f ? 0.0f : fmaf(rest, other, 0.0f);
+  return mask == 0.0f ? part : fmaf(mask, weighed, part);
 }
 
 // Signs of 4 x 4 pixels of a channel in a word: a byte a row, two bits a pixel, 1 + sign (ops/_pairs.py). A
@@ -271,9 +282,7 @@ constexpr uint32_t kNoSigns = 0x55555555u;
 constexpr float kNoSignsByte = 8388608.0f + 85.0f;
 
 IK_DEVICE void add_sign(bool counts, float d, int place, float& byte) {
-  const auto unit = static_cast<float>(1 << (2 * place));
-  if (counts && d > 0.0f) byte += unit;
-  if (counts && d < 0.0f) byte -= unit;
+  if (counts && fabsf(d) > 0.0f) byte += copysignf(static_cast<float>(1 << (2 * place)), d);
 }
 
 // Row `row` of the word becomes `byte`.
@@ -292,10 +301,12 @@ IK_DEVICE float sign_at(uint32_t row, int place) {
   return bits_to_float(bits) - (static_cast<float>(1 << exponent) + 1.0f);
 }
 
-// Index of a word of signs of channel `spot.channel + c`, `kinds` of which lie side by side.
-IK_DEVICE int64_t sign_index(const Frame& frame, const Spot& spot, int kinds, int kind, int c, int y) {
-  const int64_t plane = static_cast<int64_t>(spot.sample) * frame.channels + spot.channel + c;
-  return ((plane * frame.sign_rows + y / kQuad) * kinds + kind) * frame.sign_quads + spot.x / kQuad;
+// Where the words of signs of a chunk's first 4 rows are: of this thread's first channel and the first kind.
+template <typename Word>
+IK_DEVICE Word* sign_words(Word* signs, const Frame& frame, const Spot& spot, int kinds) {
+  const int64_t plane = static_cast<int64_t>(spot.sample) * frame.channels + spot.channel;
+  const int64_t row = plane * frame.sign_rows + spot.begin / kQuad;
+  return signs + row * kinds * frame.sign_quads + spot.x / kQuad;
 }
 
 }  // namespace ik::cuda

@@ -15,15 +15,13 @@ namespace ik::cuda {
 struct PairBackwardArgs {
   Frame frame;
   MaskPlanes mask;
-  const float* grad[4];    // scalars: of total, hole, valid, tv; null: contributes nothing
-  float weight[3];         // of hole, valid and tv in the total
-  const float* scale;      // [N, 2] (hole, valid)
-  const float* tv_scale;   // [2] (down, across)
-  const uint32_t* signs;   // [N, C, ceil(H / 4), kinds, ceil(W / 4)], l1 only
-  Image<const void> pred;  // [N, C, H, W], l2 only
-  Image<const void> target;
-  Image<void> grad_pred;  // [N, C, H, W] or null
-  Image<void> grad_target;
+  const float* grad[4];          // scalars: of total, hole, valid, tv; null: contributes nothing
+  float weight[3];               // of hole, valid and tv in the total
+  const float* scale;            // [N, 2] (hole, valid)
+  const float* tv_scale;         // [2] (down, across)
+  const uint32_t* signs;         // [N, C, ceil(H / 4), kinds, ceil(W / 4)], l1 only
+  ImagePair<const char> images;  // l2 only
+  ImagePair<char> grads;         // null: not wanted
 };
 
 // The gradient that arrives at a term, its share of the total's included.
@@ -37,13 +35,18 @@ template <Terms kTerms, int kChannels>
 class SignSlopes {
  public:
   __device__ __forceinline__ SignSlopes(const PairBackwardArgs& args, const Spot& spot)
-      : args_(args), spot_(spot) {}
+      : frame_(args.frame), spot_(spot), at_(sign_words(args.signs, args.frame, spot, kKinds)) {}
 
   // Row y becomes the current one.
   __device__ __forceinline__ void begin(int y) {
     shift_ = 8 * (y & (kQuad - 1));
-    // The words of 4 rows; those above the chunk for its last row alone.
-    if (shift_ == 0 || y < spot_.begin) load(y);
+    if (y < spot_.begin) {
+      // Of the rows above the chunk the last one alone.
+      load(y >= 0, -static_cast<int64_t>(kKinds) * frame_.sign_quads);
+    } else if (shift_ == 0) {
+      load(y < spot_.end, 0);
+      at_ += static_cast<int64_t>(kKinds) * frame_.sign_quads;
+    }
   }
   __device__ __forceinline__ void end(int, const RegionRow&) {}
 
@@ -58,24 +61,25 @@ class SignSlopes {
   __device__ __forceinline__ float sign(int c, int kind, int k) const {
     return sign_at(words_[c][kind] >> shift_, k);
   }
-  __device__ __forceinline__ void load(int y) {
-    const bool inside = y >= 0 && y < args_.frame.rows && spot_.valid > 0;
+  __device__ __forceinline__ void load(bool inside, int64_t offset) {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      const bool wanted = inside && c < spot_.channels;
-      const int64_t index = sign_index(args_.frame, spot_, kKinds, 0, c, y);
+      const bool wanted = inside && spot_.valid > 0 && c < spot_.channels;
+      const int64_t plane = static_cast<int64_t>(c) * frame_.sign_rows * kKinds * frame_.sign_quads;
+      const uint32_t* at = at_ + offset + plane;
 #pragma unroll
       for (int kind = 0; kind < kKinds; ++kind) {
-        words_[c][kind] = wanted ? args_.signs[index + kind * args_.frame.sign_quads] : kNoSigns;
+        words_[c][kind] = wanted ? at[kind * static_cast<int64_t>(frame_.sign_quads)] : kNoSigns;
       }
-      const uint32_t beside = wanted && spot_.lane == 0 && spot_.x > 0 ? args_.signs[index - 1] : kNoSigns;
+      const uint32_t beside = wanted && spot_.lane == 0 && spot_.x > 0 ? at[-1] : kNoSigns;
       const uint32_t left = __shfl_up_sync(0xffffffffu, words_[c][0], 1);
       left_[c] = spot_.lane == 0 ? beside : left;
     }
   }
 
-  const PairBackwardArgs& args_;
+  const Frame& frame_;
   const Spot& spot_;
+  const uint32_t* at_;  // of the next 4 rows
   uint32_t words_[kChannels][kKinds];
   uint32_t left_[kChannels];  // across, of the quad to the left
   int shift_;
@@ -86,20 +90,13 @@ template <Terms kTerms, int kChannels>
 class SquareSlopes {
  public:
   __device__ __forceinline__ SquareSlopes(const PairBackwardArgs& args, const Spot& spot)
-      : args_(args), spot_(spot), images_(args.pred, args.target, args.frame, spot) {
-    images_.load(spot.begin - 1);
+      : frame_(args.frame), spot_(spot), images_(args.images, args.frame, spot, spot.begin - 1) {
+    images_.load(spot.begin > 0);
   }
 
   __device__ __forceinline__ void begin(int) {}
   // Row y, the one below the current one, is known now: `row` is its region.
   __device__ __forceinline__ void end(int y, const RegionRow& row) {
-    float hole[kQuad];
-    float valid[kQuad];
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      hole[k] = hole_of(args_.mask, row.mask[k]);
-      valid[k] = valid_of(args_.mask, row.mask[k]);
-    }
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
@@ -107,13 +104,15 @@ class SquareSlopes {
       left_[c] = left_below_[c];
       right_[c] = right_below_[c];
     }
-    images_.take(args_.mask, row, hole, valid, below_, [](int, int, float) {});
+    float weighed[kChannels][kQuad];
+    images_.take(row, weighed, below_);
+    mix<kTerms>(row, weighed, below_);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       left_below_[c] = images_.left(c, below_[c][kQuad - 1]);
       right_below_[c] = images_.right(c, below_[c][0]);
     }
-    images_.load(y + 1);
+    images_.load(y < spot_.end && y + 1 < frame_.rows);
   }
 
   __device__ __forceinline__ float left(int c) const { return slope(left_[c], here_[c][0]); }
@@ -125,7 +124,7 @@ class SquareSlopes {
  private:
   static __device__ __forceinline__ float slope(float from, float to) { return 2.0f * (to - from); }
 
-  const PairBackwardArgs& args_;
+  const Frame& frame_;
   const Spot& spot_;
   ImageRows<kTerms, kChannels> images_;
   float here_[kChannels][kQuad];
@@ -136,38 +135,44 @@ class SquareSlopes {
   float right_below_[kChannels] = {};
 };
 
-// coefficient * weight of a pair times its slope, nothing where the weight is 0.
+// Gradient of a pair: its coefficient times its slope, which may be NaN where the coefficient is 0. A sign is
+// not.
 template <bool kSquare>
-IK_DEVICE float pair_gradient(float weight, float slope) {
-  // A sign is finite.
-  return kSquare && weight == 0.0f ? 0.0f : weight * slope;
+IK_DEVICE float pair_gradient(float coefficient, float slope) {
+  return kSquare && coefficient == 0.0f ? 0.0f : coefficient * slope;
 }
 
 template <Terms kTerms, int kChannels, bool kSquare>
-__global__ void __launch_bounds__(kThreads, 4) pairs_backward(const PairBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
+    pairs_backward(const PairBackwardArgs args) {
   constexpr bool kLosses = kTerms == Terms::losses;
-  static_assert(!kLosses || !kSquare, "inpainting_pixel composes l2 of two ops");
+  static_assert(!kLosses || !kSquare, "inpainting_pixel makes its l2 of two ops");
   const Frame& frame = args.frame;
   const Spot spot = locate_chunk<kChannels>(frame);
   const float tv = term_gradient(args, 2);
   const float down = tv * args.tv_scale[0];
   const float across = tv * args.tv_scale[1];
-  float hole_coefficient = 0.0f;
-  float valid_coefficient = 0.0f;
+  float pixel_coefficient[2] =
+      {};  // of the mask and of 1 - mask; negative if pred - target is weighed - other
   if constexpr (kLosses) {
-    hole_coefficient = term_gradient(args, 0) * args.scale[2 * static_cast<int64_t>(spot.sample)];
-    valid_coefficient = term_gradient(args, 1) * args.scale[2 * static_cast<int64_t>(spot.sample) + 1];
+    const float* scale = args.scale + 2 * static_cast<int64_t>(spot.sample);
+    const float hole = term_gradient(args, 0) * scale[0];
+    const float valid = term_gradient(args, 1) * scale[1];
+    pixel_coefficient[0] = args.mask.is_hole ? -hole : valid;
+    pixel_coefficient[1] = args.mask.is_hole ? -valid : hole;
   }
   using Slopes = std::conditional_t<kSquare, SquareSlopes<kTerms, kChannels>, SignSlopes<kTerms, kChannels>>;
   Slopes slopes(args, spot);
   RegionRows regions(args.mask, frame, spot);
   regions.begin(spot.begin - 1);
+  char* other_at = spot.in(args.grads.other, 0, spot.begin, spot.x);
+  [[maybe_unused]] char* weighed_at = spot.in(args.grads.weighed, 0, spot.begin, spot.x);
 
   // Of row y, whose gradient is complete when the row below it is known.
   float mask[kQuad] = {};
   float first[kQuad] = {};
-  float across_weight[kQuad + 1] = {};  // of the pair to the left of pixel k
-  float upper[kChannels][kQuad] = {};   // gradients of the pairs with the row above
+  float across_coefficient[kQuad + 1] = {};  // of the pair to the left of pixel k
+  float upper[kChannels][kQuad] = {};        // gradients of the pairs with the row above
 #pragma unroll 1
   for (int step = -2; step < frame.chunk_rows; ++step) {
     const int y = spot.begin + step;
@@ -176,51 +181,56 @@ __global__ void __launch_bounds__(kThreads, 4) pairs_backward(const PairBackward
     regions.next(y + 1, below);
     slopes.end(y + 1, below);
     if (step > -2) {
-      float lower_weight[kQuad];
-      float hole[kQuad];
-      float valid[kQuad];
+      float down_coefficient[kQuad];
       [[maybe_unused]] float pixel[kQuad];
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
+        // Signs say themselves that a pair lacks a pixel.
+        const bool inside = !kSquare || (y >= 0 && y + 1 < frame.rows);
         const float weight = first[k] * below.second[k + 1];
-        lower_weight[k] = weight == 0.0f ? 0.0f : down * weight;
-        if constexpr (kTerms != Terms::image) {
-          hole[k] = hole_of(args.mask, mask[k]);
-          valid[k] = valid_of(args.mask, mask[k]);
-          pixel[k] = (hole[k] == 0.0f ? 0.0f : hole_coefficient * hole[k]) +
-                     (valid[k] == 0.0f ? 0.0f : valid_coefficient * valid[k]);
+        down_coefficient[k] = inside && weight != 0.0f ? down * weight : 0.0f;
+        if constexpr (kLosses) {
+          const float rest = 1.0f - mask[k];
+          pixel[k] = (mask[k] == 0.0f ? 0.0f : pixel_coefficient[0] * mask[k]) +
+                     (rest == 0.0f ? 0.0f : pixel_coefficient[1] * rest);
         }
       }
-      float to_pred[kChannels][kQuad];
-      [[maybe_unused]] float to_target[kChannels][kQuad];
+      float to_other[kChannels][kQuad];
+      [[maybe_unused]] float to_weighed[kChannels][kQuad];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        float left = pair_gradient<kSquare>(across_weight[0], slopes.left(c));
+        float left = pair_gradient<kSquare>(across_coefficient[0], slopes.left(c));
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) {
-          const float right = pair_gradient<kSquare>(across_weight[k + 1], slopes.across(c, k));
-          const float lower = pair_gradient<kSquare>(lower_weight[k], slopes.down(c, k));
+          const float right = pair_gradient<kSquare>(across_coefficient[k + 1], slopes.across(c, k));
+          const float lower = pair_gradient<kSquare>(down_coefficient[k], slopes.down(c, k));
           const float image = left - right + (upper[c][k] - lower);
           left = right;
           upper[c][k] = lower;
-          if constexpr (kTerms == Terms::image) {
-            to_pred[c][k] = image;
-          } else {
-            to_pred[c][k] = hole[k] == 0.0f ? 0.0f : hole[k] * image;
-            to_target[c][k] = valid[k] == 0.0f ? 0.0f : valid[k] * image;
-            if constexpr (kLosses) {
-              const float term = pixel[k] * slopes.pixel(c, k);
-              to_pred[c][k] += term;
-              to_target[c][k] -= term;
-            }
+          to_other[c][k] = image;
+          if constexpr (kTerms != Terms::image) {
+            const float rest = 1.0f - mask[k];
+            to_other[c][k] = rest == 0.0f ? 0.0f : rest * image;
+            to_weighed[c][k] = mask[k] == 0.0f ? 0.0f : mask[k] * image;
+          }
+          if constexpr (kLosses) {
+            const float sign = slopes.pixel(c, k);
+            to_other[c][k] += pixel[k] * sign;
+            to_weighed[c][k] -= pixel[k] * sign;
           }
         }
       }
-      if (step >= 0 && y < spot.end) {
-        const int64_t offset = spot.offset(frame, spot.x, y);
-        store_quads(args.grad_pred, frame, offset, spot.channels, spot.valid, to_pred);
+      if (step >= 0) {
+        const bool own = y < spot.end;
+        if (own && args.grads.other.data != nullptr) {
+          store_quads(args.grads.other, other_at, spot.channels, spot.valid, to_other);
+        }
+        other_at += args.grads.other.row;
         if constexpr (kTerms != Terms::image) {
-          store_quads(args.grad_target, frame, offset, spot.channels, spot.valid, to_target);
+          if (own && args.grads.weighed.data != nullptr) {
+            store_quads(args.grads.weighed, weighed_at, spot.channels, spot.valid, to_weighed);
+          }
+          weighed_at += args.grads.weighed.row;
         }
       }
     }
@@ -231,8 +241,9 @@ __global__ void __launch_bounds__(kThreads, 4) pairs_backward(const PairBackward
     }
 #pragma unroll
     for (int i = 0; i <= kQuad; ++i) {
+      const bool inside = !kSquare || (spot.x + i > 0 && spot.x + i < frame.width);
       const float weight = below.first[i] * below.second[i + 1];
-      across_weight[i] = weight == 0.0f ? 0.0f : across * weight;
+      across_coefficient[i] = inside && weight != 0.0f ? across * weight : 0.0f;
     }
   }
 }

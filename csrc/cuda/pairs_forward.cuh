@@ -10,6 +10,7 @@
 
 namespace ik::cuda {
 
+// In a kernel the first four are those of the mask and of 1 - mask.
 enum Sum : int { kHole, kValid, kHoleWeight, kValidWeight, kDown, kAcross, kRegion, kSums };
 
 struct alignas(16) PairPartial {
@@ -19,10 +20,10 @@ struct alignas(16) PairPartial {
 struct PairForwardArgs {
   Frame frame;
   MaskPlanes mask;
-  Image<const void> pred;    // [N, C, H, W]
-  Image<const void> target;  // [N, C, H, W], unless Terms::image
-  PairPartial* partials;     // [N, blocks]
-  uint32_t* signs;           // [N, C, ceil(H / 4), kinds, ceil(W / 4)] or null
+  ImagePair<const char> images;
+  bool sum_region;
+  PairPartial* partials;  // [N, blocks]
+  uint32_t* signs;        // [N, C, ceil(H / 4), kinds, ceil(W / 4)] or null
 };
 
 template <bool kSquare>
@@ -30,8 +31,8 @@ IK_DEVICE float pair_penalty(float d) {
   return kSquare ? d * d : fabsf(d);
 }
 
-// Adds up a block's sums, in a fixed order.
-IK_DEVICE void store_sums(float (&sum)[kSums], PairPartial* partials) {
+// Adds up a block's sums, in a fixed order. `swap`: the mask's are those of the valid region.
+IK_DEVICE void store_sums(float (&sum)[kSums], bool swap, PairPartial* partials) {
   __shared__ float warp_sums[kThreads / kWarp][kSums];
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -47,18 +48,19 @@ IK_DEVICE void store_sums(float (&sum)[kSums], PairPartial* partials) {
   float total = 0.0f;
 #pragma unroll
   for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][threadIdx.x];
-  partials[blockIdx.x].sum[threadIdx.x] = total;
+  partials[blockIdx.x].sum[swap && threadIdx.x < kDown ? threadIdx.x ^ 1u : threadIdx.x] = total;
 }
 
 template <Terms kTerms, int kChannels, bool kSquare>
-__global__ void __launch_bounds__(kThreads, 4) pairs_forward(const PairForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
+    pairs_forward(const PairForwardArgs args) {
   constexpr bool kLosses = kTerms == Terms::losses;
   constexpr int kKinds = kLosses ? 3 : 2;  // of signs: across, down, pred - target
   const Frame& frame = args.frame;
   const Spot spot = locate_chunk<kChannels>(frame);
   RegionRows regions(args.mask, frame, spot);
-  ImageRows<kTerms, kChannels> images(args.pred, args.target, frame, spot);
-  images.load(spot.begin);
+  ImageRows<kTerms, kChannels> images(args.images, frame, spot, spot.begin);
+  images.load(spot.begin < spot.end);
   regions.begin(spot.begin);
 
   float sum[kSums] = {};
@@ -67,6 +69,18 @@ __global__ void __launch_bounds__(kThreads, 4) pairs_forward(const PairForwardAr
   uint32_t words[kChannels][kKinds];
 #pragma unroll
   for (int i = 0; i < kChannels * kKinds; ++i) words[i / kKinds][i % kKinds] = kNoSigns;
+  uint32_t* signs = sign_words(args.signs, frame, spot, kKinds);
+
+  // Stores the words of the 4 rows from y on and begins new ones.
+  const auto store_signs = [&](int kind, int y) {
+    const bool inside = args.signs != nullptr && spot.valid > 0 && y < spot.end;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const int64_t plane = static_cast<int64_t>(c) * frame.sign_rows * kKinds + kind;
+      if (inside && c < spot.channels) signs[plane * frame.sign_quads] = words[c][kind];
+      words[c][kind] = kNoSigns;
+    }
+  };
 
 #pragma unroll 1
   for (int step = 0; step <= frame.chunk_rows; ++step) {
@@ -74,43 +88,63 @@ __global__ void __launch_bounds__(kThreads, 4) pairs_forward(const PairForwardAr
     const bool own = y < spot.end;
     RegionRow row;
     regions.next(y, row);
-    // A pair that does not count weighs 0: across, those of the row below the chunk; down, those above it.
-    float across_weight[kQuad];
-    float down_weight[kQuad];
-    float hole[kQuad];
-    float valid[kQuad];
+    float weighed[kChannels][kQuad];
+    float here[kChannels][kQuad];
+    images.take(row, weighed, here);
+
+    if constexpr (kLosses) {
+      if (own) {
+        float byte[kChannels];
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      across_weight[k] = own ? row.first[k + 1] * row.second[k + 2] : 0.0f;
-      down_weight[k] = first_above[k] * row.second[k + 1];
-      first_above[k] = own ? row.first[k + 1] : 0.0f;
-      hole[k] = hole_of(args.mask, row.mask[k]);
-      valid[k] = valid_of(args.mask, row.mask[k]);
-      if (own && k < spot.valid) {
-        sum[kHoleWeight] += hole[k];
-        sum[kValidWeight] += valid[k];
-        sum[kRegion] += row.first[k + 1];
+        for (int c = 0; c < kChannels; ++c) byte[c] = kNoSignsByte;
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) {
+          const float mask = row.mask[k];
+          const float rest = 1.0f - mask;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            const float d = here[c][k] - weighed[c][k];
+            if (mask != 0.0f) sum[kHole] += mask * fabsf(d);
+            if (rest != 0.0f) sum[kValid] += rest * fabsf(d);
+            add_sign(true, d, k, byte[c]);
+          }
+          if (frame.whole || k < spot.valid) {
+            sum[kHoleWeight] += mask;
+            sum[kValidWeight] += rest;
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          // Of pred - target.
+          if (args.mask.is_hole) byte[c] = 2.0f * kNoSignsByte - byte[c];
+          words[c][2] = insert_signs(words[c][2], byte[c], step % kQuad);
+        }
       }
     }
-
-    float here[kChannels][kQuad];
-    [[maybe_unused]] float pixel_signs[kChannels];
-    images.take(args.mask, row, hole, valid, here, [&](int c, int k, float d) {
-      if constexpr (kLosses) {
-        if (k == 0) pixel_signs[c] = kNoSignsByte;
-        add_sign(own, d, k, pixel_signs[c]);
-        if (own && hole[k] != 0.0f) sum[kHole] += hole[k] * fabsf(d);
-        if (own && valid[k] != 0.0f) sum[kValid] += valid[k] * fabsf(d);
+    if (args.sum_region && own) {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (k < spot.valid) sum[kRegion] += row.first[k + 1];
       }
-    });
-    images.load(y + 1);
+    }
+    mix<kTerms>(row, weighed, here);
+    images.load(y < spot.end && y + 1 < frame.rows);
 
-    const int last_row = (y - 1) & (kQuad - 1);
+    // 0 for pairs of another chunk or with no pixel.
+    float across_weight[kQuad];
+    float down_weight[kQuad];
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const bool inside = frame.whole ? k + 1 < kQuad || !spot.at_border : spot.x + k + 1 < frame.width;
+      across_weight[k] = own && inside ? row.first[k + 1] * row.second[k + 2] : 0.0f;
+      down_weight[k] = first_above[k] * row.second[k + 1];
+      first_above[k] = own && y + 1 < frame.rows ? row.first[k + 1] : 0.0f;
+    }
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       const float right = images.right(c, here[c][0]);
-      float across_signs = kNoSignsByte;
-      float down_signs = kNoSignsByte;
+      float across_byte = kNoSignsByte;
+      float down_byte = kNoSignsByte;
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
         const float across = (k + 1 < kQuad ? here[c][(k + 1) % kQuad] : right) - here[c][k];
@@ -118,34 +152,31 @@ __global__ void __launch_bounds__(kThreads, 4) pairs_forward(const PairForwardAr
         if (across_weight[k] != 0.0f) sum[kAcross] += across_weight[k] * pair_penalty<kSquare>(across);
         if (down_weight[k] != 0.0f) sum[kDown] += down_weight[k] * pair_penalty<kSquare>(down);
         if constexpr (!kSquare) {
-          add_sign(across_weight[k] != 0.0f, across, k, across_signs);
-          add_sign(down_weight[k] != 0.0f, down, k, down_signs);
+          add_sign(across_weight[k] != 0.0f, across, k, across_byte);
+          add_sign(down_weight[k] != 0.0f, down, k, down_byte);
         }
         above[c][k] = here[c][k];
       }
       if constexpr (!kSquare) {
-        // The down signs of a row are known a row later.
-        words[c][1] = insert_signs(words[c][1], down_signs, last_row);
-        if (last_row == kQuad - 1) {
-          if (args.signs != nullptr && step > 0 && y - kQuad < frame.rows && c < spot.channels &&
-              spot.valid > 0) {
-#pragma unroll
-            for (int kind = 0; kind < kKinds; ++kind) {
-              args.signs[sign_index(frame, spot, kKinds, kind, c, y - 1)] = words[c][kind];
-            }
-          }
-#pragma unroll
-          for (int kind = 0; kind < kKinds; ++kind) words[c][kind] = kNoSigns;
-        }
-        words[c][0] = insert_signs(words[c][0], across_signs, y & (kQuad - 1));
-        if constexpr (kLosses) words[c][2] = insert_signs(words[c][2], pixel_signs[c], y & (kQuad - 1));
+        words[c][0] = insert_signs(words[c][0], across_byte, step % kQuad);
+        words[c][1] = insert_signs(words[c][1], down_byte, (step + kQuad - 1) % kQuad);
+      }
+    }
+    if constexpr (!kSquare) {
+      // The down signs of a row are known a row later than the others.
+      if (step % kQuad == kQuad - 1) {
+        store_signs(0, y - kQuad + 1);
+        if constexpr (kLosses) store_signs(2, y - kQuad + 1);
+      } else if (step > 0 && step % kQuad == 0) {
+        store_signs(1, y - kQuad);
+        signs += static_cast<int64_t>(kKinds) * frame.sign_quads;
       }
     }
   }
-  const int channels = spot.channels < kChannels ? spot.channels : kChannels;
+  const int channels = spot.valid == 0 ? 0 : (spot.channels < kChannels ? spot.channels : kChannels);
 #pragma unroll
   for (int i : {kHoleWeight, kValidWeight, kRegion}) sum[i] *= static_cast<float>(channels);
-  store_sums(sum, args.partials);
+  store_sums(sum, !args.mask.is_hole, args.partials);
 }
 
 struct PairFinalArgs {
@@ -170,7 +201,7 @@ struct PairFinalArgs {
 template <bool kLosses>
 __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalArgs args, int lanes) {
   double sum[kSums] = {};  // over this thread's samples
-  double scaled[2] = {};
+  [[maybe_unused]] double scaled[2] = {};
   sum_samples<kSums>(
       args.samples, args.blocks, lanes,
       [&](int64_t index, double (&value)[kSums]) {
@@ -181,13 +212,15 @@ __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalA
       [&](int64_t sample, const double (&value)[kSums]) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sum[i] += value[i];
-        if (!kLosses || args.normalize != Normalize::sample) return;
+        if constexpr (kLosses) {
+          if (args.normalize != Normalize::sample) return;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const double scale = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
-                                            static_cast<double>(args.samples));
-          scaled[r] += scale * value[kHole + r];
-          args.scale[2 * sample + r] = static_cast<float>(scale);
+          for (int r = 0; r < 2; ++r) {
+            const double scale = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
+                                              static_cast<double>(args.samples));
+            scaled[r] += scale * value[kHole + r];
+            args.scale[2 * sample + r] = static_cast<float>(scale);
+          }
         }
       });
   double scales[2];

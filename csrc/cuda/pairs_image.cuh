@@ -1,63 +1,69 @@
 // Rows of the image whose pairs are summed, one after another, for the quads of a strip: as it is, or as the
-// composite of pred and target.
+// composite of two.
 #pragma once
 
 #include "cuda/pairs_region.cuh"
 
 namespace ik::cuda {
 
+// The images of a call by their weight, so that no element asks what the mask means: `weighed` by the mask
+// (the target, or pred if the mask is 1 in the hole), `other` by 1 - mask. Terms::image has `other` alone.
+template <typename Byte>
+struct ImagePair {
+  Image<Byte> weighed;  // [N, C, H, W]
+  Image<Byte> other;    // [N, C, H, W]
+};
+
 // The pixels beside the strip are loaded by its first threads: lane c has channel c of the column to the
 // right, lane kChannels + c that of the column to the left.
 template <Terms kTerms, int kChannels>
 class ImageRows {
  public:
-  __device__ __forceinline__ ImageRows(const Image<const void>& pred, const Image<const void>& target,
-                                       const Frame& frame, const Spot& spot)
-      : pred_(pred), target_(target), frame_(frame), spot_(spot) {
+  // Row y comes first.
+  __device__ __forceinline__ ImageRows(const ImagePair<const char>& images, const Frame& frame,
+                                       const Spot& spot, int y)
+      : images_(images), spot_(spot) {
     static_assert(2 * kChannels <= 8, "lanes of the narrowest strip");
     on_right_ = spot.lane < kChannels;
-    beside_channel_ = on_right_ ? spot.lane : spot.lane - kChannels;
-    column_ = on_right_ ? spot.next_x : spot.strip_x - 1;
-    owner_ = beside_channel_ < kChannels && beside_channel_ < spot.channels && column_ >= 0 &&
-             column_ < frame.width;
-  }
-
-  // Starts the loads of row y, of the chunk or next to it; zeros beyond the image.
-  __device__ __forceinline__ void load(int y) {
-    const bool wanted = y >= 0 && y <= spot_.end && y < frame_.rows;
-    const int64_t offset = spot_.offset(frame_, spot_.x, y);
-    const int channels = wanted ? spot_.channels : 0;
-    load_quads(pred_, frame_, offset, channels, spot_.valid, pred_words_);
-    if constexpr (kMixed) load_quads(target_, frame_, offset, channels, spot_.valid, target_words_);
-    pred_beside_ = target_beside_ = 0;
-    if (!wanted || !owner_) return;
-    const int64_t index = spot_.offset(frame_, column_, y) + beside_channel_ * frame_.channel;
-    pred_beside_ = load_element(pred_.type, pred_.data, index);
-    if constexpr (kMixed) target_beside_ = load_element(target_.type, target_.data, index);
-  }
-
-  // The row that `load` was last called for, whose loads are free to start anew. `difference(c, k, pred -
-  // target)` is called for every element.
-  template <typename Difference>
-  __device__ __forceinline__ void take(const MaskPlanes& mask, const RegionRow& row,
-                                       const float (&hole)[kQuad], const float (&valid)[kQuad],
-                                       float (&image)[kChannels][kQuad], const Difference& difference) {
-    unpack_quads(pred_, frame_, pred_words_, image);
-    beside_ = element_value(pred_.type, pred_beside_);
+    const int c = on_right_ ? spot.lane : spot.lane - kChannels;
+    const int column = on_right_ ? spot.next_x : spot.strip_x - 1;
+    owner_ = c < kChannels && c < spot.channels && column >= 0 && column < frame.width;
+    other_at_ = spot.in(images.other, 0, y, spot.x);
+    other_beside_ = spot.in(images.other, c, y, column) - other_at_;
     if constexpr (kMixed) {
-      float other[kChannels][kQuad];
-      unpack_quads(target_, frame_, target_words_, other);
+      weighed_at_ = spot.in(images.weighed, 0, y, spot.x);
+      weighed_beside_ = spot.in(images.weighed, c, y, column) - weighed_at_;
+    }
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) {
-          difference(c, k, image[c][k] - other[c][k]);
-          image[c][k] = composite_value(hole[k], valid[k], image[c][k], other[c][k]);
+    for (int i = 0; i < kChannels * kQuad; ++i) other_.words[i] = weighed_.words[i] = 0;
+    other_bits_ = weighed_bits_ = 0;
+  }
+
+  // Starts the loads of the next row, if it is wanted.
+  __device__ __forceinline__ void load(bool wanted) {
+    if (wanted) {
+      load_quads(images_.other, other_at_, spot_.channels, spot_.valid, other_);
+      if constexpr (kMixed) load_quads(images_.weighed, weighed_at_, spot_.channels, spot_.valid, weighed_);
+      if (owner_) {
+        other_bits_ = load_element(images_.other.type, other_at_ + other_beside_);
+        if constexpr (kMixed) {
+          weighed_bits_ = load_element(images_.weighed.type, weighed_at_ + weighed_beside_);
         }
       }
-      const float weight = from_lane(spot_, row.beside, on_right_ ? 2 : 1);
-      beside_ = composite_value(hole_of(mask, weight), valid_of(mask, weight), beside_,
-                                element_value(target_.type, target_beside_));
+    }
+    other_at_ += images_.other.row;
+    if constexpr (kMixed) weighed_at_ += images_.weighed.row;
+  }
+
+  // The two images of the row last loaded. Afterwards the next may be.
+  __device__ __forceinline__ void take(const RegionRow& row, float (&weighed)[kChannels][kQuad],
+                                       float (&other)[kChannels][kQuad]) {
+    unpack_quads(images_.other, other_, other);
+    beside_ = element_value(images_.other.type, other_bits_);
+    if constexpr (kMixed) {
+      unpack_quads(images_.weighed, weighed_, weighed);
+      beside_ = composite_value(from_lane(spot_, row.beside, on_right_ ? 2 : 1),
+                                element_value(images_.weighed.type, weighed_bits_), beside_);
     }
   }
 
@@ -72,19 +78,34 @@ class ImageRows {
  private:
   static constexpr bool kMixed = kTerms != Terms::image;
 
-  const Image<const void>& pred_;
-  const Image<const void>& target_;
-  const Frame& frame_;
+  const ImagePair<const char>& images_;
   const Spot& spot_;
-  RawQuads<kChannels> pred_words_;
-  RawQuads<kChannels> target_words_;
+  RawQuads<kChannels> other_;
+  RawQuads<kChannels> weighed_;
+  const char* other_at_;  // of the next row
+  const char* weighed_at_;
+  int64_t other_beside_;  // from there to the pixel beside the strip
+  int64_t weighed_beside_;
+  uint32_t other_bits_;
+  uint32_t weighed_bits_;
+  float beside_;
   bool on_right_;
   bool owner_;
-  int32_t beside_channel_;
-  int32_t column_;
-  uint32_t pred_beside_;
-  uint32_t target_beside_;
-  float beside_;
 };
+
+// Makes `image` the composite of the two, which it holds one of.
+template <Terms kTerms, int kChannels>
+IK_DEVICE void mix(const RegionRow& row, const float (&weighed)[kChannels][kQuad],
+                   float (&image)[kChannels][kQuad]) {
+  if constexpr (kTerms != Terms::image) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        image[c][k] = composite_value(row.mask[k], weighed[c][k], image[c][k]);
+      }
+    }
+  }
+}
 
 }  // namespace ik::cuda

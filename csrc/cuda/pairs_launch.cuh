@@ -34,29 +34,48 @@ struct PairTensors {
       : size(image_size), channels_last(is_channels_last), shape(pixel_shape(size, channels_last)) {
     mask.region = region;
     mask.is_hole = mask_is_hole;
+    mask.sign = mask_is_hole ? 1.0f : -1.0f;
+    mask.bias = mask_is_hole ? 0.0f : 1.0f;
     if (mask_tensor != nullptr) set_mask(*mask_tensor);
     if (shape.numel() > 0) set_frame();
   }
 
-  template <typename Void>
-  Image<Void> image(const char* argument, Void* data, ScalarType dtype) const {
-    Image<Void> found{data, element_type(argument, dtype), false};
+  template <typename Byte>
+  Image<Byte> image(const char* argument, void* data, ScalarType dtype) const {
+    Image<Byte> found{};
+    found.data = static_cast<Byte*>(data);
+    found.type = element_type(argument, dtype);
     const int64_t bytes = found.type == ElementType::f32 ? 4 : 2;
-    // Quads are runs of elements in NCHW, and in channels_last if a thread has all channels.
-    found.vectors = (!channels_last || size[1] == 1 || frame.interleaved) && size[3] % kQuad == 0 &&
-                    is_aligned(data, kQuad * bytes);
+    found.pixel = bytes * (channels_last ? size[1] : 1);
+    found.channel = bytes * (channels_last ? 1 : size[2] * size[3]);
+    found.row = found.pixel * size[3];
+    found.sample = bytes * size[1] * size[2] * size[3];
+    // In channels_last quads are runs of elements if a thread has all the channels.
+    const bool run = channels_last && size[1] == kernel_channels && size[1] > 1;
+    found.vectors = frame.whole && (found.pixel == bytes || run) && is_aligned(data, kQuad * bytes);
+    found.interleaved = found.vectors && run;
     return found;
   }
-  Image<const void> input(const char* argument, const Tensor& tensor) {
+  // The pair of a composite.
+  template <typename Byte>
+  ImagePair<Byte> by_weight(const Image<Byte>& pred, const Image<Byte>& target) const {
+    return mask.is_hole ? ImagePair<Byte>{pred, target} : ImagePair<Byte>{target, pred};
+  }
+  Image<const char> input(const char* argument, const Tensor& tensor) {
     ready.push_back(in_layout(tensor, channels_last));
-    return image(argument, ready.back().const_data_ptr(), tensor.scalar_type());
+    return image<const char>(argument, const_cast<void*>(ready.back().const_data_ptr()),
+                             tensor.scalar_type());
+  }
+  ImagePair<const char> inputs(const Tensor& pred, const Tensor* target) {
+    const Image<const char> image = input("pred", pred);
+    return target == nullptr ? ImagePair<const char>{{}, image} : by_weight(image, input("target", *target));
   }
 
   // A gradient, or what stands for one that is not needed.
-  Tensor output(const char* argument, const Tensor& like, bool needed, ScalarType dtype, Image<void>& view) {
+  Tensor output(const char* argument, const Tensor& like, bool needed, ScalarType dtype, Image<char>& view) {
     if (!needed) return empty_1d(like, 0, dtype);
     Tensor tensor = empty_image(like, size, channels_last, dtype);
-    view = image(argument, tensor.mutable_data_ptr(), dtype);
+    view = image<char>(argument, tensor.mutable_data_ptr(), dtype);
     return tensor;
   }
 
@@ -79,7 +98,7 @@ struct PairTensors {
     const bool follows = channels_last && shape.mask_repeat == 1;
     mask.pixel = static_cast<int32_t>(follows ? size[1] : 1);
     mask.channel = follows ? 1 : shape.mask_stride_c;
-    mask.row = size[3] * mask.pixel;
+    mask.row = static_cast<int32_t>(size[3] * mask.pixel);
     mask.sample = shape.mask_stride_n;
     mask.vectors = mask.type != MaskType::f64 && mask.pixel == 1 && size[3] % kQuad == 0 &&
                    mask.channel % kQuad == 0 && mask.sample % kQuad == 0 &&
@@ -92,17 +111,13 @@ struct PairTensors {
     const int64_t W = size[3];
     // Room for the rows and columns beside the image.
     constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() - 1024;
-    STD_TORCH_CHECK(C <= kLargest && H <= kLargest && W <= kLargest, "pred: a dimension is too large");
+    STD_TORCH_CHECK(C <= kLargest && H <= kLargest && C * W <= kLargest, "pred: a row is too large");
     const bool shared_mask = mask.data == nullptr || mask.channel == 0 || C == 1;
     kernel_channels = shared_mask && (C % 3 == 0 || C > 4) ? 3 : 1;
     frame.channels = static_cast<int32_t>(C);
     frame.rows = static_cast<int32_t>(H);
     frame.width = static_cast<int32_t>(W);
-    frame.pixel = static_cast<int32_t>(channels_last ? C : 1);
-    frame.row = W * frame.pixel;
-    frame.channel = channels_last ? 1 : H * W;
-    frame.sample = C * H * W;
-    frame.interleaved = channels_last && C == kernel_channels && C > 1;
+    frame.whole = W % kQuad == 0;
     frame.sign_rows = static_cast<int32_t>((H + kQuad - 1) / kQuad);
     frame.sign_quads = static_cast<int32_t>((W + kQuad - 1) / kQuad);
 
@@ -119,7 +134,7 @@ struct PairTensors {
     const auto slots = [&](int64_t rows) { return strips(frame.lanes) * groups * ((H + rows - 1) / rows); };
     frame.chunk_rows = 32;
     while (frame.chunk_rows > kQuad &&
-           (frame.chunk_rows >= 2 * H || size[0] * slots(frame.chunk_rows) < 512 * frame.slots)) {
+           (frame.chunk_rows >= 2 * H || size[0] * slots(frame.chunk_rows) < 2048)) {
       frame.chunk_rows /= 2;
     }
     STD_TORCH_CHECK(slots(frame.chunk_rows) <= std::numeric_limits<int32_t>::max() - frame.slots,
@@ -155,8 +170,8 @@ Tensor run_pairs_forward(const DeviceScope& device, PairForwardCall call) {
   PairFinalArgs& final = call.final;
   if (t.shape.numel() > 0) {
     PairForwardArgs args{};
-    args.pred = t.input("pred", call.pred);
-    if (kTerms != Terms::image) args.target = t.input("target", *call.target);
+    args.images = t.inputs(call.pred, call.target);
+    args.sum_region = final.pair_normalize == PairNormalize::mask;
     args.frame = t.frame;
     args.mask = t.mask;
     if (call.save_signs) args.signs = static_cast<uint32_t*>(signs.mutable_data_ptr());
@@ -209,19 +224,21 @@ std::tuple<Tensor, Tensor> run_pairs_backward(const DeviceScope& device, const P
                                               PairBackwardArgs args) {
   constexpr int kKinds = kTerms == Terms::losses ? 3 : 2;
   PairTensors t(call.size, call.channels_last, call.mask, call.region, call.mask_is_hole);
-  Tensor grad_pred = t.output("pred", call.like, call.need_pred, call.pred_dtype, args.grad_pred);
-  Tensor grad_target = t.output("target", call.like, call.need_target, call.target_dtype, args.grad_target);
+  Image<char> pred{};
+  Image<char> target{};
+  Tensor grad_pred = t.output("pred", call.like, call.need_pred, call.pred_dtype, pred);
+  Tensor grad_target = t.output("target", call.like, call.need_target, call.target_dtype, target);
   if (t.shape.numel() == 0 || !(call.need_pred || call.need_target)) return {grad_pred, grad_target};
   if (call.square) {
     STD_TORCH_CHECK(call.pred != nullptr && (kTerms == Terms::image || call.target != nullptr),
                     "the images are needed");
-    args.pred = t.input("pred", *call.pred);
-    if (kTerms != Terms::image) args.target = t.input("target", *call.target);
+    args.images = t.inputs(*call.pred, kTerms == Terms::image ? nullptr : call.target);
   } else {
     STD_TORCH_CHECK(call.signs != nullptr && call.signs->numel() == t.sign_bytes(kKinds),
                     "signs: missing or of the wrong size");
     args.signs = static_cast<const uint32_t*>(call.signs->const_data_ptr());
   }
+  args.grads = kTerms == Terms::image ? ImagePair<char>{{}, pred} : t.by_weight(pred, target);
   args.frame = t.frame;
   args.mask = t.mask;
   const auto run = [&](auto kernel) { launch(kernel, t.blocks(), kThreads, device, args); };

@@ -2,7 +2,8 @@
 //
 // Each mask value is loaded once per chunk, a row before it is needed; the maximum of three rows rolls in
 // registers and that of three columns comes from shuffles. The first four threads of a strip own the columns
-// x0 - 2, x0 - 1, x1 and x1 + 1 beside it.
+// -2, -1, and 0, 1 of the next strip. Beyond the image the nearest pixel stands in: it belongs to the
+// neighbourhood anyway.
 #pragma once
 
 #include "cuda/pairs.cuh"
@@ -14,20 +15,20 @@ struct MaskPlanes {
   const void* data;
   int64_t sample;
   int64_t channel;
-  int64_t row;
+  int32_t row;
   int32_t pixel;
   MaskType type;
   float cap;     // of u8: 1 for bool, as a bool tensor viewed from other bytes is true for all but 0
   bool vectors;  // whole quads, each aligned to its size
   Region region;
-  bool is_hole;  // the mask is 1 in the hole
+  // The hole is (is_hole ? mask : 1 - mask) = bias + sign * mask, and so is its maximum, of sign * mask.
+  bool is_hole;
+  float sign;
+  float bias;
 };
 
-IK_DEVICE float hole_of(const MaskPlanes& mask, float value) { return mask.is_hole ? value : 1.0f - value; }
-IK_DEVICE float valid_of(const MaskPlanes& mask, float value) { return mask.is_hole ? 1.0f - value : value; }
-
 // One row of a quad. Index i of a region is pixel i - 1 of the quad. A pair of neighbours weighs `first` of
-// its upper or left pixel times `second` of the other; both are 0 beyond the image.
+// its upper or left pixel times `second` of the other; what is beyond the image is for the caller to exclude.
 struct RegionRow {
   float mask[kQuad];
   float first[kQuad + 2];
@@ -39,25 +40,27 @@ class RegionRows {
  public:
   __device__ __forceinline__ RegionRows(const MaskPlanes& mask, const Frame& frame, const Spot& spot)
       : mask_(mask), frame_(frame), spot_(spot) {
-    plane_ = spot.sample * mask.sample + spot.channel * mask.channel;
-    column_ = spot.lane < 2 ? spot.strip_x + spot.lane - 2 : spot.next_x + spot.lane - 2;
-    owner_ = spot.channels > 0 && spot.lane < 4 && column_ >= 0 && column_ < frame.width;
+    const int64_t plane = spot.sample * mask.sample + spot.channel * mask.channel;
+    const int column = spot.lane < 2 ? spot.strip_x + spot.lane - 2 : spot.next_x + spot.lane - 2;
+    at_ = plane + static_cast<int64_t>(spot.x) * mask.pixel;
+    beside_at_ = plane + static_cast<int64_t>(inside(column)) * mask.pixel;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) raw_[k] = 0;
+    raw_beside_ = 0;
   }
 
   // Row y comes next.
   __device__ __forceinline__ void begin(int y) {
     float above[kQuad];
-    load(y - 1);
     float beside_above;
+    load(y - 1);
     take(above, beside_above);
     load(y);
     take(here_, beside_);
     load(y + 1);
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      upper_[k] = fmaxf(spread(above[k], y - 1, k), spread(here_[k], y, k));
-    }
-    beside_upper_ = fmaxf(spread_beside(beside_above, y - 1), spread_beside(beside_, y));
+    for (int k = 0; k < kQuad; ++k) upper_[k] = fmaxf(mask_.sign * above[k], mask_.sign * here_[k]);
+    beside_upper_ = fmaxf(mask_.sign * beside_above, mask_.sign * beside_);
   }
 
   // Row y; the next call gives the row after it.
@@ -69,35 +72,35 @@ class RegionRows {
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) row.mask[k] = here_[k];
     row.beside = beside_;
-    const Region region = mask_.region;
-    if (region == Region::image) {
+    if (mask_.region == Region::image) {
 #pragma unroll
-      for (int i = 0; i < kQuad + 2; ++i) row.first[i] = row.second[i] = inside(y, i) ? 1.0f : 0.0f;
+      for (int i = 0; i < kQuad + 2; ++i) row.first[i] = row.second[i] = 1.0f;
     } else {
-      const bool dilated = region == Region::dilated_hole;
-      float columns[kQuad + 4];  // from pixel -2 on: the maximum over the rows, or the hole alone
+      const bool dilated = mask_.region == Region::dilated_hole;
+      float columns[kQuad + 4];  // from pixel -2 on: the maximum over the rows, or of this row alone
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
-        const float hole = spread(below[k], y + 1, k);
-        columns[k + 2] = dilated ? fmaxf(upper_[k], hole) : hole_of(mask_, here_[k]);
-        upper_[k] = fmaxf(spread(here_[k], y, k), hole);
+        const float here = mask_.sign * here_[k];
+        const float under = mask_.sign * below[k];
+        columns[k + 2] = dilated ? fmaxf(upper_[k], under) : here;
+        upper_[k] = fmaxf(here, under);
       }
-      const float hole = spread_beside(beside_below, y + 1);
-      const float beside = dilated ? fmaxf(beside_upper_, hole) : hole_of(mask_, beside_);
-      beside_upper_ = fmaxf(spread_beside(beside_, y), hole);
+      const float under = mask_.sign * beside_below;
+      const float beside = dilated ? fmaxf(beside_upper_, under) : mask_.sign * beside_;
+      beside_upper_ = fmaxf(mask_.sign * beside_, under);
       // The first thread wants lanes 0 and 1, the last one 2 and 3.
       const float nearer = from_lane(spot_, beside, spot_.last ? 2 : 1);
       const float farther = from_lane(spot_, beside, spot_.last ? 3 : 0);
       columns[0] = from_left(spot_, columns[kQuad], farther);
       columns[1] = from_left(spot_, columns[kQuad + 1], nearer);
-      columns[kQuad + 2] = from_right(spot_, columns[2], nearer);
+      const float right = from_right(spot_, columns[2], nearer);
+      columns[kQuad + 2] = spot_.at_border ? columns[kQuad + 1] : right;
       columns[kQuad + 3] = from_right(spot_, columns[3], farther);
 #pragma unroll
       for (int i = 0; i < kQuad + 2; ++i) {
         const float widest = fmaxf(fmaxf(columns[i], columns[i + 1]), columns[i + 2]);
-        const bool in = inside(y, i);
-        row.first[i] = in ? (dilated ? widest : columns[i + 1]) : 0.0f;
-        row.second[i] = region == Region::first_pixel ? (in ? 1.0f : 0.0f) : row.first[i];
+        row.first[i] = mask_.bias + (dilated ? widest : columns[i + 1]);
+        row.second[i] = mask_.region == Region::first_pixel ? 1.0f : row.first[i];
       }
     }
 #pragma unroll
@@ -106,17 +109,8 @@ class RegionRows {
   }
 
  private:
-  __device__ __forceinline__ bool row_inside(int y) const { return y >= 0 && y < frame_.rows; }
-  __device__ __forceinline__ bool inside(int y, int i) const {
-    const int column = spot_.x + i - 1;
-    return row_inside(y) && column >= 0 && column < frame_.width;
-  }
-  // What a pixel adds to the maximum over its neighbourhood, which ends at the border of the image.
-  __device__ __forceinline__ float spread(float value, int y, int k) const {
-    return row_inside(y) && k < spot_.valid ? hole_of(mask_, value) : -INFINITY;
-  }
-  __device__ __forceinline__ float spread_beside(float value, int y) const {
-    return row_inside(y) && owner_ ? hole_of(mask_, value) : -INFINITY;
+  __device__ __forceinline__ int inside(int column) const {
+    return column < 0 ? 0 : (column < frame_.width ? column : frame_.width - 1);
   }
 
   template <typename M>
@@ -129,44 +123,44 @@ class RegionRows {
     }
   }
 
-  // Starts the loads of a row.
   template <typename M, int kWords>
-  __device__ __forceinline__ void load_of(int64_t index) {
-    if (spot_.valid > 0) {
-      if (mask_.vectors) {
-        load_words<4 * kWords, true>(static_cast<const M*>(mask_.data) + index, raw_);
-      } else {
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) {
-          const uint32_t bits =
-              k < spot_.valid ? element<M>(index + static_cast<int64_t>(k) * mask_.pixel) : 0u;
-          constexpr int kBits = 8 * kWords;
-          raw_[k * kWords / kQuad] |= bits << (k * kBits % 32);
-        }
+  __device__ __forceinline__ void load_row(int64_t row) {
+    if (mask_.vectors) {
+      if (spot_.valid > 0) {
+        load_words<4 * kWords, true>(static_cast<const M*>(mask_.data) + at_ + row, raw_);
       }
-    }
-    if (owner_) raw_beside_ = element<M>(index + static_cast<int64_t>(column_ - spot_.x) * mask_.pixel);
-  }
-
-  __device__ __forceinline__ void load(int y) {
+    } else if (spot_.valid > 0) {
+      uint32_t packed[kQuad] = {};
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) raw_[k] = 0;
-    raw_beside_ = 0;
-    if (mask_.type == MaskType::none || spot_.channels <= 0 || !row_inside(y)) return;
-    const int64_t index = plane_ + y * mask_.row + static_cast<int64_t>(spot_.x) * mask_.pixel;
+      for (int k = 0; k < kQuad; ++k) {
+        const int offset = k < spot_.valid ? k : spot_.valid - 1;
+        const uint32_t bits = element<M>(at_ + row + static_cast<int64_t>(offset) * mask_.pixel);
+        packed[k * kWords / kQuad] |= bits << (8 * kWords * k % 32);
+      }
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) raw_[k] = packed[k];
+    }
+    if (spot_.channels > 0 && spot_.lane < 4) raw_beside_ = element<M>(beside_at_ + row);
+  }
+
+  // Starts the loads of a row.
+  __device__ __forceinline__ void load(int y) {
+    const int last = frame_.rows - 1;
+    const int64_t row = static_cast<int64_t>(y < 0 ? 0 : (y < last ? y : last)) * mask_.row;
     switch (mask_.type) {
+      case MaskType::none:
+        return;
       case MaskType::f32:
-        return load_of<uint32_t, 4>(index);
+        return load_row<uint32_t, 4>(row);
       case MaskType::f64:
-        return load_of<double, 4>(index);
+        return load_row<double, 4>(row);
       case MaskType::u8:
-        return load_of<uint8_t, 1>(index);
+        return load_row<uint8_t, 1>(row);
       default:
-        return load_of<uint16_t, 2>(index);
+        return load_row<uint16_t, 2>(row);
     }
   }
 
-  // The values of the row that `load` was last called for; 0 beyond the image.
   template <typename M>
   __device__ __forceinline__ void take_as(float (&values)[kQuad], float& beside) const {
     Pack<M, kQuad> pack;
@@ -180,6 +174,7 @@ class RegionRows {
     beside = quad[0];
   }
 
+  // The values of the row that `load` was last called for.
   __device__ __forceinline__ void take(float (&values)[kQuad], float& beside) const {
     switch (mask_.type) {
       case MaskType::u8:
@@ -200,9 +195,8 @@ class RegionRows {
   const MaskPlanes& mask_;
   const Frame& frame_;
   const Spot& spot_;
-  int64_t plane_;
-  int32_t column_;  // beside the strip
-  bool owner_;
+  int64_t at_;  // of the quad and of the column beside the strip, in row 0
+  int64_t beside_at_;
   uint32_t raw_[kQuad];  // of the row below
   uint32_t raw_beside_;
   float here_[kQuad];
