@@ -80,9 +80,9 @@ class SignSlopes {
   const Frame& frame_;
   const Spot& spot_;
   const uint32_t* at_;  // of the next 4 rows
-  uint32_t words_[kChannels][kKinds];
-  uint32_t left_[kChannels];  // across, of the quad to the left
-  int shift_;
+  uint32_t words_[kChannels][kKinds] = {};
+  uint32_t left_[kChannels] = {};  // across, of the quad to the left
+  int shift_ = 0;
 };
 
 // The same from the images: of the squared differences.
