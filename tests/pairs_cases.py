@@ -115,7 +115,7 @@ def total_variation_formula(
 
 
 def total_variation_call(
-    backend: Backend | None, *, mode: str, penalty: str, mask_is: str = "valid"
+    backend: Backend | None, *, mode: str, penalty: str, mask_is: str = "valid", process_group: Any = None
 ) -> Callable[..., Tensor]:
     """The public function as a function of (image, target, mask)."""
     region, normalize = MODES[mode]
@@ -129,6 +129,7 @@ def total_variation_call(
             penalty=penalty,
             normalize=normalize,
             mask_is=mask_is,
+            process_group=process_group,
             backend=backend and backend.name,
         )
 
@@ -162,7 +163,13 @@ def inpainting_pixel_formula(
 
 
 def inpainting_pixel_call(
-    backend: Backend | None, *, normalize: str, mode: str, penalty: str = "l1", mask_is: str = "valid"
+    backend: Backend | None,
+    *,
+    normalize: str,
+    mode: str,
+    penalty: str = "l1",
+    mask_is: str = "valid",
+    process_group: Any = None,
 ) -> Callable[..., ik.InpaintingPixel]:
     region, tv_normalize = MODES[mode]
     return partial(
@@ -173,6 +180,7 @@ def inpainting_pixel_call(
         tv_penalty=penalty,
         tv_normalize=tv_normalize,
         mask_is=mask_is,
+        process_group=process_group,
         backend=backend and backend.name,
     )
 

@@ -136,10 +136,20 @@ def masked_call(backend: Backend | None, *, penalty: str, mode: str) -> Callable
 
 
 def hole_valid_call(
-    backend: Backend | None, *, penalty: str, normalize: str, mask_is: str = "valid"
+    backend: Backend | None,
+    *,
+    penalty: str,
+    normalize: str,
+    mask_is: str = "valid",
+    process_group: Any = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     parameter = {"charbonnier": {"eps": PARAMS["charbonnier"]}, "huber": {"delta": PARAMS["huber"]}}
-    settings = {"penalty": penalty, "normalize": normalize, "mask_is": mask_is}
+    settings = {
+        "penalty": penalty,
+        "normalize": normalize,
+        "mask_is": mask_is,
+        "process_group": process_group,
+    }
     return partial(
         ik.hole_valid_loss, **settings, **parameter.get(penalty, {}), backend=backend and backend.name
     )

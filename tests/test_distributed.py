@@ -10,8 +10,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from harness import assert_within_budget
-from pixel_cases import NORMALIZATIONS, PARAMS, PENALTIES, image_pair, make_mask, masked_formula
+from harness import Backend, as_tuple, assert_within_budget
+from pairs_cases import (
+    inpainting_pixel_call,
+    inpainting_pixel_formula,
+    total_variation_call,
+    total_variation_formula,
+)
+from pixel_cases import (
+    NORMALIZATIONS,
+    PARAMS,
+    PENALTIES,
+    hole_valid_call,
+    hole_valid_formula,
+    image_pair,
+    make_mask,
+    masked_formula,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,6 +74,66 @@ def cases() -> list[tuple[str, str, str, str, str]]:
     return everywhere + idle
 
 
+# Functions of several terms, or of neighbouring pixels: (call, formula, options).
+TERMS: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    **{
+        f"hole_valid-{normalize}": (
+            hole_valid_call,
+            hole_valid_formula,
+            {"penalty": "l1", "normalize": normalize},
+        )
+        for normalize in NORMALIZATIONS
+    },
+    "hole_valid-huber": (hole_valid_call, hole_valid_formula, {"penalty": "huber", "normalize": "mask"}),
+    **{
+        f"total_variation-{mode}-{penalty}": (
+            total_variation_call,
+            total_variation_formula,
+            {"mode": mode, "penalty": penalty},
+        )
+        for mode, penalty in (
+            ("image-default", "l1"),
+            ("image-image", "l2"),
+            ("hole-pairs", "l1"),
+            ("hole-mask", "l2"),
+            ("dilated_hole-mask", "l1"),
+            ("first_pixel-mask", "l1"),
+        )
+    },
+    **{
+        f"inpainting_pixel-{normalize}-{mode}-{penalty}": (
+            inpainting_pixel_call,
+            inpainting_pixel_formula,
+            {"normalize": normalize, "mode": mode, "penalty": penalty},
+        )
+        for normalize, mode, penalty in (
+            ("image", "dilated_hole-default", "l1"),
+            ("mask", "dilated_hole-mask", "l1"),
+            ("sample", "image-default", "l1"),
+            ("mask", "hole-mask", "l2"),
+        )
+    },
+}
+
+
+def term_cases() -> list[tuple[str, str, str, str, str]]:
+    """(backend, function, mask, mask_is, shards)"""
+    everywhere = [
+        (backend, function, mask, mask_is, "uneven")
+        for backend in ("cpu", "reference")
+        for function in TERMS
+        for mask, mask_is in (
+            ("n1hw", "valid"),
+            ("hw", "hole"),
+            ("nchw", "valid"),
+            ("one_rank_empty", "hole"),
+            ("one_rank_empty", "valid"),
+            ("empty", "hole"),
+        )
+    ]
+    return everywhere + [("cpu", function, "n1hw", "valid", "idle") for function in TERMS]
+
+
 def tiny_network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Conv2d(3, 3, 3, padding=1)
@@ -78,6 +153,28 @@ def worker(rank: int, store: str, results: str) -> None:
         )
         (gradient,) = torch.autograd.grad(value, leaf)
         found[backend, penalty, normalize, mask, shards] = (value.detach(), gradient)
+    reduced: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        reduced.append(1)
+        return all_reduce(*arguments, **named)
+
+    dist.all_reduce = counting
+    for case in term_cases():
+        backend, function, mask, mask_is, shards = case
+        call, _, options = TERMS[function]
+        pred, target, weights = (shard(t, rank, SHARDS[shards]) for t in case_inputs(mask))
+        leaf = pred.clone().requires_grad_()
+        reduced.clear()
+        values = as_tuple(
+            call(Backend(backend, "cpu"), **options, mask_is=mask_is, process_group=group)(
+                leaf, target, weights
+            )
+        )
+        gradients = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values]
+        found[case] = [value.detach() for value in values], gradients, len(reduced)
+    dist.all_reduce = all_reduce
     for normalize in NORMALIZATIONS:
         network = DistributedDataParallel(tiny_network())
         pred, target, weights = (shard(t, rank, SHARDS["uneven"]) for t in case_inputs("n1hw"))
@@ -118,6 +215,47 @@ def test_global_mean(ranks: list[dict[Any, Any]], case: tuple[str, str, str, str
     assert_within_budget(gradient, plain[1], truth[1], acc=torch.float32, what="gradient")
 
 
+@pytest.mark.parametrize("case", term_cases(), ids="-".join)
+def test_global_means_of_terms(ranks: list[dict[Any, Any]], case: tuple[str, str, str, str, str]) -> None:
+    """Every term by itself, from a single all-reduce."""
+    _, function, mask, mask_is, _ = case
+    _, formula, options = TERMS[function]
+    pred, target, weights = case_inputs(mask)
+
+    def whole(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        leaf = pred.to(dtype).requires_grad_()
+        values = as_tuple(formula(leaf, target.to(dtype), weights.to(dtype), **options, mask_is=mask_is))
+        gradients = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in values]
+        return tuple(value.detach() for value in values), gradients
+
+    assert [found[case][2] for found in ranks] == [1] * WORLD
+    (plain, plain_gradients), (truth, gradients) = whole(torch.float32), whole(torch.float64)
+    for i in range(len(truth)):
+        value = sum(found[case][0][i] for found in ranks) / WORLD
+        assert_within_budget(value, plain[i], truth[i], acc=torch.float32, what=f"mean of value {i}")
+        gradient = torch.cat([found[case][1][i] for found in ranks]) / WORLD
+        assert_within_budget(
+            gradient,
+            plain_gradients[i],
+            gradients[i],
+            acc=torch.float32,
+            what=f"gradient of value {i}",
+            magnitude=gradients[i].abs().max(),  # total variation: sums of both signs
+        )
+
+
+@pytest.mark.parametrize("name", ["masked_l1", "hole_valid", "total_variation", "inpainting_pixel"])
+def test_a_gradient_to_the_mask_is_refused(name: str) -> None:
+    """Before anything is shared: the group here is none."""
+    pred, target, mask = case_inputs("n1hw")
+    loss = getattr(ik, f"{name}_loss")
+    arguments = (pred, mask) if name == "total_variation" else (pred, target, mask)
+    options = {"region": "hole"} if name == "total_variation" else {}
+    mask.requires_grad_()
+    with pytest.raises(ValueError, match=r"process_group.*mask\.detach"):
+        loss(*arguments, **options, process_group=object())
+
+
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_ddp_gradient_is_that_of_the_whole_batch(ranks: list[dict[Any, Any]], normalize: str) -> None:
     network = tiny_network().double()
@@ -134,3 +272,4 @@ def test_without_a_group_nothing_is_shared() -> None:
     """The default must not look at an initialised default group."""
     assert not dist.is_initialized()
     assert ik.masked_l1_loss(*image_pair(SIZE)).isfinite()
+    assert ik.inpainting_pixel_loss(*case_inputs("n1hw")).total.isfinite()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference.hole_valid import region_weights
 from ..reference.total_variation import pair_weights
-from . import _checks
+from . import _checks, _pixel
 
 REGIONS = ("image", "hole", "dilated_hole", "first_pixel")
 PENALTIES = ("l1", "l2")
@@ -35,6 +35,15 @@ def check_options(prefix: str, region: str, penalty: str, normalize: str | None)
             f"{prefix}normalize='mask' divides by the summed region: it needs a {prefix}region other than 'image'"
         )
     return normalize
+
+
+def pair_count(image: Tensor, mask: Tensor | None, region: str, normalize: str, mask_is: str) -> Tensor:
+    """What total variation divides by, up to a factor that is the same on ranks with images of one size."""
+    if normalize != "mask":
+        return _pixel.mean_count(image, None, "image")
+    assert mask is not None
+    weights = pair_weights(region_weights(image, image, mask.detach(), mask_is)[0], region)[2]
+    return _pixel.mean_count(image, weights, "mask")
 
 
 def fake_signs(image: Tensor, planes: int, save_signs: bool, backend: str, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,27 @@ def global_factor(local: Tensor, process_group: Any) -> Tensor:
     dist.all_reduce(total, group=process_group)
     empty = total == 0
     return torch.where(empty, 0.0, dist.get_world_size(process_group) / torch.where(empty, 1.0, total))
+
+
+def global_means(local: Sequence[Tensor], counts: Sequence[Tensor], process_group: Any) -> list[Tensor]:
+    """Means over all ranks from those of this one, each of so many elements: one all-reduce of all the counts."""
+    count = torch.stack(list(counts))
+    factors = (count * global_factor(count, process_group)).unbind()
+    return [value * factor.to(value.dtype) for value, factor in zip(local, factors, strict=True)]
+
+
+def mean_count(image: Tensor, weight: Tensor | None, normalize: str) -> Tensor:
+    """What a mean is of: summed weights for "mask", elements for "image" or without weights, samples for "sample"."""
+    if weight is not None and normalize == "mask":
+        return weight.detach().expand(image.shape).sum(dtype=torch.float64)
+    count = image.shape[0] if normalize == "sample" else image.numel()
+    return image.new_full((), count, dtype=torch.float64)
+
+
+def check_group_mask(mask: Tensor | None) -> None:
+    """The counts are detached, so the gradient of a global mean to the mask would lack a term."""
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("process_group computes no gradient to mask; use mask.detach()")
 
 
 def accumulate(pred: Tensor, target: Tensor) -> torch.dtype:

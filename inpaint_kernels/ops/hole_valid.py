@@ -112,6 +112,14 @@ _op = _library.Op(
 )
 
 
+def region_counts(
+    pred: Tensor, target: Tensor, mask: Tensor, normalize: str, mask_is: str
+) -> tuple[Tensor, Tensor]:
+    """What the hole and the valid term divide by."""
+    hole, valid = reference.region_weights(pred, target, mask.detach(), mask_is)
+    return _pixel.mean_count(pred, hole, normalize), _pixel.mean_count(pred, valid, normalize)
+
+
 def hole_valid_loss(
     pred: Tensor,
     target: Tensor,
@@ -122,6 +130,7 @@ def hole_valid_loss(
     mask_is: str = "valid",
     eps: float = 1e-3,
     delta: float = 1.0,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> HoleValid:
     """The pixel loss inside the hole and the one on known pixels, from one pass over the images.
@@ -142,6 +151,7 @@ def hole_valid_loss(
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
         eps: of "charbonnier", in the unit of the images.
         delta: of "huber", in the unit of the images.
+        process_group: for means over all ranks, as in `masked_l1_loss`; one all-reduce for both counts.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -177,6 +187,21 @@ def hole_valid_loss(
         param = _checks.check_positive("eps", eps)
     elif penalty == "huber":
         param = _checks.check_positive("delta", delta)
+    if process_group is not None:
+        _pixel.check_group_mask(mask)
+        local = hole_valid_loss(
+            pred,
+            target,
+            mask,
+            penalty=penalty,
+            normalize=normalize,
+            mask_is=mask_is,
+            eps=eps,
+            delta=delta,
+            backend=backend,
+        )
+        counts = region_counts(pred, target, mask, normalize, mask_is)
+        return HoleValid(*_pixel.global_means(local, counts, process_group))
     if mask.requires_grad and torch.is_grad_enabled() and backend is None:
         backend = "reference"
     chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)

@@ -11,7 +11,7 @@ from .. import _library
 from ..reference import hole_valid, partial_conv
 from ..reference import inpainting_pixel as reference
 from . import _checks, _pairs, _pixel
-from .hole_valid import hole_valid_loss
+from .hole_valid import hole_valid_loss, region_counts
 from .masked_l1 import _IMAGE
 from .total_variation import total_variation_loss
 
@@ -138,6 +138,7 @@ def inpainting_pixel_loss(
     tv_penalty: str = "l1",
     tv_normalize: str | None = None,
     mask_is: str = "valid",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> InpaintingPixel:
     """The pixel terms of an inpainting objective, from one pass over the images forward and one backward.
@@ -156,6 +157,8 @@ def inpainting_pixel_loss(
         tv_penalty: "l1", or "l2", for which hole and valid take one pass and total variation another.
         tv_normalize: "pairs", "image", "mask" or None, as `total_variation_loss`.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
+        process_group: for means over all ranks, as in `masked_l1_loss`; one all-reduce for all counts. For
+            ``tv_normalize="pairs"`` see `total_variation_loss`.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -197,6 +200,25 @@ def inpainting_pixel_loss(
     _checks.check_choice("normalize", normalize, _checks.NORMALIZATIONS)
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     tv_norm = _pairs.check_options("tv_", tv_region, tv_penalty, tv_normalize)
+    if process_group is not None:
+        _pixel.check_group_mask(mask)
+        _, *local = inpainting_pixel_loss(
+            pred,
+            target,
+            mask,
+            normalize=normalize,
+            tv_region=tv_region,
+            tv_penalty=tv_penalty,
+            tv_normalize=tv_norm,
+            mask_is=mask_is,
+            backend=backend,
+        )
+        counts = (
+            *region_counts(pred, target, mask, normalize, mask_is),
+            _pairs.pair_count(pred, mask, tv_region, tv_norm, mask_is),
+        )
+        hole, valid, tv = _pixel.global_means(local, counts, process_group)
+        return InpaintingPixel(_weighted(weights, (hole, valid, tv)), hole, valid, tv)
     mask_grad = mask.requires_grad and torch.is_grad_enabled()
     if mask_grad and backend is None:
         backend = "reference"

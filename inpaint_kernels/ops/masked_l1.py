@@ -139,18 +139,11 @@ def _global_mean(
     process_group: Any,
     backend: str | None,
 ) -> Tensor:
-    samples = torch.tensor(float(pred.shape[0]), dtype=torch.float64, device=pred.device)
-    if normalize == "sample":
-        local = _masked_loss(pred, target, mask, penalty, param, "mean", "sample", None, backend)
-        factor = samples * _pixel.global_factor(samples, process_group)
-    else:
-        local = _masked_loss(pred, target, mask, penalty, param, "sum", normalize, None, backend)
-        if mask is None or normalize == "image":
-            count = samples * float(pred[0].numel() if pred.shape[0] else 0)
-        else:
-            count = mask.detach().expand_as(pred).sum(dtype=torch.float64)
-        factor = _pixel.global_factor(count, process_group)
-    return local * factor.to(local.dtype)
+    _pixel.check_group_mask(mask)
+    local = _masked_loss(pred, target, mask, penalty, param, "mean", normalize, None, backend)
+    count = _pixel.mean_count(pred, mask, normalize)
+    (value,) = _pixel.global_means((local,), (count,), process_group)
+    return value
 
 
 def masked_l1_loss(

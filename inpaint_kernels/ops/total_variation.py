@@ -132,6 +132,7 @@ def total_variation_loss(
     penalty: str = "l1",
     normalize: str | None = None,
     mask_is: str = "valid",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     """Total variation: the penalty of the differences between neighbouring pixels, down and across.
@@ -152,6 +153,8 @@ def total_variation_loss(
         normalize: the denominators: "pairs" = number of pairs of the axis, "image" = number of elements of `image`,
             "mask" = summed region values, broadcast over channels; None = "pairs" for the whole image, else "image".
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
+        process_group: for a mean over all ranks, as in `masked_l1_loss`. For "pairs" the images of all ranks must
+            have one height and width, for only their numbers are shared.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -188,6 +191,21 @@ def total_variation_loss(
         raise ValueError(f"mask is missing: {needed} needs it to tell the hole from the known pixels")
     else:
         mask = _checks.check_mask(mask, image, "image")
+    if process_group is not None:
+        _pixel.check_group_mask(mask)
+        local = total_variation_loss(
+            image,
+            mask,
+            target=target,
+            region=region,
+            penalty=penalty,
+            normalize=normalize,
+            mask_is=mask_is,
+            backend=backend,
+        )
+        count = _pairs.pair_count(image, mask, region, normalize, mask_is)
+        (value,) = _pixel.global_means((local,), (count,), process_group)
+        return value
     other = image if target is None else target
     mask_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if mask_grad and backend is None:
