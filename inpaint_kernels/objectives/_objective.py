@@ -166,7 +166,10 @@ class Objective(nn.Module):
         return f"{self.settings}, chunk={self.chunk}, backend={self.backend!r}"
 
     def prepare(self, target: Tensor) -> Truth:
-        """What the feature terms need of a fixed target (N, C, H, W), for ``truth=`` of any number of calls."""
+        """What the feature terms need of a fixed target (N, C, H, W), for ``truth=`` of any number of calls.
+
+        Of the style layers these are Gram matrices: against those, equal images differ by a rounding.
+        """
         _checks.check_features("target", target)
         with torch.no_grad():
             truth = self._maps(self._images(target, target, None, ("target",)))

@@ -115,6 +115,7 @@ class PartialConvObjective(Objective):
     Normalised is ``(image - mean) / std`` of ImageNet, which makes a pixel error 4.4 times as large as in [0, 1], and
     [-1, 1] twice as large. Over its region, the hole weighs the same however small it is; over all elements, in
     proportion to its area. mmagic feeds its trunk BGR images under RGB statistics; ``swap_channels=True`` mends that.
+    It leaves a hole's last row and column in the image out of the denominators of total variation; here they count.
 
     Args:
         preset: "paper", "nvidia" (the loss that NVIDIA released), "naoto0804" or "mmagic": keys of `presets`.
@@ -125,7 +126,7 @@ class PartialConvObjective(Objective):
             for so many samples at a time inside the forward, and of perceptual and style only their gradient by
             `pred` is kept. Value and gradient are the same; `perceptual` and `style` are then not differentiable,
             `total` is, once. Under ``torch.compile`` this breaks the graph.
-        process_group: makes the region means of hole and valid global, as `masked_l1_loss` does. The other terms are
+        process_group: makes hole, valid and tv means over all ranks, as `masked_l1_loss` does. The other terms are
             means over samples, right under DDP with equal batches.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
         overrides: any field of `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
@@ -235,28 +236,32 @@ class PartialConvObjective(Objective):
             found["valid"] = masked_l1_loss(
                 pred, target, normalize=s.normalize, backend=self.backend, **group
             )
-        elif (s.hole_weight or s.valid_weight) and ((s.tv_weight and composite) or group):
+        elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite:
             found = inpainting_pixel_loss(
                 pred,
                 target,
                 mask,
                 hole_weight=s.hole_weight,
                 valid_weight=s.valid_weight,
-                tv_weight=s.tv_weight if composite else 0.0,
+                tv_weight=s.tv_weight,
                 normalize=s.normalize,
                 tv_region=s.tv_region,
                 tv_normalize=s.tv_normalize,
                 **where,
                 **group,
             )._asdict()
-            if not composite:
-                del found["tv"], found["total"]
         elif s.hole_weight or s.valid_weight:
-            found = hole_valid_loss(pred, target, mask, normalize=s.normalize, **where)._asdict()
+            found = hole_valid_loss(pred, target, mask, normalize=s.normalize, **where, **group)._asdict()
         if s.tv_weight and "tv" not in found:
-            of = target if composite else None
-            options = {"region": s.tv_region, "normalize": s.tv_normalize}
-            found["tv"] = total_variation_loss(pred, mask, target=of, **options, **where)
+            found["tv"] = total_variation_loss(
+                pred,
+                mask,
+                target=target if composite else None,
+                region=s.tv_region,
+                normalize=s.tv_normalize,
+                **where,
+                **group,
+            )
         total = found.pop("total", None)
         found = {name: value for name, value in found.items() if weights[name]}
         if total is None and found:
