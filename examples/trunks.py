@@ -19,9 +19,15 @@ RANDOM_WARNING = (
 
 
 def load_trunk(
-    name: str, weights: str | None, device: torch.device, *, option: str, taps: Sequence[str] | None = None
+    name: str,
+    weights: str | None,
+    device: torch.device,
+    *,
+    option: str,
+    taps: Sequence[str] | None = None,
+    preprocess: str = "imagenet",
 ) -> FrozenTrunk:
-    """A trunk for pictures in [0, 1].
+    """A trunk for pictures in [0, 1], with ``preprocess="none"`` for normalised ones.
 
     Args:
         name: one of ``NAMES``.
@@ -29,6 +35,7 @@ def load_trunk(
         device: where it runs.
         option: the command-line option the weights came from, for messages.
         taps: layer names such as "relu1_1"; None for the trunk's own.
+        preprocess: of the trunk.
     """
     import inpaint_kernels as ik
 
@@ -37,9 +44,9 @@ def load_trunk(
         torch.manual_seed(0)
         try:
             if taps is None:
-                trunk = make(weights=weights, preprocess="imagenet")
+                trunk = make(weights=weights, preprocess=preprocess)
             else:
-                trunk = make(taps, weights=weights, preprocess="imagenet")
+                trunk = make(taps, weights=weights, preprocess=preprocess)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{option}: {' '.join(str(error).split())}") from error
         if weights is None:
