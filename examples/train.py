@@ -31,12 +31,12 @@ import torch.distributed as dist
 from data import InputError, MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
 from engine import Trainer, World
 from losses import FeatureTerms, fused_backend, make_objective
-from options import Settings, parse
+from options import CPU_CHUNK, Settings, parse
 from trunks import RANDOM_WARNING, load_trunk
 
 SAME_AS_OPTIONS = (
     *("steps", "batch", "size", "lr", "seed", "width", "amp", "normalize", "save_every"),
-    *("perceptual", "style", "chunk", "layer", "objective", "tv"),
+    *("perceptual", "style", "layer", "objective", "tv"),
 )
 
 
@@ -113,6 +113,7 @@ class Job:
         masks_from = f"{args.masks}, white marks {args.mask_files_mark}" if args.masks else "brush"
         settings = Settings(
             **{name: getattr(args, name) for name in SAME_AS_OPTIONS},
+            chunk=self._chunk,
             data=f"pictures {photographs.source}, masks {masks_from}",
             trunk=f"vgg16, weights {args.trunk_weights or 'random'}" if self._has_features else "none",
         )
@@ -150,6 +151,12 @@ class Job:
     def _has_features(self) -> bool:
         return bool(self.args.perceptual or self.args.style)
 
+    @property
+    def _chunk(self) -> int | None:
+        if self.args.chunk is None and self.args.objective == "pconv" and self.world.device.type == "cpu":
+            return CPU_CHUNK
+        return self.args.chunk or None
+
     def _load_features(self) -> FeatureTerms | None:
         args, option = self.args, "--trunk-weights"
         if not self._has_features:
@@ -161,7 +168,7 @@ class Job:
         trunk = load_trunk(
             "vgg16", args.trunk_weights, self.world.device, option=option, preprocess=preprocess
         )
-        return FeatureTerms(trunk, args.perceptual, args.style, args.chunk)
+        return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)
 
     def _make_trainer(self, settings: Settings, kind: str) -> Trainer:
         objective = make_objective(
