@@ -296,14 +296,15 @@ def check_against_truth(
     wanted: Sequence[int] = (0, 1),
     out_dtype: torch.dtype | None = None,
     magnitudes: Mapping[int, Tensor | None] | None = None,
+    output_magnitudes: Mapping[int, Tensor | None] | None = None,
 ) -> None:
     """Values and gradients of `call` within budget of `formula` in float64; the inputs left as they were.
 
     Both take `inputs` (the formula: in one floating dtype, on the CPU) and return one or several tensors;
     `wanted` are the positions that get a gradient. `magnitudes`: for gradients that are sums of both signs,
-    by position, the size of their terms (None: the largest element of the gradient).
+    by position, the size of their terms (None: the largest element of the gradient). `output_magnitudes`: the
+    same for outputs.
     """
-    magnitudes = magnitudes or {}
     acc = accumulate_dtype([t for i, t in enumerate(inputs) if i in wanted and t is not None] or [inputs[0]])
     before = [None if t is None else (t.clone(), t._version) for t in inputs]
     with poisoned_allocations():
@@ -321,13 +322,19 @@ def check_against_truth(
     truth, true_gradients, _ = evaluate(in_dtype(torch.float64), exact, wanted, upstream)
     for i, (got, usual, want) in enumerate(zip(actual, plain, truth, strict=True)):
         assert got.dtype == (out_dtype or acc), f"output {i} has dtype {got.dtype}"
-        assert_within_budget(got, usual, want, acc=acc, what=f"output {i}")
+        size = _magnitude(output_magnitudes, i, want)
+        assert_within_budget(got, usual, want, acc=acc, what=f"output {i}", magnitude=size)
     for i, got, usual, want in zip(wanted, gradients, plain_gradients, true_gradients, strict=True):
         assert got.dtype == usual.dtype, f"gradient of input {i} has dtype {got.dtype}"
-        size = magnitudes.get(i)
-        if i in magnitudes and size is None and want.numel():
-            size = want.abs().max()
+        size = _magnitude(magnitudes, i, want)
         assert_gradient(got, usual, want, acc=acc, what=f"gradient of input {i}", magnitude=size)
+
+
+def _magnitude(given: Mapping[int, Tensor | None] | None, i: int, truth: Tensor) -> Tensor | None:
+    if not given or i not in given or not truth.numel():
+        return None
+    size = given[i]
+    return truth.abs().max() if size is None else size
 
 
 def gradient_of(call: Call, wanted: Sequence[int] = (0, 1)) -> Call:

@@ -165,7 +165,8 @@ class MaskRows {
 
   // The rows of a unit and those around them, if several segments want them.
   static int64_t kept(const PairCall& call) {
-    return call.shape.mask_stride_c == 0 && call.shape.segments > 1 ? call.unit_rows() + 4 : 4;
+    return call.shape.mask_stride_c == 0 && call.shape.segments > 1 ? least(call.unit_rows(), call.rows) + 4
+                                                                    : 4;
   }
   int64_t ones_at() const { return call_.step + 16; }
 

@@ -18,8 +18,6 @@ from ..ops.gram import gram_matrix
 from ..ops.stacked_images import stacked_images
 from ..ops.style import style_loss
 
-Features = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -65,37 +63,42 @@ def chosen(presets: Mapping[str, AnySettings], preset: str, overrides: Mapping[s
 
 
 @dataclass(frozen=True)
-class Perceptual:
-    """Sum over predictions and layers of the mean absolute difference of features."""
+class FeatureTerm:
+    """A distance of feature maps, summed over `layers` and predictions; the ops take the mean over the latter."""
 
     layers: tuple[str, ...]
     predictions: int
     backend: str | None
 
-    def of_target(self, features: Features) -> list[Tensor]:
-        return [features[layer] for layer in self.layers]
+    @property
+    def weights(self) -> list[float]:
+        return [float(self.predictions)] * len(self.layers)
 
-    def distance(self, features: Features, target: list[Tensor]) -> Tensor:
-        # The op takes the mean over the predictions.
-        weights = [float(self.predictions)] * len(self.layers)
-        return feature_distance(self.of_target(features), target, weights=weights, backend=self.backend)
+    def prepared(self, maps: list[Tensor]) -> list[Tensor]:
+        """What is worth keeping of the maps of a target that is used again."""
+        return maps
+
+    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
+        """Of the predictions' maps from those of the target, prepared or not."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Style:
-    """Sum over predictions and layers of the mean absolute difference of Gram matrices, those divided by C H W."""
+class Perceptual(FeatureTerm):
+    """Mean absolute difference of the maps."""
 
-    layers: tuple[str, ...]
-    predictions: int
-    backend: str | None
+    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
+        return feature_distance(maps, target, weights=self.weights, backend=self.backend)
 
-    def of_target(self, features: Features) -> list[Tensor]:
-        return [gram_matrix(features[layer], backend=self.backend) for layer in self.layers]
 
-    def distance(self, features: Features, target: list[Tensor]) -> Tensor:
-        weights = [float(self.predictions)] * len(self.layers)
-        maps = [features[layer] for layer in self.layers]
-        return style_loss(maps, target, weights=weights, target_is_gram=True, backend=self.backend)
+class Style(FeatureTerm):
+    """Mean absolute difference of the Gram matrices, which are divided by C H W."""
+
+    def prepared(self, maps: list[Tensor]) -> list[Tensor]:
+        return [gram_matrix(features, backend=self.backend) for features in maps]
+
+    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
+        is_gram = target[0].ndim == 3
+        return style_loss(maps, target, weights=self.weights, target_is_gram=is_gram, backend=self.backend)
 
 
 class Truth(NamedTuple):
@@ -137,7 +140,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         settings: Settings,
-        terms: Mapping[str, tuple[float, Perceptual | Style]],
+        terms: Mapping[str, tuple[float, FeatureTerm]],
         trunk: FrozenTrunk | None,
         chunk: int | None,
         backend: str | None,
@@ -166,9 +169,11 @@ class Objective(nn.Module):
         """What the feature terms need of a fixed target (N, C, H, W), for ``truth=`` of any number of calls."""
         _checks.check_features("target", target)
         with torch.no_grad():
-            return self._truth(self.images(target, target, None, ("target",)))
+            truth = self._maps(self._images(target, target, None, ("target",)))
+            pairs = zip(self._terms.values(), truth.terms, strict=True)
+            return Truth(tuple(term.prepared(maps) for term, maps in pairs))
 
-    def images(
+    def _images(
         self,
         pred: Tensor,
         target: Tensor,
@@ -199,15 +204,15 @@ class Objective(nn.Module):
             backend=self.backend,
         )
 
-    def _features(self, maps: list[Tensor]) -> Features:
+    def _picked(self, term: FeatureTerm, maps: list[Tensor]) -> list[Tensor]:
         assert self.trunk is not None
-        return dict(zip(self.trunk.names, maps, strict=True))
+        return [maps[self.trunk.names.index(layer)] for layer in term.layers]
 
-    def _truth(self, images: Tensor) -> Truth:
+    def _maps(self, images: Tensor) -> Truth:
         if self.trunk is None:
             return Truth(())
-        features = self._features(self.trunk(images))
-        return Truth(tuple(term.of_target(features) for term in self._terms.values()))
+        maps = self.trunk(images)
+        return Truth(tuple(self._picked(term, maps) for term in self._terms.values()))
 
     def _check_truth(self, truth: Truth, samples: int) -> None:
         if not isinstance(truth, Truth):
@@ -219,7 +224,7 @@ class Objective(nn.Module):
                 f"{', '.join(self._terms) or 'nothing'} with a target of batch {samples}: use its own prepare(target)"
             )
 
-    def feature_terms(
+    def _feature_terms(
         self,
         pred: Tensor,
         target: Tensor,
@@ -240,15 +245,15 @@ class Objective(nn.Module):
             known = target[begin:end]
             if truth is None:
                 with torch.no_grad():
-                    goal = self._truth(self.images(known, known, None, ("target",), preprocessed))
+                    goal = self._maps(self._images(known, known, None, ("target",), preprocessed))
             else:
                 goal = truth.rows(begin, end)
             shared = mask is None or mask.ndim == 2 or mask.shape[0] == 1
             weights = mask if mask is None or shared else mask[begin:end]
-            return self.images(rows, known, weights, parts, preprocessed), goal
+            return self._images(rows, known, weights, parts, preprocessed), goal
 
-        def term_at(index: int, term: Perceptual | Style) -> Term:
-            return lambda maps, goal: term.distance(self._features(maps), goal.terms[index])
+        def term_at(index: int, term: FeatureTerm) -> Term:
+            return lambda maps, goal: term.distance(self._picked(term, maps), goal.terms[index])
 
         terms = [term_at(index, term) for index, term in enumerate(self._terms.values())]
         total, *found = weighted_terms(trunk, terms, self._weights, inputs, pred, pred.shape[0], self.chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +18,7 @@ from ..ops.hole_valid import hole_valid_loss
 from ..ops.inpainting_pixel import inpainting_pixel_loss
 from ..ops.masked_l1 import masked_l1_loss
 from ..ops.total_variation import total_variation_loss
-from ._objective import Objective, Perceptual, Settings, Style, Truth, check_trunk, chosen
+from ._objective import FeatureTerm, Objective, Perceptual, Settings, Style, Truth, check_trunk, chosen
 
 
 class PartialConvTerms(NamedTuple):
@@ -68,27 +69,29 @@ class PartialConvSettings(Settings):
         _checks.check_choice("pixel_space", self.pixel_space, ("image", "trunk"))
 
 
-_PRESETS = {
-    "paper": PartialConvSettings(),
-    "nvidia": PartialConvSettings(
-        hole_weight=5.0,
-        valid_weight=5.0,
-        tv_weight=0.0,
-        predictions=("raw",),
-        tv_image="raw",
-        tv_region="image",
-        tv_normalize="pairs",
-        pixel_space="trunk",
-    ),
-    "naoto0804": PartialConvSettings(preprocess="none", tv_region="image", tv_normalize="pairs"),
-    "mmagic": PartialConvSettings(
-        preprocess="imagenet_tanh",
-        mask_is="hole",
-        normalize="mask",
-        tv_region="first_pixel",
-        tv_normalize="mask",
-    ),
-}
+_PRESETS = types.MappingProxyType(
+    {
+        "paper": PartialConvSettings(),
+        "nvidia": PartialConvSettings(
+            hole_weight=5.0,
+            valid_weight=5.0,
+            tv_weight=0.0,
+            predictions=("raw",),
+            tv_image="raw",
+            tv_region="image",
+            tv_normalize="pairs",
+            pixel_space="trunk",
+        ),
+        "naoto0804": PartialConvSettings(preprocess="none", tv_region="image", tv_normalize="pairs"),
+        "mmagic": PartialConvSettings(
+            preprocess="imagenet_tanh",
+            mask_is="hole",
+            normalize="mask",
+            tv_region="first_pixel",
+            tv_normalize="mask",
+        ),
+    }
+)
 
 
 class PartialConvObjective(Objective):
@@ -185,7 +188,7 @@ class PartialConvObjective(Objective):
         else:
             check_trunk(trunk, s.layers)
         feature = (s.layers, len(s.predictions), backend)
-        terms: dict[str, tuple[float, Perceptual | Style]] = {
+        terms: dict[str, tuple[float, FeatureTerm]] = {
             "perceptual": (s.perceptual_weight, Perceptual(*feature)),
             "style": (s.style_weight, Style(*feature)),
         }
@@ -200,11 +203,11 @@ class PartialConvObjective(Objective):
         target = target.detach()
         preprocessed = self.settings.pixel_space == "trunk"
         if preprocessed:
-            pred = self.images(pred, target, None, ("raw",))
-            target = self.images(target, target, None, ("target",))
+            pred = self._images(pred, target, None, ("raw",))
+            target = self._images(target, target, None, ("target",))
         found = self._pixel_terms(pred, target, mask)
         if self.trunk is not None:
-            weighted, compared = self.feature_terms(pred, target, mask, truth, preprocessed)
+            weighted, compared = self._feature_terms(pred, target, mask, truth, preprocessed)
             total = found["total"] + weighted if "total" in found else weighted
             found = {**found, **compared, "total": total}
         dtype = _pixel.accumulate(pred, target)
@@ -215,8 +218,8 @@ class PartialConvObjective(Objective):
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
         s = self.settings
-        composite = (self.trunk is not None and "composite" in s.predictions) or s.tv_image == "composite"
-        if composite or s.tv_region != "image":
+        composite = self.trunk is not None and "composite" in s.predictions
+        if composite or (s.tv_weight and (s.tv_image == "composite" or s.tv_region != "image")):
             raise ValueError("mask is missing: these settings compare composites or regions, which need it")
         return None
 

@@ -78,7 +78,8 @@ def check_number(name: str, value: float) -> float:
     """A finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # Compared, not asked by `isfinite`, which torch.compile cannot trace on a symbolic number.
+    if not abs(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 

@@ -80,6 +80,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     mask_is = "hole" if mask_is_hole else "valid"
     if penalty == "l2":
+        # New nodes of the graph: one image may be made of the other, or be the other.
+        image, target = image.view_as(image), target if target is None else target.view_as(target)
         value = reference.total_variation(
             image,
             mask,
