@@ -26,6 +26,7 @@ def load_trunk(
     option: str,
     taps: Sequence[str] | None = None,
     preprocess: str = "imagenet",
+    random_scale: float = 1.0,
 ) -> FrozenTrunk:
     """A trunk for pictures in [0, 1], with ``preprocess="none"`` for normalised ones.
 
@@ -36,6 +37,7 @@ def load_trunk(
         option: the command-line option the weights came from, for messages.
         taps: layer names such as "relu1_1"; None for the trunk's own.
         preprocess: of the trunk.
+        random_scale: what features of random values are multiplied by.
     """
     import inpaint_kernels as ik
 
@@ -50,8 +52,13 @@ def load_trunk(
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{option}: {' '.join(str(error).split())}") from error
         if weights is None:
-            # The default initialisation halves the features in every layer.
-            for layer in trunk.modules():
-                if isinstance(layer, torch.nn.Conv2d):
-                    torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            layers = [layer for layer in trunk.modules() if isinstance(layer, torch.nn.Conv2d)]
+            for layer in layers:
+                # The default initialisation halves the features in every layer.
+                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
+                torch.nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                # Everything behind it follows in proportion.
+                layers[0].weight.mul_(random_scale)
     return trunk.to(device)
