@@ -6,6 +6,7 @@ from .ops.feature_distance import feature_distance
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
 from .ops.inpainting_pixel import InpaintingPixel, inpainting_pixel_loss
+from .ops.mask_operators import binarize_mask, dilate_mask, invert_mask, resize_mask
 from .ops.masked_l1 import (
     masked_charbonnier_loss,
     masked_huber_loss,
@@ -23,12 +24,15 @@ __all__ = [
     "HoleValid",
     "InpaintingPixel",
     "PartialConvOutput",
+    "binarize_mask",
     "composite",
+    "dilate_mask",
     "feature_distance",
     "features",
     "gram_matrix",
     "hole_valid_loss",
     "inpainting_pixel_loss",
+    "invert_mask",
     "masked_charbonnier_loss",
     "masked_huber_loss",
     "masked_l1_loss",
@@ -37,6 +41,7 @@ __all__ = [
     "objectives",
     "partial_conv2d",
     "partial_conv3d",
+    "resize_mask",
     "stacked_images",
     "style_loss",
     "total_variation_loss",

@@ -21,7 +21,13 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "charbonnier": ik.masked_charbonnier_loss,
     "huber": ik.masked_huber_loss,
     "hole_valid": ik.hole_valid_loss,
+    "inpainting_pixel": ik.inpainting_pixel_loss,
+    "total_variation": lambda pred, **rest: ik.total_variation_loss(pred, **({"region": "hole"} | rest)),
+    "stacked_images": ik.stacked_images,
+    "composite": ik.composite,
 }
+# The other losses have the normalisations of BAD_INPUTS.
+OWN_NORMALIZE = ("total_variation", "stacked_images", "composite")
 
 
 def images(**replaced: object) -> dict[str, Any]:
@@ -67,6 +73,8 @@ BAD_INPUTS = {
     "backend": ({"backend": "gpu"}, ValueError, "backend.*'gpu'.*reference"),
 }
 
+TV_NORMALIZE = "'batch'.*pairs.*image.*mask"
+NO_REGION = "normalize='mask'.*region other than 'image'"
 OWN_OPTIONS = {
     "l1-reduction": ("l1", {"reduction": "avg"}, "reduction.*'avg'.*mean.*sum.*none"),
     "huber-reduction": ("huber", {"reduction": None}, "reduction.*None"),
@@ -74,6 +82,52 @@ OWN_OPTIONS = {
     "mse-group-sum": ("mse", {"process_group": object(), "reduction": "sum"}, "process_group.*mean.*'sum'"),
     "hole_valid-penalty": ("hole_valid", {"penalty": "L1"}, "penalty.*'L1'.*l1.*l2.*charbonnier.*huber"),
     "hole_valid-mask_is": ("hole_valid", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+    "pixel-region": ("inpainting_pixel", {"tv_region": "border"}, "tv_region.*'border'.*image.*dilated_hole"),
+    "pixel-penalty": ("inpainting_pixel", {"tv_penalty": "huber"}, "tv_penalty.*'huber'.*l1.*l2"),
+    "pixel-tv_normalize": ("inpainting_pixel", {"tv_normalize": "batch"}, f"tv_normalize.*{TV_NORMALIZE}"),
+    "pixel-no-region": (
+        "inpainting_pixel",
+        {"tv_region": "image", "tv_normalize": "mask"},
+        "tv_normalize='mask'.*tv_region other than 'image'",
+    ),
+    "pixel-mask_is": ("inpainting_pixel", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+    "pixel-nan": ("inpainting_pixel", {"tv_weight": float("nan")}, "tv_weight.*finite.*nan"),
+    "pixel-inf": ("inpainting_pixel", {"hole_weight": float("inf")}, "hole_weight.*finite.*inf"),
+    "tv-region": ("total_variation", {"region": "border"}, "region.*'border'.*image.*dilated_hole"),
+    "tv-region-none": ("total_variation", {"region": None}, "region.*None"),
+    "tv-penalty": ("total_variation", {"penalty": "L1"}, "penalty.*'L1'.*l1.*l2"),
+    "tv-normalize": ("total_variation", {"normalize": "batch"}, f"normalize.*{TV_NORMALIZE}"),
+    "tv-no-region": ("total_variation", {"region": "image", "normalize": "mask"}, NO_REGION),
+    "tv-mask_is": ("total_variation", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+    "tv-mask-region": ("total_variation", {"mask": None, "target": None}, "mask.*missing.*region='hole'"),
+    "tv-mask-target": ("total_variation", {"mask": None, "region": "image"}, "mask.*missing.*target"),
+    "stacked-mask": ("stacked_images", {"mask": None}, "mask.*missing.*composite"),
+    "stacked-hole": (
+        "stacked_images",
+        {"mask": None, "parts": ("raw", "hole_raw", "hole_target")},
+        "mask.*missing.*'hole_raw', 'hole_target'",
+    ),
+    "stacked-part": ("stacked_images", {"parts": ("raw", "truth")}, "parts.*'truth'.*raw.*composite"),
+    "stacked-empty": ("stacked_images", {"parts": ()}, "parts.*sequence"),
+    "stacked-scale": ("stacked_images", {"scale": (1.0, 2.0)}, "scale has 2 entries.*3 channels"),
+    "stacked-shift": ("stacked_images", {"shift": []}, "shift has 0 entries.*3 channels"),
+    "stacked-nan": ("stacked_images", {"scale": (1.0, float("nan"), 1.0)}, r"scale\[1\].*finite.*nan"),
+    "stacked-inf": ("stacked_images", {"shift": float("inf")}, r"shift.*finite.*inf"),
+    "stacked-mask_is": ("stacked_images", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+    "composite-mask_is": ("composite", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+}
+
+WRONG_TYPES = {
+    "pixel-string": ("inpainting_pixel", {"valid_weight": "1"}, "valid_weight.*number.*str"),
+    "pixel-bool": ("inpainting_pixel", {"tv_weight": True}, "tv_weight.*number.*bool"),
+    "pixel-none": ("inpainting_pixel", {"hole_weight": None}, "hole_weight.*number.*NoneType"),
+    "pixel-mask": ("inpainting_pixel", {"mask": None}, "mask.*Tensor.*NoneType"),
+    "stacked-string": ("stacked_images", {"scale": "abc"}, "scale.*number.*str"),
+    "stacked-object": ("stacked_images", {"scale": object()}, "scale.*object"),
+    "stacked-item": ("stacked_images", {"shift": (1.0, None, 1.0)}, r"shift\[1\].*number.*NoneType"),
+    "stacked-tensor": ("stacked_images", {"scale": torch.ones(3)}, "scale.*number.*Tensor"),
+    "stacked-parts": ("stacked_images", {"parts": None}, "parts.*sequence.*None"),
+    "stacked-one-part": ("stacked_images", {"parts": "raw"}, "parts.*sequence.*'raw'"),
 }
 
 PARAMETERS = {
@@ -93,10 +147,19 @@ def rejected(loss: str, arguments: dict[str, Any], error: type[Exception], words
     assert not any(op.startswith("inpaint_kernels.") for op in ran), f"ran {ran} before the check"
 
 
-@pytest.mark.parametrize("case", BAD_INPUTS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "case"),
+    [
+        (loss, case)
+        for loss in LOSSES
+        for case in BAD_INPUTS
+        if not (case.startswith("normalize") and loss in OWN_NORMALIZE)
+    ],
+)
 def test_bad_input(loss: str, case: str) -> None:
     replaced, error, words = BAD_INPUTS[case]
+    if loss == "total_variation":
+        words = words.replace("pred", "image")
     rejected(loss, images(**replaced), error, words)
 
 
@@ -104,6 +167,22 @@ def test_bad_input(loss: str, case: str) -> None:
 def test_bad_option(case: str) -> None:
     loss, replaced, words = OWN_OPTIONS[case]
     rejected(loss, images(**replaced), ValueError, words)
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_option_of_wrong_type(case: str) -> None:
+    loss, replaced, words = WRONG_TYPES[case]
+    rejected(loss, images(**replaced), TypeError, words)
+
+
+def test_scale_and_shift_of_a_single_channel_must_agree() -> None:
+    one = {"pred": torch.rand(1, 1, 4, 4), "target": torch.rand(1, 1, 4, 4), "parts": ("raw",)}
+    rejected(
+        "stacked_images",
+        one | {"scale": (1.0, 2.0, 3.0), "shift": (1.0, 2.0)},
+        ValueError,
+        "scale has 3 entries, shift has 2",
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-30])
@@ -128,12 +207,12 @@ def test_hole_valid_needs_a_mask() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_good_input_of_every_kind_passes(backend: Backend, loss: str) -> None:
     """The checks must not be stricter than the documentation."""
-    options = {"normalize": "mask", "backend": backend.name}
+    options = {"backend": backend.name} | ({} if loss in OWN_NORMALIZE[1:] else {"normalize": "mask"})
 
     def run(**replaced: Tensor) -> Tensor:
         inputs = {name: t.to(backend.device) for name, t in images(**replaced).items()}
         result = LOSSES[loss](**inputs, **options)
-        return result if isinstance(result, Tensor) else result.hole + result.valid
+        return result.sum() if isinstance(result, Tensor) else result.hole + result.valid
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert run(pred=torch.rand(SIZE, dtype=dtype)).dtype == torch.float32

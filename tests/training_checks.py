@@ -7,7 +7,7 @@ computes is checked by `harness`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def check_compiles(
     *,
     compiler: str = "aot_eager",
     wanted: Sequence[int] = (0, 1),
+    magnitudes: Mapping[int, Tensor | None] | None = None,
 ) -> None:
     """One graph, compiled once with dynamic shapes, is right for every case (sizes of at least 2)."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,7 +41,7 @@ def check_compiles(
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for number, inputs in enumerate(cases):
-        check_against_truth(compiled, formula, inputs, wanted=wanted)
+        check_against_truth(compiled, formula, inputs, wanted=wanted, magnitudes=magnitudes)
         # The first call may count twice: a float argument restarts the analysis.
         if number == 0:
             frames = counter.frame_count

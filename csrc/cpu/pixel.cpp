@@ -91,26 +91,6 @@ void backward_dispatch(const PixelCall& call, const BackwardRun<S, T>& run) {
   }
 }
 
-constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
-constexpr Dtype dtype_of(const double*) { return Dtype::f64; }
-constexpr Dtype dtype_of(const Half*) { return Dtype::f16; }
-constexpr Dtype dtype_of(const Bfloat16*) { return Dtype::bf16; }
-
-// `n` elements at `offset` of `data` as S: in place when stored as S, else converted into `buffer`. A half
-// type is always stored as such (with_half).
-template <typename S>
-const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, S* buffer) {
-  if (dtype == dtype_of(buffer)) return static_cast<const S*>(data) + offset;
-  if constexpr (sizeof(S) >= 4) {
-    if (dtype == Dtype::bits) {
-      unpack_bits(static_cast<const uint8_t*>(data) + offset / 8, n, buffer);
-    } else {
-      convert_to(dtype, static_cast<const char*>(data) + offset * dtype_bytes(dtype), n, buffer);
-    }
-  }
-  return buffer;
-}
-
 // Mask values of elements start .. start + n of segment (sample, segment).
 template <typename T>
 const T* fetch_mask(const PixelCall& call, int64_t sample, int64_t segment, int64_t start, int64_t n,
@@ -289,8 +269,6 @@ void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* b
     convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
   }
 }
-
-IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
 // S: the type the gradients are stored in, or T for any.
 template <typename S, typename T>

@@ -34,13 +34,6 @@ struct Run {
   const T* shifts;
 };
 
-template <typename T>
-const T* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, T* buffer) {
-  if (dtype == kNative<T>) return static_cast<const T*>(data) + offset;
-  convert_to(dtype, static_cast<const char*>(data) + offset * dtype_bytes(dtype), n, buffer);
-  return buffer;
-}
-
 // dst = src with the channels of every pixel in reverse.
 template <typename T>
 void reverse_channels(const T* src, int64_t n, int64_t channels, T* dst) {
@@ -48,8 +41,6 @@ void reverse_channels(const T* src, int64_t n, int64_t channels, T* dst) {
     for (int64_t c = 0; c < channels; ++c) dst[i + c] = src[i + channels - 1 - c];
   }
 }
-
-IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
 template <typename T>
 class Worker {

@@ -84,9 +84,9 @@ IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   }
 }
 
-// The first `valid` elements one by one, zeros after them: any alignment.
+// The first `valid` elements one by one, element k at address[offset[k]], zeros after them: any alignment.
 template <typename T, int E>
-IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
+IK_DEVICE void load_pack_each(const T* address, const int (&offset)[E], int valid, Pack<T, E>& pack) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "pixel values");
 #pragma unroll
   for (int i = 0; i < Pack<T, E>::kWords; ++i) pack.words[i] = 0;
@@ -94,12 +94,20 @@ IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
   for (int k = 0; k < E; ++k) {
     if (k >= valid) continue;
     if constexpr (sizeof(T) == 4) {
-      pack.words[k] = reinterpret_cast<const uint32_t*>(address)[k];
+      pack.words[k] = reinterpret_cast<const uint32_t*>(address)[offset[k]];
     } else {
-      const uint32_t bits = reinterpret_cast<const uint16_t*>(address)[k];
+      const uint32_t bits = reinterpret_cast<const uint16_t*>(address)[offset[k]];
       pack.words[k / 2] |= bits << (16 * (k % 2));
     }
   }
+}
+
+template <typename T, int E>
+IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
+  int offset[E];
+#pragma unroll
+  for (int k = 0; k < E; ++k) offset[k] = k;
+  load_pack_each(address, offset, valid, pack);
 }
 
 template <typename T, int E>

@@ -58,7 +58,8 @@ class FrozenTrunk(nn.Module):
             first; "lpips" for images in [-1, 1], the shift and scale of the lpips package. Computed in float32
             (float64 for float64 images). One-channel images are replicated to three channels by all but "none".
         channels_last: run the network in channels_last, in which convolutions of half types are fastest; its weights
-            are converted once, the images in each call.
+            are converted once, the images in each call. None does so on the CPU alone, where convolutions else copy
+            their images into blocks and back.
         autocast: None, or the dtype (torch.bfloat16, torch.float16) the trunk runs in under autocast.
 
     ``forward(images)`` takes (N, C, H, W) and returns a list of tensors, one for each tap. After the preprocessing,
@@ -84,7 +85,7 @@ class FrozenTrunk(nn.Module):
         taps: Sequence[str],
         preprocess: str = "none",
         *,
-        channels_last: bool = False,
+        channels_last: bool | None = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class FrozenTrunk(nn.Module):
         dtype = self.dtype
         if dtype is not None and images.dtype != torch.float64:
             images = images.to(dtype)
-        if self.channels_last:
+        if images.device.type == "cpu" if self.channels_last is None else self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast is None:
             return self._run(images)

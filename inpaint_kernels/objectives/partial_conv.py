@@ -168,14 +168,14 @@ class PartialConvObjective(Objective):
         trunk: FrozenTrunk | None = None,
         weights: Weights | None = "default",
         chunk: int | None = None,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         autocast: torch.dtype | None = None,
         process_group: Any = None,
         backend: str | None = None,
         **overrides: Any,
     ) -> None:
         s = chosen(self.presets, preset, overrides)
-        if trunk is not None and (weights != "default" or channels_last or autocast is not None):
+        if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):
             raise ValueError(
                 "weights, channels_last and autocast are those of a trunk that is built; trunk= has its own"
             )

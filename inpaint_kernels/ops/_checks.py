@@ -15,29 +15,29 @@ NORMALIZATIONS = ("mask", "image", "sample")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_images(pred: Tensor, target: Tensor) -> None:
-    """pred and target: floating (N, C, H, W) tensors of one shape on one device."""
-    for name, value in (("pred", pred), ("target", target)):
+def check_images(pred: Tensor, target: Tensor, name: str = "pred") -> None:
+    """pred, called `name`, and target: floating (N, C, H, W) tensors of one shape on one device."""
+    for argument, value in ((name, pred), ("target", target)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+            raise TypeError(f"{argument} must be a Tensor, got {type(value).__name__}")
         if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+            raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if pred.ndim != 4:
-        raise ValueError(f"pred must have shape (N, C, H, W), got {tuple(pred.shape)}")
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(pred.shape)}")
     if target.shape != pred.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, pred has {tuple(pred.shape)}")
+        raise ValueError(f"target has shape {tuple(target.shape)}, {name} has {tuple(pred.shape)}")
     if target.device != pred.device:
-        raise ValueError(f"target is on {target.device}, pred is on {pred.device}")
+        raise ValueError(f"target is on {target.device}, {name} is on {pred.device}")
 
 
-def check_mask(mask: Tensor, pred: Tensor) -> Tensor:
-    """The mask, with its last two dimensions expanded to the image's."""
+def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
+    """The mask, with its last two dimensions expanded to those of pred, an image called `name`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
     if mask.dtype not in MASK_DTYPES:
         raise TypeError(f"mask must be floating, bool or uint8, got {mask.dtype}")
     if mask.device != pred.device:
-        raise ValueError(f"mask is on {mask.device}, pred is on {pred.device}")
+        raise ValueError(f"mask is on {mask.device}, {name} is on {pred.device}")
     shape, image = mask.shape, pred.shape
     if len(shape) == 4:
         fits = (
@@ -50,8 +50,8 @@ def check_mask(mask: Tensor, pred: Tensor) -> Tensor:
         fits = len(shape) == 2 and shape == image[2:]
     if not fits:
         raise ValueError(
-            f"mask has shape {tuple(shape)}; for pred {tuple(image)} allowed: (N, 1, H, W), (1, 1, H, W), "
-            "(H, W), (N, C, H, W), or any 4-D shape that broadcasts to pred's. A batch of masks (N, H, W) needs "
+            f"mask has shape {tuple(shape)}; for {name} {tuple(image)} allowed: (N, 1, H, W), (1, 1, H, W), "
+            f"(H, W), (N, C, H, W), or any 4-D shape that broadcasts to {name}'s. A batch of masks (N, H, W) needs "
             "mask.unsqueeze(1)"
         )
     if shape[-2:] != image[2:]:
@@ -78,8 +78,8 @@ def check_number(name: str, value: float) -> float:
     """A finite float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # Compared, not asked by `isfinite`, which torch.compile cannot trace on a symbolic number.
-    if not abs(value) < math.inf:
+    # A comparison, which torch.compile traces; math.isfinite breaks its graph.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 

@@ -16,6 +16,8 @@ from . import _checks, _pixel
 from .masked_l1 import _IMAGE
 
 PARTS = reference.PARTS
+# Of parts, and of channels with constants of their own, for a GPU kernel: they are parameters of its launch.
+MOST_ON_GPU = 64
 
 
 def _channels(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> int:
@@ -124,14 +126,21 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
 )
 
 
 def _constants(name: str, value: Sequence[float] | float | None, channels: int) -> list[float]:
+    """None, one or all of the channels' constants."""
     if value is None:
         return []
-    given = [value] * channels if isinstance(value, (int, float)) else list(value)
+    if isinstance(value, (int, float)):
+        return [_checks.check_number(name, value)] if channels else []
+    try:
+        given = list(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a number or a sequence of numbers, got {type(value).__name__}"
+        ) from None
     found = [_checks.check_number(f"{name}[{i}]", item) for i, item in enumerate(given)]
     if not found or (channels != 1 and len(found) != channels):
         raise ValueError(f"{name} has {len(found)} entries, pred has {channels} channels")
@@ -192,8 +201,10 @@ def stacked_images(
         torch.Size([6, 3, 4, 4])
     """
     _checks.check_images(pred, target)
-    if isinstance(parts, str) or not parts:
-        raise ValueError(f"parts: got {parts!r}, expected a sequence of {', '.join(map(repr, PARTS))}")
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
+        raise TypeError(f"parts must be a sequence of strings, got {parts!r}")
+    if not parts:
+        raise ValueError(f"parts is empty, expected a sequence of {', '.join(map(repr, PARTS))}")
     for part in parts:
         _checks.check_choice("parts", part, PARTS)
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
@@ -215,6 +226,13 @@ def stacked_images(
     if mask_grad and backend is None:
         backend = "reference"
     chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    if chosen in ("triton", "cuda") and max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU:
+        if backend is not None:
+            raise RuntimeError(
+                f"backend {chosen!r} takes at most {MOST_ON_GPU} parts, and scale and shift for as many channels; "
+                "use backend=None"
+            )
+        chosen = "reference"
     if chosen == "reference":
         dtype = _pixel.accumulate(pred, target)
         return reference.stacked_images(

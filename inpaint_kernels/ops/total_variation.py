@@ -178,7 +178,7 @@ def total_variation_loss(
     """
     _checks.check_features("image", image)
     if target is not None:
-        _checks.check_images(image, target)
+        _checks.check_images(image, target, "image")
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     normalize = _pairs.check_options("", region, penalty, normalize)
     if region == "image" and target is None:
@@ -187,7 +187,7 @@ def total_variation_loss(
         needed = f"region={region!r}" if region != "image" else "target"
         raise ValueError(f"mask is missing: {needed} needs it to tell the hole from the known pixels")
     else:
-        mask = _checks.check_mask(mask, image)
+        mask = _checks.check_mask(mask, image, "image")
     other = image if target is None else target
     mask_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     if mask_grad and backend is None:

@@ -11,12 +11,12 @@ from .hole_valid import region_weights
 from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
 
 
-def dilate(hole: Tensor) -> Tensor:
-    """Maximum over the 3x3 neighbourhood, which ends at the border of the image: (..., H, W)."""
+def dilate(hole: Tensor, radius: int = 1) -> Tensor:
+    """Maximum over the square neighbourhood, 3x3 for radius 1, which ends at the border of the image: (..., H, W)."""
     if hole.numel() == 0:
         return hole
     planes = hole.reshape(-1, 1, *hole.shape[-2:])
-    return F.max_pool2d(planes, 3, stride=1, padding=1).reshape(hole.shape)
+    return F.max_pool2d(planes, 2 * radius + 1, stride=1, padding=radius).reshape(hole.shape)
 
 
 def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
