@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/pixel_backward.h"
+#include "cpu/runs.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -290,8 +291,6 @@ void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* b
   }
 }
 
-IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
-
 // S: the type the gradients are stored in, or T for any.
 template <typename S, typename T>
 void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
@@ -331,9 +330,7 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
       });
     });
   }
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (call.stream) _mm_sfence();
-#endif
+  end_stream(call.stream);
 }
 
 template <typename T>
