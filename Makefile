@@ -98,13 +98,15 @@ $(VENV)/.stamp-torch: | $(BIN)/python
 	$(PIP) 'setuptools>=77' ninja numpy
 	@touch $@
 
-# Editable, so that examples, tests and benchmarks import this tree from wherever they are started.
+# Editable, so that examples, tests and benchmarks import this tree from wherever they are started. Without libraries:
+# pip would compile everything anew, in a folder of its own, for each of these; `build` does it once.
+EDITABLE := INPAINT_KERNELS_BUILD=none $(PIP) --no-build-isolation
 $(VENV)/.stamp-package: pyproject.toml setup.py $(VENV)/.stamp-torch
-	$(PIP) --no-build-isolation --no-deps -e .
+	$(EDITABLE) --no-deps -e .
 	@touch $@
 
 $(VENV)/.stamp-%: pyproject.toml setup.py $(VENV)/.stamp-torch
-	$(PIP) --no-build-isolation -e '.[$*]'
+	$(EDITABLE) -e '.[$*]'
 	@touch $@ $(VENV)/.stamp-package
 
 clean: ## remove what was built, keep .venv

@@ -392,6 +392,7 @@ class BuildLibraries(build_ext):
             raise ExecError(f"compiling {file} failed: {errors[0] if errors else last_lines(run.stdout, 1)}")
         if name == "cuda":
             logs = sorted((ROOT / folder).glob("*.o.log"))
+            (ROOT / "build").mkdir(exist_ok=True)  # a build of setuptools' own has its folders elsewhere
             (ROOT / "build/ptxas.log").write_text("".join(log.read_text() for log in logs))
 
     def build_info(self) -> dict:

@@ -27,13 +27,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def _trunk(device: torch.device, dtype: torch.dtype) -> FrozenTrunk:
+def trunk_of(
+    device: torch.device, dtype: torch.dtype, preprocess: str = "imagenet", channels_last: bool | None = False
+) -> FrozenTrunk:
     """The same random weights for every device and dtype, scaled so that features neither vanish nor grow."""
     import inpaint_kernels as ik
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trunk = ik.features.vgg16(TAPS, weights=None)
+        trunk = ik.features.vgg16(TAPS, weights=None, preprocess=preprocess, channels_last=channels_last)
         for layer in trunk.features.children():
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -42,8 +44,8 @@ def _trunk(device: torch.device, dtype: torch.dtype) -> FrozenTrunk:
     return trunk.to(device)
 
 
-def _features(images: Tensor) -> list[Tensor]:
-    trunk = _trunk(images.device, images.dtype)
+def features_of(images: Tensor) -> list[Tensor]:
+    trunk = trunk_of(images.device, images.dtype)
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     value, found = (images - mean) / std, []
     assert isinstance(trunk.features, torch.nn.Sequential)
@@ -54,7 +56,7 @@ def _features(images: Tensor) -> list[Tensor]:
     return found
 
 
-def _gram(features: Tensor) -> Tensor:
+def gram(features: Tensor) -> Tensor:
     n, c, h, w = features.shape
     flat = features.view(n, c, h * w)
     return torch.bmm(flat, flat.transpose(1, 2)) / (c * h * w)
@@ -63,9 +65,9 @@ def _gram(features: Tensor) -> Tensor:
 def eager(case: Case) -> Formula:
     def formula(pred: Tensor, target: Tensor) -> Terms:
         perceptual = style = pred.new_zeros(())
-        for x, y in zip(_features(pred), _features(target), strict=True):
+        for x, y in zip(features_of(pred), features_of(target), strict=True):
             perceptual = perceptual + F.l1_loss(x, y)
-            style = style + F.l1_loss(_gram(x), _gram(y))
+            style = style + F.l1_loss(gram(x), gram(y))
         return (PERCEPTUAL_WEIGHT * perceptual + STYLE_WEIGHT * style,)
 
     return formula
@@ -77,7 +79,7 @@ def fused(case: Case, variant: str) -> Formula:
     chunk = None if variant == "plain" else int(variant.removeprefix("chunk"))
 
     def formula(pred: Tensor, target: Tensor) -> Terms:
-        trunk = _trunk(pred.device, pred.dtype)
+        trunk = trunk_of(pred.device, pred.dtype)
         loss = ik.nn.PerceptualStyleLoss(
             trunk, perceptual_weight=PERCEPTUAL_WEIGHT, style_weight=STYLE_WEIGHT, chunk=chunk
         )
@@ -105,4 +107,5 @@ BENCHMARK = Benchmark(
     tolerances={torch.float32: 5e-3},
     variants=("plain", "chunk1", "chunk2", "chunk4"),
     heavy=True,
+    compiled=False,
 )

@@ -75,7 +75,7 @@ class Benchmark:
     providers that stand in for one of each backend. `baseline` builds a computation that does less, timed as "plain"
     and not checked. With `layer`, the formulas return one tensor, and no loss is timed with it: its gradient is the
     input `upstream`, which the formulas do not take. Of a `heavy` one a step takes seconds and is spent in library
-    convolutions: a few rounds of single steps, no compiled providers, bandwidth left out.
+    convolutions: a few rounds of single steps, bandwidth left out. Without `compiled`, no compiled providers.
     """
 
     op: str
@@ -90,6 +90,7 @@ class Benchmark:
     weights: tuple[float, ...] = (1.0,)
     variants: tuple[str, ...] = ()
     heavy: bool = False
+    compiled: bool = True
     layer: bool = False
 
     def rounds(self, quick: bool) -> int:

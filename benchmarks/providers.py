@@ -43,12 +43,12 @@ class Refusal:
 
 def providers(benchmark: Benchmark, case: Case, device: torch.device) -> list[str]:
     """Names of all providers of a case, baselines first."""
-    names = ["eager"] if benchmark.heavy else ["eager", "compile"]
+    names = ["eager", "compile"] if benchmark.compiled else ["eager"]
     if benchmark.baseline(case) is not None:
         names.insert(0, "plain")
     if benchmark.rewrite(case) is not None:
-        names += ["rewrite"] if benchmark.heavy else ["rewrite", "compile-rewrite"]
-    if device.type == "cuda" and not benchmark.heavy:
+        names += ["rewrite", "compile-rewrite"] if benchmark.compiled else ["rewrite"]
+    if device.type == "cuda" and benchmark.compiled:
         names.append("compile-tuned")
     return names + [f"ik-{own}" for own in benchmark.variants or _BACKENDS[device.type]]
 

@@ -52,15 +52,17 @@ def discover() -> dict[str, Benchmark]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model as its driver or the system calls it."""
+    """The model as its driver or the system calls it; of a CPU the instruction set that torch uses as well."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         cpuinfo = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return " ".join(model[1].split()) if model else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    model = " ".join(found[1].split()) if found else platform.processor() or platform.machine()
+    # Virtual machines call several generations of a processor by one name.
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def slug(device: torch.device, threads: int) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from data import Batch, InputError, Sampler
 from losses import Objective, Terms
+from memory import PeakMemory, release_freed
 from model import PartialConvUNet
 from options import AMP_DTYPES, Settings
 from torch import Tensor
@@ -101,6 +102,7 @@ class Trainer:
         )
         self.held_out: list[tuple[int, float]] = []
         self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
+        self.memory = PeakMemory(world.device)
         self.saved_step: int | None = None
         # False once the newest checkpoint in the output folder belongs to this run.
         self.new_run = True
@@ -159,12 +161,14 @@ class Trainer:
 
     def train(self, label: str, out: Path | None) -> None:
         """Runs the remaining steps; with ``out``, validates and writes checkpoints there."""
+        release_freed()
         network = self._parallel()
         with self._progress(label) as bar, self._batches() as batches:
             if out is not None and self.step == 0:
                 self.validate()
             for batch in batches:
-                self._one_step(network, batch)
+                with self.memory:
+                    self._one_step(network, batch)
                 self.step += 1
                 bar.update()
                 if self.step % 10 == 0 or self.step == self.settings.steps:

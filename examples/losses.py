@@ -6,9 +6,8 @@ The only place that builds losses; a further objective is one more function here
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,26 +19,32 @@ from torch import Tensor
 if TYPE_CHECKING:
     from inpaint_kernels.features import FrozenTrunk
 
+# Of Liu et al. (2018). The pixel objective has the first two, and takes its perceptual and style weights as options.
 HOLE_WEIGHT, VALID_WEIGHT = 6.0, 1.0
+TV_WEIGHT, PERCEPTUAL_WEIGHT, STYLE_WEIGHT = 0.1, 0.05, 120.0
 
 
 class Terms(NamedTuple):
-    """Scalars on the device: ``total = 6 hole + valid``, plus weighted perceptual and style terms if asked for."""
+    """Scalars on the device: the weighted ``total`` and its unweighted terms, None for those left out."""
 
     total: Tensor
     hole: Tensor
     valid: Tensor
     perceptual: Tensor | None = None
     style: Tensor | None = None
+    tv: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class FeatureTerms:
-    """Weights of the terms on a trunk's features, 0 for none, and how many samples are streamed at a time."""
+    """Weights of the terms on a trunk's features, 0 for none, and how many samples are streamed at a time.
+
+    ``trunk`` takes pictures in [0, 1]; the one of "pconv" takes them normalised, which its objective does itself.
+    """
 
     trunk: FrozenTrunk
-    perceptual: float
-    style: float
+    perceptual: float = PERCEPTUAL_WEIGHT
+    style: float = STYLE_WEIGHT
     chunk: int | None = None
 
 
@@ -52,6 +57,7 @@ def weighted(hole: Tensor, valid: Tensor) -> Terms:
 
 def make_objective(
     kind: str,
+    name: str = "pixel",
     *,
     normalize: str = "image",
     backend: str | None = None,
@@ -62,28 +68,81 @@ def make_objective(
 
     Args:
         kind: "fused" or "eager".
+        name: "pixel", errors in the hole and elsewhere, with perceptual and style terms if there are ``features``;
+            "pconv", the published objective of partial convolution, of which ``features`` has the trunk.
         normalize: "image" divides both terms by the number of elements of ``pred``, "mask" each by the
-            size of its region, over all processes of ``group``.
-        backend: which implementation of the fused pixel loss, as ``fused_backend`` says; None chooses by device.
+            size of its region, over all processes of ``group``; for "pixel".
+        backend: which implementation of the fused losses, as ``fused_backend`` says; None chooses by device.
         group: the DDP process group, None for a single process.
         features: perceptual and style terms of the output and of the composite, None for none.
     """
+    if name == "pconv":
+        assert features is not None
+        # All of its terms are means over whole images, so that DDP's average of equal batches is the global one.
+        return _eager_partial_conv(features) if kind == "eager" else _fused_partial_conv(features, backend)
     pixels = _eager(normalize, group) if kind == "eager" else _fused(normalize, backend, group)
     if features is None:
         return pixels
     compare = _eager_features(features) if kind == "eager" else _fused_features(features)
 
     def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        terms = pixels(pred, target, mask)
-        composite = mask * target + (1 - mask) * pred
-        weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
-        return terms._replace(total=terms.total + weighted_sum, perceptual=perceptual, style=style)
+        return _with_features(pixels, compare, pred, _composite(pred, target, mask), target, mask)
 
     return objective
 
 
+def _fused_partial_conv(features: FeatureTerms, backend: str | None) -> Objective:
+    import inpaint_kernels as ik
+
+    complete = ik.objectives.PartialConvObjective(
+        "paper", trunk=features.trunk, chunk=features.chunk, backend=backend
+    )
+
+    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        return Terms(**complete(pred, target, mask)._asdict())
+
+    return objective
+
+
+def _eager_partial_conv(features: FeatureTerms) -> Objective:
+    """The same as training scripts write it."""
+    from inpaint_kernels.features import FrozenTrunk
+
+    trunk = features.trunk
+    pixels = _eager("image", None)
+    compare = _eager_features(replace(features, trunk=FrozenTrunk(trunk.features, trunk.taps, "imagenet")))
+
+    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        composite = _composite(pred, target, mask)
+        terms = _with_features(pixels, compare, pred, composite, target, mask)
+        tv = _variation_around(composite, 1 - mask)
+        return terms._replace(total=terms.total + TV_WEIGHT * tv, tv=tv)
+
+    return objective
+
+
+def _composite(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return mask * target + (1 - mask) * pred
+
+
+def _variation_around(image: Tensor, hole: Tensor) -> Tensor:
+    """Summed differences of neighbours in the hole dilated by one pixel, as a share of all elements."""
+    region = F.max_pool2d(hole, 3, stride=1, padding=1)
+    across = region[:, :, :, 1:] * region[:, :, :, :-1] * (image[:, :, :, 1:] - image[:, :, :, :-1]).abs()
+    down = region[:, :, 1:] * region[:, :, :-1] * (image[:, :, 1:] - image[:, :, :-1]).abs()
+    return (across.sum() + down.sum()) / image.numel()
+
+
 # (output, composite, truth) -> weighted sum, perceptual term, style term
 Comparison = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def _with_features(
+    pixels: Objective, compare: Comparison, pred: Tensor, composite: Tensor, target: Tensor, mask: Tensor
+) -> Terms:
+    terms = pixels(pred, target, mask)
+    weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
+    return terms._replace(total=terms.total + weighted_sum, perceptual=perceptual, style=style)
 
 
 def _fused_features(features: FeatureTerms) -> Comparison:
@@ -182,56 +241,16 @@ def _eager(normalize: str, group: dist.ProcessGroup | None) -> Objective:
     return by_image if normalize == "image" else by_mask
 
 
-def fused_backend(device: torch.device, asked: str | None) -> str:
-    """The implementation the fused loss runs on: the one asked for, else the first that can."""
+def fused_backend(
+    device: torch.device, asked: str | None, name: str = "pixel", features: FeatureTerms | None = None
+) -> str:
+    """The implementation the fused losses of an objective run on: the one asked for, else the first that can."""
     asked = asked or os.environ.get("INPAINT_KERNELS_BACKEND") or None
     image, reason = torch.zeros(1, 3, 8, 8, device=device), ""
-    for name in (asked,) if asked else ("cuda", "triton", "cpu", "reference"):
+    for backend in (asked,) if asked else ("cuda", "triton", "cpu", "reference"):
         try:
-            _fused("image", name, None)(image, image, image[:, :1])
-            return name
+            make_objective("fused", name, backend=backend, features=features)(image, image, image[:, :1])
+            return backend
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
     raise InputError(f"--backend {asked}: {reason}")
-
-
-class Kept(NamedTuple):
-    """Bytes held between forward and backward: tensors the loss made, and inputs it holds on to."""
-
-    made: int
-    inputs: int
-
-
-class _Held:
-    """What a graph holds of a saved tensor; gone as soon as the graph is."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def bytes_kept(
-    objective: Objective, pred: Tensor, target: Tensor, mask: Tensor, fixed: Iterable[Tensor] = ()
-) -> Kept:
-    """Counts what one call of the objective saves for its backward; shared storage counts once.
-
-    What is ``fixed``, such as the weights of a trunk, does not count: it is there anyway.
-    """
-    pred = pred.detach().requires_grad_()
-    given = {tensor.untyped_storage().data_ptr() for tensor in (pred, target, mask)}
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    # A graph that lives and dies within the call, as when streaming, keeps nothing.
-    saved: weakref.WeakSet[_Held] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Held:
-        held = _Held(tensor)
-        saved.add(held)
-        return held
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        terms = objective(pred, target, mask)
-    storages = [held.tensor.untyped_storage() for held in saved]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    del terms
-    inputs = sum(size for pointer, size in sizes.items() if pointer in given)
-    made = sum(size for pointer, size in sizes.items() if pointer not in given | ignored)
-    return Kept(made, inputs)

@@ -9,11 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import HOLE_WEIGHT
+from losses import HOLE_WEIGHT, PERCEPTUAL_WEIGHT, STYLE_WEIGHT, TV_WEIGHT, VALID_WEIGHT
 from model import PartialConvUNet
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE_STEP = 2**PartialConvUNet.DEPTH
+# What a trunk works on then stays in the caches of a CPU.
+CPU_CHUNK = 2
+# What an option is where it is not given. A step of the complete objective takes seconds where one of the pixel
+# losses takes a tenth of one, almost all of them in VGG16.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pconv": {
+        "steps": 180,
+        "compare_steps": 25,
+        "batch": 4,
+        "perceptual": PERCEPTUAL_WEIGHT,
+        "style": STYLE_WEIGHT,
+        "tv": TV_WEIGHT,
+    },
+    "pixel": {
+        "steps": 400,
+        "compare_steps": None,
+        "batch": 8,
+        "perceptual": 0.0,
+        "style": 0.0,
+        "tv": 0.0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -33,18 +55,34 @@ class Settings:
     chunk: int | None = None
     trunk: str = "none"
     layer: str = "ik"
+    objective: str = "pixel"
+    tv: float = 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms of the total loss, without those left out."""
+        weights = {
+            "hole": HOLE_WEIGHT,
+            "valid": VALID_WEIGHT,
+            "tv": self.tv,
+            "perceptual": self.perceptual,
+            "style": self.style,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def formula(self) -> str:
         """The total loss in words."""
-        parts = [f"{HOLE_WEIGHT:g} hole", "valid"]
-        for name, weight in (("perceptual", self.perceptual), ("style", self.style)):
-            parts += [f"{weight:g} {name}"] if weight else []
-        return " + ".join(parts)
+        return " + ".join(weighed(name, weight) for name, weight in self.weights.items())
 
     @property
     def architecture(self) -> dict[str, Any]:
         return {"network": "PartialConvUNet", "width": self.width}
+
+
+def weighed(name: str, weight: float) -> str:
+    """A term in words."""
+    return name if weight == 1 else f"{weight:g} {name}"
 
 
 def number(convert: Callable[[str], Any], least: float) -> Callable[[str], Any]:
@@ -65,6 +103,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train an inpainting network with the fused losses, then repeat the steps with eager formulas."
     )
     add = parser.add_argument
+    add(
+        "--objective",
+        choices=tuple(DEFAULTS),
+        default="pconv",
+        help="the published one of partial convolution, complete, or errors in hole and known pixels alone "
+        "(default: %(default)s)",
+    )
     add("--images", type=Path, metavar="DIR", help="photographs to train on (default: those in scikit-image)")
     add(
         "--masks",
@@ -95,10 +140,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--steps",
         type=number(int, 1),
-        default=400,
-        help="total steps, resumed ones included (default: %(default)s)",
+        help=f"total steps, resumed ones included (default: {_defaults('steps')})",
     )
-    add("--batch", type=number(int, 1), default=8, help="crops per step and process (default: %(default)s)")
+    add("--batch", type=number(int, 1), help=f"crops per step and process (default: {_defaults('batch')})")
     add(
         "--size",
         type=number(int, SIZE_STEP),
@@ -118,22 +162,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--normalize",
         choices=("image", "mask"),
-        default="image",
-        help="divide losses by the image or by each region",
+        help="divide the pixel losses by the image or by each region; with --objective pixel (default: image)",
     )
     add(
         "--perceptual",
         type=number(float, 0),
-        default=0.0,
         metavar="WEIGHT",
-        help="of the distance of VGG16 features, 0.05 in the partial-convolution paper (default: none)",
+        help="of the distance of VGG16 features, added to --objective pixel (default: none)",
     )
     add(
         "--style",
         type=number(float, 0),
-        default=0.0,
         metavar="WEIGHT",
-        help="of the distance of their Gram matrices, 120 in the paper (default: none)",
+        help="of the distance of their Gram matrices, added to --objective pixel (default: none)",
     )
     add(
         "--trunk-weights",
@@ -142,14 +183,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--chunk",
-        type=number(int, 1),
+        type=number(int, 0),
         metavar="SAMPLES",
-        help="stream the trunk so many samples at a time, to save memory (default: all at once)",
+        help="stream the trunk so many samples at a time, to save memory, 0: all at once "
+        f"(default: {CPU_CHUNK} with pconv on a CPU, where it saves time, too; else 0)",
     )
     add(
         "--backend",
         choices=("reference", "cpu", "triton", "cuda"),
-        help="of the fused pixel loss (default: by device; INPAINT_KERNELS_BACKEND sets it for every loss)",
+        help="of the fused losses, with --objective pixel of its pixel loss (default: by device; "
+        "INPAINT_KERNELS_BACKEND sets it for everything)",
     )
     add(
         "--layer",
@@ -158,11 +201,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the partial convolutions: this package's kernels, or its formulas in plain PyTorch (default: ik)",
     )
     add("--save-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: %(default)s)")
-    add("--no-compare", action="store_true", help="do not repeat the steps with the eager formulas")
+    add(
+        "--compare-steps",
+        type=number(int, 0),
+        metavar="STEPS",
+        help=f"repeat so many steps with the eager formulas (default: {_defaults('compare_steps')})",
+    )
+    add(
+        "--no-compare",
+        dest="compare_steps",
+        action="store_const",
+        const=0,
+        help="the same as --compare-steps 0",
+    )
     args = parser.parse_args(argv)
     if args.size % SIZE_STEP:
         parser.error(f"argument --size: must be a multiple of {SIZE_STEP}, got {args.size}")
-    for name, value in (("--trunk-weights", args.trunk_weights), ("--chunk", args.chunk)):
-        if value is not None and not args.perceptual and not args.style:
-            parser.error(f"argument {name}: only with --perceptual or --style")
+    if args.objective == "pconv":
+        for name in ("perceptual", "style", "normalize"):
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: only with --objective pixel; that of pconv is fixed")
+    elif not args.perceptual and not args.style:
+        for option, value in (("--trunk-weights", args.trunk_weights), ("--chunk", args.chunk)):
+            if value is not None:
+                parser.error(f"argument {option}: with --objective pixel only with --perceptual or --style")
+    for name, value in DEFAULTS[args.objective].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.normalize = args.normalize or "image"
     return args
+
+
+def _defaults(name: str) -> str:
+    spelled = {objective: values[name] for objective, values in DEFAULTS.items()}
+    return ", ".join(f"{'all' if value is None else value} with {key}" for key, value in spelled.items())

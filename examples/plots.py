@@ -11,6 +11,7 @@ import numpy as np
 from checkpoint import write_atomically
 from data import Batch
 from numpy.typing import NDArray
+from options import weighed
 from torch import Tensor
 
 # Before pyplot is imported: there may be no display.
@@ -19,6 +20,8 @@ import matplotlib.pyplot as plt
 
 FUSED, EAGER, YARDSTICK = "#1f6fb4", "#e8871e", "#7a7a7a"
 EQUAL = 1e-9
+
+Curves = dict[str, NDArray[np.float64]]
 
 
 def write_png(figure: Any, path: Path) -> None:
@@ -70,62 +73,87 @@ def _pixels(image: Tensor) -> NDArray[np.float32]:
 def loss_curves(
     path: Path,
     title: str,
-    formula: str,
-    fused: NDArray[np.float64],
-    eager: NDArray[np.float64] | None,
+    weights: dict[str, float],
+    fused: Curves,
+    eager: Curves | None,
     first_compared: int,
     held_out: list[tuple[int, float]],
     yardstick: float,
 ) -> None:
-    """Training loss, held-out error and, with ``eager``, the difference of the two loss curves.
+    """Training loss, held-out error, each term and, with ``eager``, the difference of the two loss curves.
 
     Args:
         path: PNG file to write.
         title: above the plot.
-        formula: the total loss in words.
-        fused, eager: total training loss of every step [steps]; ``eager`` counts from ``first_compared``.
+        weights: of the terms in the total.
+        fused, eager: the "total" and each term of every step [steps]; ``eager`` counts from ``first_compared`` and
+            may end earlier.
         first_compared: steps before it were trained by an earlier, resumed run.
         held_out: (step, error) pairs.
         yardstick: held-out error of filling with the mean colour.
     """
-    panels = 2 if eager is None else 3
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.7), layout="constrained")
+    count = (2 if eager is None else 3) + len(weights)
+    rows = 1 + count // 5
+    columns = -(-count // rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.9 * columns, 3.3 * rows + 0.5), squeeze=False, layout="constrained"
+    )
     figure.suptitle(title, fontsize=10)
-    steps = np.arange(1, len(fused) + 1)
+    free = iter(axes.flat)
+    steps = np.arange(1, len(fused["total"]) + 1)
 
-    axes[0].plot(steps, fused, color=FUSED, alpha=0.25, linewidth=0.8)
-    axes[0].plot(*_smooth(steps, fused), color=FUSED, linewidth=2.4, label="fused loss")
-    if eager is not None:
-        axes[0].plot(
-            *_smooth(steps[first_compared:], eager), "--", color=EAGER, linewidth=1.4, label="eager formulas"
+    def draw_loss(name: str, title: str, weight: float = 1.0) -> None:
+        axis = next(free)
+        axis.plot(steps, weight * fused[name], color=FUSED, alpha=0.25, linewidth=0.8)
+        axis.plot(
+            *_smooth(steps, weight * fused[name], steps.size), color=FUSED, linewidth=2.4, label="fused"
         )
-    axes[0].set(title=f"training loss (running mean)\n{formula}", xlabel="step", yscale="log")
-    axes[0].legend()
+        if eager is not None:
+            compared = steps[first_compared : first_compared + len(eager[name])]
+            smooth = _smooth(compared, weight * eager[name], steps.size)
+            axis.plot(*smooth, "--", color=EAGER, linewidth=1.4, label="eager formulas")
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend(fontsize=8)
 
-    axes[1].plot(*zip(*held_out, strict=True), "o-", color=FUSED, markersize=4, label="network")
-    axes[1].axhline(yardstick, color=YARDSTICK, linestyle=":", label="mean colour of the crop")
-    axes[1].set(title="mean absolute error in held-out holes", xlabel="step", ylim=(0, None))
-    axes[1].legend()
-
+    draw_loss("total", "training loss, running mean")
+    axis = next(free)
+    axis.plot(*zip(*held_out, strict=True), "o-", color=FUSED, markersize=4, label="network")
+    axis.axhline(yardstick, color=YARDSTICK, linestyle=":", label="mean colour of the crop")
+    axis.set(title="mean absolute error in held-out holes", xlabel="step", ylim=(0, None))
+    axis.legend(fontsize=8)
     if eager is not None:
-        difference = np.abs(fused[first_compared:] - eager) / np.abs(eager)
-        # Equal losses would fall off a logarithmic axis.
-        shown = np.maximum(difference, EQUAL)
-        axes[2].plot(steps[first_compared:], shown, ".", color=EAGER, markersize=3)
-        axes[2].set(
-            title=f"|fused - eager| / eager, at most {difference.max():.1e}",
-            xlabel="step",
-            yscale="log",
-            ylim=(EQUAL / 2, max(1e-5, 3 * float(shown.max()))),
-        )
-        axes[2].annotate("equal", (0, EQUAL), (4, 3), ("axes fraction", "data"), "offset points", fontsize=8)
-    for axis in axes:
+        _draw_difference(next(free), steps, fused["total"], eager["total"], first_compared)
+    for name, weight in weights.items():
+        draw_loss(name, weighed(name, weight), weight)
+    for axis in free:
+        axis.set_visible(False)
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.title.set_fontsize(10)
     write_png(figure, path)
 
 
-def _smooth(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    window = max(1, len(values) // 25)
+def _draw_difference(
+    axis: Any, steps: NDArray[Any], fused: NDArray[np.float64], eager: NDArray[np.float64], first: int
+) -> None:
+    compared = slice(first, first + len(eager))
+    difference = np.abs(fused[compared] - eager) / np.abs(eager)
+    # Equal losses would fall off a logarithmic axis.
+    shown = np.maximum(difference, EQUAL)
+    axis.plot(steps[compared], shown, ".", color=EAGER, markersize=3)
+    axis.set(
+        title=f"|fused - eager| / eager, at most {difference.max():.1e}",
+        xlabel="step",
+        yscale="log",
+        ylim=(EQUAL / 2, max(1e-5, 3 * float(shown.max()))),
+    )
+    axis.annotate("equal", (0, EQUAL), (4, 3), ("axes fraction", "data"), "offset points", fontsize=8)
+
+
+def _smooth(
+    steps: NDArray[Any], values: NDArray[np.float64], run: int
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Means over a 25th of the ``run``, the same for both curves."""
+    window = min(max(1, run // 25), len(values))
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
     return steps[window - 1 :], mean

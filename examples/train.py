@@ -1,12 +1,13 @@
 """Trains a small partial-convolution U-Net to fill holes, with the fused losses of inpaint_kernels.
 
     python examples/train.py                                    # photographs shipped with scikit-image
+    python examples/train.py --trunk-weights vgg16.pth          # features that mean something
     python examples/train.py --images photos --masks holes      # your own
-    python examples/train.py --perceptual 0.05 --style 120 --trunk-weights vgg16.pth
+    python examples/train.py --objective pixel                  # without VGG16: many more steps in the same time
     python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
     torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
 
-The same seeded steps are then repeated with the eager formulas. Written to --out: ``pictures.png``,
+The first of these seeded steps are then repeated with the eager formulas. Written to --out: ``pictures.png``,
 ``curves.png``, ``report.json`` and ``checkpoint.pt`` (with ``checkpoint.previous.pt``, the one before).
 """
 
@@ -18,6 +19,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +31,13 @@ import torch.distributed as dist
 from data import InputError, MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
 from engine import Trainer, World
 from losses import FeatureTerms, fused_backend, make_objective
-from options import Settings, parse
+from options import CPU_CHUNK, Settings, parse
 from trunks import RANDOM_WARNING, load_trunk
+
+SAME_AS_OPTIONS = (
+    *("steps", "batch", "size", "lr", "seed", "width", "amp", "normalize", "save_every"),
+    *("perceptual", "style", "layer", "objective", "tv"),
+)
 
 
 def join_world(choice: str) -> World:
@@ -65,8 +72,10 @@ def make_output_folder(out: Path) -> None:
 
 def warn_of_changes(then: dict[str, Any], now: dict[str, Any]) -> None:
     for name in sorted(set(now) - {"steps", "batch", "save_every", "chunk"}):
-        if then.get(name) != now[name]:
-            change = f"{name.replace('_', ' ')} was {then.get(name)}, is {now[name]}"
+        # What an earlier version did not record was as a setting is by default.
+        before = then.get(name, getattr(Settings, name, None))
+        if before != now[name]:
+            change = f"{name.replace('_', ' ')} was {before}, is {now[name]}"
             print(f"note: {change}: the run goes on, but not exactly as it would have")
 
 
@@ -94,7 +103,6 @@ class Job:
             # An exact continuation needs the same convolution algorithms in both halves.
             torch.backends.cudnn.deterministic = True
         self.world = join_world(args.device)
-        self.backend = fused_backend(self.world.device, args.backend)
         make_output_folder(args.out)
         photographs = load_photographs(args.images, args.size)
         masks: MaskMaker = (
@@ -104,18 +112,13 @@ class Job:
         )
         masks_from = f"{args.masks}, white marks {args.mask_files_mark}" if args.masks else "brush"
         settings = Settings(
-            **{name: getattr(args, name) for name in ("steps", "batch", "size", "lr", "seed", "width")},
-            amp=args.amp,
-            normalize=args.normalize,
-            save_every=args.save_every,
+            **{name: getattr(args, name) for name in SAME_AS_OPTIONS},
+            chunk=self._chunk,
             data=f"pictures {photographs.source}, masks {masks_from}",
-            perceptual=args.perceptual,
-            style=args.style,
-            chunk=args.chunk,
             trunk=f"vgg16, weights {args.trunk_weights or 'random'}" if self._has_features else "none",
-            layer=args.layer,
         )
         self.features = self._load_features()
+        self.backend = fused_backend(self.world.device, args.backend, args.objective, self.features)
         self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)
         self.trainer = self._make_trainer(settings, "fused")
         if args.resume is not None:
@@ -131,8 +134,11 @@ class Job:
         self.trained = True
         self._write_pictures(self.trainer, photographs.held_out_by)
         trainers = {"fused": self.trainer}
-        if not args.no_compare:
-            trainers["eager"] = self._make_trainer(settings, "eager")
+        if args.compare_steps != 0:
+            last = args.steps
+            if args.compare_steps is not None:
+                last = min(last, int(start["step"]) + args.compare_steps)
+            trainers["eager"] = self._make_trainer(replace(settings, steps=last), "eager")
             trainers["eager"].restore(start)
             trainers["eager"].train("eager loss", None)
         trunk = self.features.trunk if self.features is not None else None
@@ -145,18 +151,30 @@ class Job:
     def _has_features(self) -> bool:
         return bool(self.args.perceptual or self.args.style)
 
+    @property
+    def _chunk(self) -> int | None:
+        if self.args.chunk is None and self.args.objective == "pconv" and self.world.device.type == "cpu":
+            return CPU_CHUNK
+        return self.args.chunk or None
+
     def _load_features(self) -> FeatureTerms | None:
         args, option = self.args, "--trunk-weights"
         if not self._has_features:
             return None
         if args.trunk_weights is None:
             self._say(RANDOM_WARNING.format(name="vgg16", option=option))
-        trunk = load_trunk("vgg16", args.trunk_weights, self.world.device, option=option)
-        return FeatureTerms(trunk, args.perceptual, args.style, args.chunk)
+        # The published objective normalises, once for all of its passes. Its style term grows with the square of the
+        # features: random ones as large as normalised pictures would make it nine tenths of the loss.
+        options: dict[str, Any] = (
+            {"preprocess": "none", "random_scale": 1 / 3} if args.objective == "pconv" else {}
+        )
+        trunk = load_trunk("vgg16", args.trunk_weights, self.world.device, option=option, **options)
+        return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)
 
     def _make_trainer(self, settings: Settings, kind: str) -> Trainer:
         objective = make_objective(
             kind,
+            settings.objective,
             normalize=settings.normalize,
             backend=self.backend,
             group=self.world.group,

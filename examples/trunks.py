@@ -19,9 +19,16 @@ RANDOM_WARNING = (
 
 
 def load_trunk(
-    name: str, weights: str | None, device: torch.device, *, option: str, taps: Sequence[str] | None = None
+    name: str,
+    weights: str | None,
+    device: torch.device,
+    *,
+    option: str,
+    taps: Sequence[str] | None = None,
+    preprocess: str = "imagenet",
+    random_scale: float = 1.0,
 ) -> FrozenTrunk:
-    """A trunk for pictures in [0, 1].
+    """A trunk for pictures in [0, 1], with ``preprocess="none"`` for normalised ones.
 
     Args:
         name: one of ``NAMES``.
@@ -29,6 +36,8 @@ def load_trunk(
         device: where it runs.
         option: the command-line option the weights came from, for messages.
         taps: layer names such as "relu1_1"; None for the trunk's own.
+        preprocess: of the trunk.
+        random_scale: what features of random values are multiplied by.
     """
     import inpaint_kernels as ik
 
@@ -37,14 +46,19 @@ def load_trunk(
         torch.manual_seed(0)
         try:
             if taps is None:
-                trunk = make(weights=weights, preprocess="imagenet")
+                trunk = make(weights=weights, preprocess=preprocess)
             else:
-                trunk = make(taps, weights=weights, preprocess="imagenet")
+                trunk = make(taps, weights=weights, preprocess=preprocess)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{option}: {' '.join(str(error).split())}") from error
         if weights is None:
-            # The default initialisation halves the features in every layer.
-            for layer in trunk.modules():
-                if isinstance(layer, torch.nn.Conv2d):
-                    torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            layers = [layer for layer in trunk.modules() if isinstance(layer, torch.nn.Conv2d)]
+            for layer in layers:
+                # The default initialisation halves the features in every layer.
+                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
+                torch.nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                # Everything behind it follows in proportion.
+                layers[0].weight.mul_(random_scale)
     return trunk.to(device)

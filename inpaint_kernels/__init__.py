@@ -1,6 +1,6 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
-from . import features, nn
+from . import features, nn, objectives
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
 from .ops.gram import gram_matrix
@@ -38,6 +38,7 @@ __all__ = [
     "masked_l1_loss",
     "masked_mse_loss",
     "nn",
+    "objectives",
     "partial_conv2d",
     "partial_conv3d",
     "resize_mask",

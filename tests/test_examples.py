@@ -37,6 +37,8 @@ EXAMPLES = Path(train.__file__).parent
 
 # The smallest network and crops; every code path of a full-size run.
 TINY = ["--device", "cpu", "--size", "32", "--width", "4", "--batch", "2", "--save-every", "2"]
+# Without a trunk, for what has nothing to do with the objective; test_examples_features.py has the others.
+PIXEL = ["--objective", "pixel"]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -67,7 +69,7 @@ def run(
         *options: object, out: Path = tmp_path / "out", images: Path | None = photos
     ) -> tuple[int, str, str]:
         where = ["--images", str(images)] if images else []
-        status = train.main([*TINY, *where, "--out", str(out), *map(str, options)])
+        status = train.main([*TINY, *PIXEL, *where, "--out", str(out), *map(str, options)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -109,7 +111,8 @@ def test_run_writes_pictures_curves_report_and_checkpoint(
             image.load()
             assert min(image.size) > 300
     report = json.loads((out / "report.json").read_text())
-    assert report["largest_relative_difference"] < 1e-5
+    assert report["largest_relative_difference_of_first_5"] < 1e-3
+    assert report["compared_steps"] == 8
     assert set(report["variants"]) == {"fused", "eager"}
     assert [step for step, _ in report["held_out_hole_error"]] == [0, 2, 4, 6, 8]
     assert load(out / "checkpoint.pt")["step"] == 8
@@ -380,10 +383,13 @@ def test_unusable_options(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
 # -- several processes ------------------------------------------------------------------------
 
 
-def test_two_processes_train_what_one_does(run: Run, tmp_path: Path, photos: Path) -> None:
-    """Region means over both shards: two processes of batch 2 against one of batch 4."""
+@pytest.mark.parametrize("options", [[*PIXEL, "--normalize", "mask"], ["--objective", "pconv"]])
+def test_two_processes_train_what_one_does(
+    run: Run, tmp_path: Path, photos: Path, options: list[str]
+) -> None:
+    """Two processes of batch 2, with region means over both shards, against one of batch 4."""
     out = tmp_path / "two"
-    options = ["--steps", "4", "--normalize", "mask"]
+    options = ["--steps", "4", *options]
     package = Path(ik.__file__).resolve().parents[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]),
@@ -402,7 +408,10 @@ def test_two_processes_train_what_one_does(run: Run, tmp_path: Path, photos: Pat
     assert json.loads((out / "report.json").read_text())["processes"] == 2
     assert run(*options, "--batch", 4, "--no-compare", out=tmp_path / "one")[0] == 0
     two, one = (load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
-    torch.testing.assert_close(two["history"], one["history"], rtol=1e-5, atol=1e-6)
+    # Perceptual terms have kinks: after the first step roundings are amplified.
+    rounded = slice(0, 1 if "pconv" in options else 4)
+    torch.testing.assert_close(two["history"][rounded], one["history"][rounded], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two["history"], one["history"], rtol=1e-3, atol=1e-6)
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4)
     assert checkpoint.NAME in {path.name for path in out.iterdir()}

@@ -38,7 +38,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(i).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
     options = ["--device", "cpu", "--size", "32", "--width", "4", "--batch", "2", "--steps", "4"]
-    options += ["--save-every", "2", "--no-compare", "--images", str(folder), "--out", str(folder)]
+    options += [
+        "--objective",
+        "pixel",
+        "--save-every",
+        "2",
+        "--no-compare",
+        "--images",
+        str(folder),
+        "--out",
+        str(folder),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
         assert train.main(options) == 0

@@ -64,6 +64,17 @@ static inline ScalarType accumulate_type(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The wider of two floating types.
+static inline ScalarType wider_type(ScalarType a, ScalarType b) { return a == b ? a : accumulate_type(a, b); }
+
+// `values` for `channels` channels, from none, one or all of them.
+static inline std::vector<double> channel_constants(const std::vector<double>& values, double otherwise,
+                                                    int64_t channels) {
+  if (static_cast<int64_t>(values.size()) == channels) return values;
+  STD_TORCH_CHECK(values.size() <= 1, "scale and shift need a value for every channel");
+  return std::vector<double>(static_cast<size_t>(channels), values.empty() ? otherwise : values[0]);
+}
+
 // Same answer as Tensor.is_contiguous(memory_format=channels_last), which the stable ABI does not offer.
 static inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes();

@@ -293,5 +293,25 @@ static void triple(const T* src, int64_t n, T* dst) {
   for (; i < n; ++i) dst[3 * i] = dst[3 * i + 1] = dst[3 * i + 2] = src[i];
 }
 
+constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
+constexpr Dtype dtype_of(const double*) { return Dtype::f64; }
+constexpr Dtype dtype_of(const Half*) { return Dtype::f16; }
+constexpr Dtype dtype_of(const Bfloat16*) { return Dtype::bf16; }
+
+// `n` elements at `offset` of `data` as S: in place when stored as S, else converted into `buffer`. A half
+// type must be stored as such.
+template <typename S>
+static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, S* buffer) {
+  if (dtype == dtype_of(buffer)) return static_cast<const S*>(data) + offset;
+  if constexpr (sizeof(S) >= 4) {
+    if (dtype == Dtype::bits) {
+      unpack_bits(static_cast<const uint8_t*>(data) + offset / 8, n, buffer);
+    } else {
+      convert_to(dtype, static_cast<const char*>(data) + offset * dtype_bytes(dtype), n, buffer);
+    }
+  }
+  return buffer;
+}
+
 }  // namespace IK_ISA
 }  // namespace ik

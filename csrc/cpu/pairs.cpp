@@ -7,6 +7,7 @@
 #include "cpu/pairs.h"
 
 #include "cpu/pairs_backward.h"
+#include "cpu/pairs_forward.h"
 
 namespace ik {
 namespace IK_ISA {

@@ -1,49 +1,53 @@
-// Backward over neighbouring pixels: from the packed signs for l1, from three rows of the image for l2.
+// Backward over neighbouring pixels: from the signs for l1, from three rows of the image for l2.
 #pragma once
 
-#include "cpu/pairs_forward.h"
+#include "cpu/pairs_images.h"
+#include "cpu/sign_bytes.h"
 
 namespace ik {
 namespace IK_ISA {
 namespace {
 
-template <int LANES>
-IK_INLINE uint32_t load_bits(const uint8_t* plane, int64_t i, int count) {
-  uint32_t bits = 0;
-  if (count == LANES) {
-    std::memcpy(&bits, plane + i / 8, LANES / 8);
-  } else {
-    for (int g = 0; 8 * g < count; ++g) bits |= static_cast<uint32_t>(plane[i / 8 + g]) << (8 * g);
-  }
-  return bits;
-}
-
-// A plane of signs shifted by `step` elements: bit i is that of element i - step, 0 before the first.
-class ShiftedBits {
+// The signs of a segment, row by row downwards.
+class SignRows {
  public:
-  ShiftedBits(int64_t groups, int64_t step)
-      : front_((step + 7) / 8), at_(8 * front_ - step), groups_(groups), bytes_(front_ + groups + 8) {
-    std::memset(bytes_.get(), 0, static_cast<size_t>(front_ + groups + 8));
+  SignRows(const PairCall& call)
+      : call_(call),
+        groups_(call.groups()),
+        front_((call.step + kSignBlock - 1) / kSignBlock * kSignBlock),
+        stride_(front_ + (8 * groups_ / kSignBlock + 2) * kSignBlock),
+        bytes_(4 * stride_) {
+    std::memset(bytes_.get(), 0, static_cast<size_t>(4 * stride_));
   }
-  void set(const uint8_t* plane) { std::memcpy(bytes_.get() + front_, plane, static_cast<size_t>(groups_)); }
-  IK_MEMBER uint32_t at(int64_t i) {
-    uint32_t word;
-    std::memcpy(&word, bytes_.get() + (at_ + i) / 8, 4);
-    return word >> ((at_ + i) % 8);
+
+  // Goes to row `y`; `first`: not from the row above it.
+  void go_to(int64_t sample, int64_t segment, int64_t y, bool first) {
+    const uint8_t* planes = call_.sign_row(sample, segment, y);
+    above_ ^= 1;
+    if (first && y > 0) {
+      unpack(call_.sign_row(sample, segment, y - 1) + 2 * groups_, row(above_));
+    } else if (first) {
+      std::memset(row(above_), 0, static_cast<size_t>(8 * groups_));
+    }
+    unpack(planes + 2 * groups_, row(above_ ^ 1));
+    unpack(planes, row(2));
+    if (call_.losses) unpack(planes + 4 * groups_, row(3));
   }
+  // Of the next pixel minus this one: across (0 before the first pixel), down, down from the row above; and
+  // of pred - target.
+  const int8_t* across() { return row(2); }
+  const int8_t* down() { return row(above_ ^ 1); }
+  const int8_t* above() { return row(above_); }
+  const int8_t* pixel() { return row(3); }
 
  private:
-  int64_t front_, at_, groups_;
-  Scratch<uint8_t> bytes_;
-};
+  int8_t* row(int i) { return bytes_.get() + i * stride_ + front_; }
+  void unpack(const uint8_t* planes, int8_t* out) { unpack_signs(planes, planes + groups_, groups_, out); }
 
-// The sign planes a row's l1 gradient is made of.
-struct SignRows {
-  const uint8_t* own;    // planes of the row, `groups` bytes each
-  const uint8_t* above;  // planes 2 and 3 of the row above, zeros at the top
-  int64_t groups;
-  ShiftedBits* left_positive;
-  ShiftedBits* left_negative;
+  const PairCall& call_;
+  int64_t groups_, front_, stride_;
+  int above_ = 0;
+  Scratch<int8_t> bytes_;
 };
 
 // Weights of the four pairs of a pixel: row of this pixel, of the one above and of the one below.
@@ -64,10 +68,9 @@ struct GradientRow {
   bool stream;
 };
 
-// From the gradient of the image: that of pred and target.
+// From the gradient of the image: that of pred and target. `sign`: of pred - target.
 template <bool COMPOSITE, bool LOSSES, typename T>
-IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, uint32_t positive, uint32_t negative,
-                              int64_t i, int count) {
+IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, Vec<T> sign, int64_t i, int count) {
   using V = Vec<T>;
   V to_pred = image;
   V to_target(T(0));
@@ -78,7 +81,7 @@ IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, uint32_t 
     to_target = select_zero_(valid, valid * image);
     if constexpr (LOSSES) {
       const V weight = select_zero_(hole, hole * V(row.hole)) + select_zero_(valid, valid * V(row.valid));
-      const V pixel = V::signed_by(positive, negative, weight);
+      const V pixel = weight * sign;
       to_pred = to_pred + pixel;
       to_target = to_target - pixel;
     }
@@ -91,31 +94,29 @@ IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, uint32_t 
 }
 
 template <bool WEIGHTED, bool COMPOSITE, bool LOSSES, typename T>
-void sign_gradient(const GradientRow<T>& row, const SignRows& signs, const PairRows<T>& pairs) {
+void sign_gradient(const GradientRow<T>& row, SignRows& signs, const PairRows<T>& pairs) {
   using V = Vec<T>;
-  constexpr int lanes = V::lanes;
-  const V down(row.down), across(row.across);
-  const uint8_t* plane = signs.own;
+  const V down(row.down), across(row.across), zero(T(0));
+  const int8_t *right = signs.across(), *left = right - row.step;
+  const int8_t *lower = signs.down(), *upper = signs.above(), *pixel = signs.pixel();
   for_each_vector<V>(row.n, [&](int64_t i, int count) {
-    const auto bits = [&](const uint8_t* from, int64_t p) {
-      return load_bits<lanes>(from + p * signs.groups, i, count);
-    };
-    V left = across, right = across, upper = down, lower = down;
+    // + the pairs that end here, - those that begin here.
+    V horizontal, vertical;
     if constexpr (WEIGHTED) {
       const V first = load_part<V>(pairs.first + i, count);
       const V second = load_part<V>(pairs.second + i, count);
-      left = left * load_part<V>(pairs.first + i - row.step, count) * second;
-      right = right * first * load_part<V>(pairs.second + i + row.step, count);
-      upper = upper * load_part<V>(pairs.first_above + i, count) * second;
-      lower = lower * first * load_part<V>(pairs.second_below + i, count);
+      const V before = load_part<V>(pairs.first + i - row.step, count) * second;
+      const V after = load_part<V>(pairs.second + i + row.step, count) * first;
+      horizontal = load_signs<V>(left + i) * before - load_signs<V>(right + i) * after;
+      const V over = load_part<V>(pairs.first_above + i, count) * second;
+      const V under = load_part<V>(pairs.second_below + i, count) * first;
+      vertical = load_signs<V>(upper + i) * over - load_signs<V>(lower + i) * under;
+    } else {
+      horizontal = load_difference<V>(left + i, right + i);
+      vertical = load_difference<V>(upper + i, lower + i);
     }
-    // + the pairs that end here, - those that begin here.
-    const V ends = V::signed_by(signs.left_positive->at(i), signs.left_negative->at(i), left) +
-                   V::signed_by(bits(signs.above, 0), bits(signs.above, 1), upper);
-    const V begins = V::signed_by(bits(plane, 0), bits(plane, 1), right) +
-                     V::signed_by(bits(plane, 2), bits(plane, 3), lower);
-    write_gradient<COMPOSITE, LOSSES>(row, ends - begins, LOSSES ? bits(plane, 4) : 0,
-                                      LOSSES ? bits(plane, 5) : 0, i, count);
+    write_gradient<COMPOSITE, LOSSES>(row, fma_(across, horizontal, down * vertical),
+                                      LOSSES ? load_signs<V>(pixel + i) : zero, i, count);
   });
 }
 
@@ -138,20 +139,18 @@ void square_gradient(const GradientRow<T>& row, const T* above, const T* image, 
         pair(load_part<V>(pairs.first_above + i, count) * second, here - load_part<V>(above + i, count));
     const V lower =
         pair(first * load_part<V>(pairs.second_below + i, count), load_part<V>(below + i, count) - here);
-    write_gradient<COMPOSITE, false>(row, across * (left - right) + down * (upper - lower), 0, 0, i, count);
+    write_gradient<COMPOSITE, false>(row, across * (left - right) + down * (upper - lower), V(T(0)), i,
+                                     count);
   });
 }
 
 template <typename T>
 void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
-  PairBuffers<T> rows(call);
-  const int64_t groups = call.groups();
+  Rows<T> rows(call);
   const int64_t n = call.width;
   const bool l1 = call.penalty == Penalty::l1;
   Scratch<T> pred_buffer(n), target_buffer(n);
-  Scratch<uint8_t> nothing(2 * groups);
-  std::memset(nothing.get(), 0, static_cast<size_t>(2 * groups));
-  ShiftedBits left_positive(groups, call.step), left_negative(groups, call.step);
+  SignRows signs(call);
   const auto output = [&](void* data, Dtype dtype, int64_t offset, T* buffer) {
     if (data == nullptr) return static_cast<T*>(nullptr);
     return dtype == kNative<T> ? static_cast<T*>(data) + offset : buffer;
@@ -161,7 +160,7 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
     convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
   };
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const PairUnit unit(call, index);
+    const Unit unit(call, index);
     rows.begin(unit);
     const PairCoefficients& c = call.coefficients[unit.sample];
     for (int64_t s = 0; s < unit.segments(); ++s) {
@@ -187,11 +186,7 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
         row.stream = call.stream && aligned(row.grad_pred) && aligned(row.grad_target) &&
                      row.grad_pred != pred_buffer.get() && row.grad_target != target_buffer.get();
         if (l1) {
-          SignRows signs{call.sign_row(unit.sample, segment, y), nothing.get(), groups, &left_positive,
-                         &left_negative};
-          if (y > 0) signs.above = call.sign_row(unit.sample, segment, y - 1) + 2 * groups;
-          left_positive.set(signs.own);
-          left_negative.set(signs.own + groups);
+          signs.go_to(unit.sample, segment, y, y == unit.row_begin);
           if (call.losses) {
             call.pair_weights ? sign_gradient<true, true, true>(row, signs, pairs)
                               : sign_gradient<false, true, true>(row, signs, pairs);
@@ -214,7 +209,9 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
       }
     }
   }
-  end_stream(call.stream);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if (call.stream) _mm_sfence();
+#endif
 }
 
 }  // namespace

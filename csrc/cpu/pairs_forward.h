@@ -1,52 +1,11 @@
-// Forward over neighbouring pixels: composite rows, sums of the losses and of the pairs, packed signs.
+// Forward over neighbouring pixels: sums of the terms, and the signs of the differences.
 #pragma once
 
-#include "cpu/pairs_rows.h"
+#include "cpu/pairs_images.h"
 
 namespace ik {
 namespace IK_ISA {
 namespace {
-
-template <int LANES>
-IK_INLINE void store_bits(uint32_t bits, uint8_t* plane, int64_t i, int count) {
-  if (count == LANES) {
-    std::memcpy(plane + i / 8, &bits, LANES / 8);
-  } else {
-    for (int g = 0; 8 * g < count; ++g) plane[i / 8 + g] = static_cast<uint8_t>(bits >> (8 * g));
-  }
-}
-
-// Writes a row of the composite; adds up hole and valid terms and packs the signs of pred - target if LOSSES.
-template <bool LOSSES, typename T>
-void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask_is_hole, T* out,
-             double* hole_sum, double* valid_sum, uint8_t* positive, uint8_t* negative) {
-  using V = Vec<T>;
-  const V one(T(1));
-  V hole_acc(T(0)), valid_acc(T(0));
-  for_each_vector<V>(n, [&](int64_t i, int count) {
-    prefetch(pred + i);
-    prefetch(target + i);
-    const V p = load_part<V>(pred + i, count);
-    const V t = load_part<V>(target + i, count);
-    V hole, valid;
-    split_regions(load_part<V>(mask + i, count), one, mask_is_hole, hole, valid);
-    store_part(select_zero_(hole, hole * p) + select_zero_(valid, valid * t), out + i, count);
-    if constexpr (LOSSES) {
-      const V d = p - t;
-      const V value = abs_(d);
-      hole_acc = hole_acc + select_zero_(hole, hole * value);
-      valid_acc = valid_acc + select_zero_(valid, valid * value);
-      if (positive != nullptr) {
-        store_bits<V::lanes>(d.positive_bits(), positive, i, count);
-        store_bits<V::lanes>(d.negative_bits(), negative, i, count);
-      }
-    }
-  });
-  if constexpr (LOSSES) {
-    *hole_sum += hole_acc.sum();
-    *valid_sum += valid_acc.sum();
-  }
-}
 
 // A row of the image, and the one above it, with their pair weights and sign planes.
 template <typename T>
@@ -66,13 +25,16 @@ struct PairRun {
 template <Penalty P, bool WEIGHTED, bool SIGNS, typename V, typename T>
 IK_INLINE V pair_value(const T* here, const T* next, const T* first, const T* second, int64_t i, int count,
                        uint8_t* signs, int64_t groups) {
-  V d = load_part<V>(next + i, count) - load_part<V>(here + i, count);
-  V value;
+  V d, value;
+  const auto difference = [&] { return load_part<V>(next + i, count) - load_part<V>(here + i, count); };
   if constexpr (WEIGHTED) {
     const V weight = load_part<V>(first + i, count) * load_part<V>(second + i, count);
-    d = select_zero_(weight, d);
+    // Most of an image is no hole, in long runs; signs are 0 already.
+    if (all_equal_(weight, V(T(0)))) return weight;
+    d = select_zero_(weight, difference());
     value = penalty_value<P>(d, d) * weight;
   } else {
+    d = difference();
     value = penalty_value<P>(d, d);
   }
   if constexpr (SIGNS) {
@@ -130,23 +92,6 @@ void add_pairs(const PairCall& call, const PairRun<T>& run, PairSums& sums) {
            : pair_run_of<Penalty::l1, false, true>(run, sums);
 }
 
-// A row of the image whose total variation is wanted, without its losses.
-template <typename T>
-const T* image_row(const PairCall& call, PairBuffers<T>& rows, int64_t segment, int64_t y) {
-  bool ready;
-  T* row = rows.image_slot(segment, y, ready);
-  if (ready) return row;
-  const T* pred = rows.pred(segment, y);
-  if (call.composite) {
-    mix_row<false>(pred, rows.target(segment, y), rows.mask(segment).weights(y), call.width,
-                   call.mask_is_hole, row, static_cast<double*>(nullptr), static_cast<double*>(nullptr),
-                   static_cast<uint8_t*>(nullptr), static_cast<uint8_t*>(nullptr));
-  } else {
-    std::memcpy(row, pred, static_cast<size_t>(call.width) * sizeof(T));
-  }
-  return row;
-}
-
 // What a row of the mask weighs, times the `shares` elements that each of its values stands for.
 template <typename T>
 void scan_row(const PairCall& call, MaskRows<T>& mask, int64_t sample, int64_t segment, int64_t y,
@@ -171,11 +116,11 @@ double sum_row(const T* row, int64_t n) {
 
 template <typename T>
 void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
-  PairBuffers<T> rows(call);
+  Rows<T> rows(call);
   const int64_t groups = call.groups();
   const int64_t n = call.width;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const PairUnit unit(call, index);
+    const Unit unit(call, index);
     rows.begin(unit);
     PairSums sums;
     const int64_t last = least(unit.row_end + 1, call.rows);

@@ -3,9 +3,9 @@
 
 #include <cmath>
 
+#include "cpu/convert.h"
 #include "cpu/pairs.h"
 #include "cpu/pixel_forward.h"
-#include "cpu/runs.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -44,6 +44,45 @@ class RowRing {
   Scratch<int64_t> rows_{0};
   Scratch<T> memory_{0};
 };
+
+// dst[repeat * i + c] = src[i], i < n.
+template <typename T>
+static void repeat_each(const T* src, int64_t n, int64_t repeat, T* dst) {
+  if (repeat == 3) return triple(src, n, dst);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < repeat; ++c) *dst++ = src[i];
+  }
+}
+
+// Calls f(i, count) for runs of at most one vector.
+template <typename V, typename F>
+IK_INLINE void for_each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) f(i, V::lanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// The first `count` elements, 0 behind them.
+template <typename V, typename T>
+IK_INLINE V load_part(const T* p, int count) {
+  if (count == V::lanes) return V::load(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if constexpr (sizeof(T) == 4) return load_first(p, count);
+#endif
+  T part[V::lanes] = {};
+  for (int i = 0; i < count; ++i) part[i] = p[i];
+  return V::load(part);
+}
+template <typename V, typename T>
+IK_INLINE void store_part(V x, T* p, int count) {
+  if (count == V::lanes) return x.store(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if constexpr (sizeof(T) == 4) return store_first(x, p, count);
+#endif
+  T part[V::lanes];
+  x.store(part);
+  for (int i = 0; i < count; ++i) p[i] = part[i];
+}
 
 template <typename T>
 class MaskRows {
@@ -165,65 +204,6 @@ class MaskRows {
   int64_t sample_ = 0, segment_ = 0;
   RowRing<T> mask_, weights_, region_;
   Scratch<T> wide_, dilated_, ones_;
-};
-
-// The segments of one sample and the rows one call works on.
-struct PairUnit {
-  int64_t sample, segment_begin, segment_end, row_begin, row_end;
-  PairUnit(const PairCall& call, int64_t unit) {
-    const int64_t chunks = call.chunks();
-    const int64_t groups = call.segment_groups();
-    row_begin = unit % chunks * call.unit_rows();
-    row_end = least(row_begin + call.unit_rows(), call.rows);
-    segment_begin = unit / chunks % groups * PairCall::unit_segments;
-    segment_end = least(segment_begin + PairCall::unit_segments, call.shape.segments);
-    sample = unit / chunks / groups;
-  }
-  int64_t segments() const { return segment_end - segment_begin; }
-};
-
-// Everything a range of units works with, allocated once.
-template <typename T>
-class PairBuffers {
- public:
-  explicit PairBuffers(const PairCall& call)
-      : call_(call),
-        masks_{MaskRows<T>(call), MaskRows<T>(call), MaskRows<T>(call), MaskRows<T>(call)},
-        images_{ring(), ring(), ring(), ring()},
-        pred_(call.width),
-        target_(call.width) {}
-
-  void begin(const PairUnit& unit) {
-    unit_ = unit;
-    for (int64_t i = 0; i < unit.segments(); ++i) {
-      masks_[i].begin(unit.sample, unit.segment_begin + i);
-      images_[i].reset();
-    }
-  }
-  // Of a segment, counted from the first of the unit; the first one's if they share it.
-  MaskRows<T>& mask(int64_t segment) { return masks_[call_.shape.mask_stride_c == 0 ? 0 : segment]; }
-
-  int64_t offset(int64_t segment, int64_t y) const {
-    const int64_t row = unit_.sample * call_.shape.segments + unit_.segment_begin + segment;
-    return (row * call_.rows + y) * call_.width;
-  }
-  const T* pred(int64_t segment, int64_t y) {
-    return fetch_run(call_.pred, call_.pred_dtype, offset(segment, y), call_.width, pred_.get());
-  }
-  const T* target(int64_t segment, int64_t y) {
-    return fetch_run(call_.target, call_.target_dtype, offset(segment, y), call_.width, target_.get());
-  }
-  // The buffer of a row of the image whose total variation is wanted.
-  T* image_slot(int64_t segment, int64_t y, bool& ready) { return images_[segment].slot(y, ready); }
-  const T* image_beyond(int64_t segment) { return images_[segment].zeros(); }
-
- private:
-  RowRing<T> ring() const { return RowRing<T>(call_.width, call_.step + 16); }
-  const PairCall& call_;
-  PairUnit unit_{call_, 0};
-  MaskRows<T> masks_[PairCall::unit_segments];
-  RowRing<T> images_[PairCall::unit_segments];
-  Scratch<T> pred_, target_;
 };
 
 }  // namespace IK_ISA

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "cpu/pixel_backward.h"
-#include "cpu/runs.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -90,26 +89,6 @@ void backward_dispatch(const PixelCall& call, const BackwardRun<S, T>& run) {
   } else {
     with_penalty(call.penalty, weights);
   }
-}
-
-constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
-constexpr Dtype dtype_of(const double*) { return Dtype::f64; }
-constexpr Dtype dtype_of(const Half*) { return Dtype::f16; }
-constexpr Dtype dtype_of(const Bfloat16*) { return Dtype::bf16; }
-
-// `n` elements at `offset` of `data` as S: in place when stored as S, else converted into `buffer`. A half
-// type is always stored as such (with_half).
-template <typename S>
-const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, S* buffer) {
-  if (dtype == dtype_of(buffer)) return static_cast<const S*>(data) + offset;
-  if constexpr (sizeof(S) >= 4) {
-    if (dtype == Dtype::bits) {
-      unpack_bits(static_cast<const uint8_t*>(data) + offset / 8, n, buffer);
-    } else {
-      convert_to(dtype, static_cast<const char*>(data) + offset * dtype_bytes(dtype), n, buffer);
-    }
-  }
-  return buffer;
 }
 
 // Mask values of elements start .. start + n of segment (sample, segment).
@@ -330,7 +309,9 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
       });
     });
   }
-  end_stream(call.stream);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if (call.stream) _mm_sfence();
+#endif
 }
 
 template <typename T>

@@ -19,6 +19,9 @@ IK_INLINE void prefetch(const S* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
 }
 
+// For stores around the cache of whole vectors.
+IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 IK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 64-byte aligned scratch memory of one kernel call.

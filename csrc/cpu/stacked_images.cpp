@@ -45,8 +45,8 @@ struct StackedTensors {
       ready.push_back(prepare_mask(*mask, size, channels_last, call.shape));
       call.mask = ready.back().const_data_ptr();
     }
-    scale = expanded(scales, 1.0);
-    shift = expanded(shifts, 0.0);
+    scale = channel_constants(scales, 1.0, out_channels);
+    shift = channel_constants(shifts, 0.0, out_channels);
     call.scale = scale.data();
     call.shift = shift.data();
   }
@@ -55,21 +55,7 @@ struct StackedTensors {
     ready.push_back(in_layout(image, channels_last));
     return ready.back().const_data_ptr();
   }
-
- private:
-  std::vector<double> expanded(const std::vector<double>& values, double otherwise) const {
-    if (static_cast<int64_t>(values.size()) == call.out_channels) return values;
-    STD_TORCH_CHECK(values.size() <= 1, "scale and shift need a value for every channel");
-    return std::vector<double>(static_cast<size_t>(call.out_channels),
-                               values.empty() ? otherwise : values[0]);
-  }
 };
-
-// The wider of two floating types.
-ScalarType wider(ScalarType a, ScalarType b) {
-  if (a == b) return a;
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 Tensor stacked_images(const Tensor& pred,    // [N, C, H, W]
                       const Tensor& target,  // [N, C, H, W]
@@ -82,7 +68,7 @@ Tensor stacked_images(const Tensor& pred,    // [N, C, H, W]
   StackedTensors t(size, channels_last, pred.scalar_type(), target.scalar_type(), mask, parts, channels,
                    scale, shift, swap, mask_is_hole);
   StackedCall& call = t.call;
-  const ScalarType dtype = wider(pred.scalar_type(), target.scalar_type());
+  const ScalarType dtype = wider_type(pred.scalar_type(), target.scalar_type());
   Tensor out =
       empty_output(pred, {call.part_count * size[0], channels, size[2], size[3]}, channels_last, dtype);
   call.pred = t.add(pred, channels_last);

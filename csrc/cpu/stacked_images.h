@@ -5,13 +5,12 @@
 #include <cstdint>
 
 #include "common/pixel_shape.h"
+#include "common/stacked_images.h"
 #include "cpu/isa.h"
 
 namespace ik {
 
 enum class Dtype : int;
-// In the order of reference/stacked_images.py.
-enum class Part : int { raw, composite, target, hole_raw, hole_target };
 
 struct StackedCall {
   PixelShape shape;          // of pred

@@ -2,8 +2,9 @@
 // round.
 #include "cpu/stacked_images.h"
 
+#include "cpu/convert.h"
+#include "cpu/pairs_rows.h"
 #include "cpu/pixel_forward.h"
-#include "cpu/runs.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -119,9 +120,8 @@ class Worker {
       const bool of_pred = share.part == Part::raw || share.part == Part::hole_raw;
       if (share.part != Part::composite && (of_pred ? to_pred : to_target) == nullptr) continue;
       T* converted = converted_.get() ? converted_.get() + count * (block_ + 16) : nullptr;
-      gradients[count++] = {
-          share.part, share.scale,
-          fetch_run(call_.stacked, call_.stacked_dtype, share.offset + at, run.n, converted)};
+      gradients[count++] = {share.part, share.scale,
+                            fetch(call_.stacked, call_.stacked_dtype, share.offset + at, run.n, converted)};
     }
     const bool stream = call_.stream && aligned(to_pred) && aligned(to_target) && to_pred != buffer(3) &&
                         to_target != buffer(4);
@@ -164,7 +164,7 @@ class Worker {
   T* buffer(int64_t i) { return buffers_.get() + i * (block_ + 16); }
 
   const T* image(const void* data, Dtype dtype, const Run<T>& run, T* out) {
-    const T* found = fetch_run(data, dtype, run.offset, run.n, out);
+    const T* found = fetch(data, dtype, run.offset, run.n, out);
     if (!reverses()) return found;
     reverse_channels(found, run.n, step_, buffer(5));
     std::memcpy(out, buffer(5), static_cast<size_t>(run.n) * sizeof(T));
@@ -176,7 +176,7 @@ class Worker {
     const PixelShape& shape = call_.shape;
     const int64_t repeat = shape.mask_repeat;
     const int64_t offset = sample * shape.mask_stride_n + segment * shape.mask_stride_c + at / repeat;
-    const T* values = fetch_run(call_.mask, call_.mask_dtype, offset, n / repeat, buffer(6));
+    const T* values = fetch(call_.mask, call_.mask_dtype, offset, n / repeat, buffer(6));
     if (repeat > 1) {
       repeat_each(values, n / repeat, repeat, buffer(7));
       return buffer(7);
@@ -260,13 +260,21 @@ class Worker {
   Scratch<T> converted_;
 };
 
+IK_INLINE void end_stream(const StackedCall& call) {
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if (call.stream) _mm_sfence();
+#else
+  (void)call;
+#endif
+}
+
 template <typename T>
 void forward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_end) {
   Worker<T> worker(call);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.forward(run, at); });
   }
-  end_stream(call.stream);
+  end_stream(call);
 }
 
 template <typename T>
@@ -275,7 +283,7 @@ void backward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_en
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.backward(run, at); });
   }
-  end_stream(call.stream);
+  end_stream(call);
 }
 
 }  // namespace

@@ -126,21 +126,12 @@ IK_DEVICE void load_source(bool wanted, const T* address, Pack<T, E>& pack) {
 #endif
 }
 
-// 16 bytes of results. The compiler takes a plain store apart where the values come out of branches.
+// 16 bytes of results.
 template <typename T, int E>
 IK_DEVICE void store_result(bool wanted, T* address, const float (&values)[E]) {
   Pack<T, E> pack;
-  static_assert(Pack<T, E>::kBytes == 16, "one store instruction");
   pack_values(values, pack);
-  if (!wanted) return;
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(pack.words[0]),
-               "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
-               : "memory");
-#else
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();
-  memcpy(address, pack.words, 16);
-#endif
+  if (wanted) store_words<Pack<T, E>::kBytes>(address, pack.words);
 }
 
 // Calls `body` with the settings as a compile-time constant, so that no element branches. The backward of

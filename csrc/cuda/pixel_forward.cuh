@@ -233,65 +233,75 @@ IK_DEVICE double block_sum(double value) {
   return value;
 }
 
-// One block. `lanes` (power of two) threads add the tiles of one sample; 1024 / lanes samples at a time.
-template <int R>
-__global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs args, int lanes) {
-  const auto* partials = static_cast<const Partial<R>*>(args.partials);
+// Adds up what the tiles of every sample left, in a fixed order; for one block. `lanes` (power of two)
+// threads work on a sample, 1024 / lanes samples at a time. `add(tile, value)` adds a tile, counted over all
+// samples; `use(sample, value)` is called by the first lane of a sample, which gets its sums.
+template <int kValues, typename Add, typename Use>
+IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add& add, const Use& use) {
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int at_once = kFinalThreads / lanes;
   const bool wide = lanes > kWarp;
-  __shared__ double warp_sums[kFinalThreads / kWarp][2 * R];
-  double sum[R] = {};  // over this thread's samples, at lane 0 of each sample
-  double weight[R] = {};
-  double scaled[R] = {};  // sum of scale_n * S_n
-  for (int64_t first = 0; first < args.samples; first += at_once) {
+  __shared__ double warp_sums[kFinalThreads / kWarp][kValues];
+  for (int64_t first = 0; first < samples; first += at_once) {
     const int64_t sample = first + static_cast<int>(threadIdx.x) / lanes;
-    double value[2 * R] = {};
-    if (sample < args.samples) {
-      const Partial<R>* row = partials + sample * args.tiles;
+    double value[kValues] = {};
+    if (sample < samples) {
 #pragma unroll 4
-      for (int64_t tile = lane; tile < args.tiles; tile += lanes) {
-        const Partial<R> partial = row[tile];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          value[r] += partial.sum[r];
-          value[R + r] += partial.weight[r];
-        }
-      }
+      for (int64_t tile = lane; tile < tiles; tile += lanes) add(sample * tiles + tile, value);
     }
     for (int step = (wide ? kWarp : lanes) / 2; step > 0; step /= 2) {
 #pragma unroll
-      for (int i = 0; i < 2 * R; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
+      for (int i = 0; i < kValues; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
     }
     if (wide) {
       __syncthreads();
       if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-        for (int i = 0; i < 2 * R; ++i) warp_sums[threadIdx.x / kWarp][i] = value[i];
+        for (int i = 0; i < kValues; ++i) warp_sums[threadIdx.x / kWarp][i] = value[i];
       }
       __syncthreads();
       if (lane == 0) {
 #pragma unroll
-        for (int i = 0; i < 2 * R; ++i) {
+        for (int i = 0; i < kValues; ++i) {
           value[i] = 0.0;
           for (int w = 0; w < lanes / kWarp; ++w) value[i] += warp_sums[threadIdx.x / kWarp + w][i];
         }
       }
     }
-    if (lane == 0 && sample < args.samples) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        sum[r] += value[r];
-        weight[r] += value[R + r];
-        if (args.normalize == Normalize::sample) {
-          const double scale =
-              sample_scale(args.normalize, value[R + r], 0.0, args.numel, static_cast<double>(args.samples));
-          scaled[r] += scale * value[r];
-          args.scale[sample * R + r] = static_cast<float>(scale);
-        }
-      }
-    }
+    if (lane == 0 && sample < samples) use(sample, value);
   }
+}
+
+// One block.
+template <int R>
+__global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs args, int lanes) {
+  const auto* partials = static_cast<const Partial<R>*>(args.partials);
+  double sum[R] = {};  // over this thread's samples, at lane 0 of each sample
+  double weight[R] = {};
+  double scaled[R] = {};  // sum of scale_n * S_n
+  sum_samples<2 * R>(
+      args.samples, args.tiles, lanes,
+      [&](int64_t tile, double (&value)[2 * R]) {
+        const Partial<R> partial = partials[tile];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          value[r] += partial.sum[r];
+          value[R + r] += partial.weight[r];
+        }
+      },
+      [&](int64_t sample, const double (&value)[2 * R]) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          sum[r] += value[r];
+          weight[r] += value[R + r];
+          if (args.normalize == Normalize::sample) {
+            const double scale = sample_scale(args.normalize, value[R + r], 0.0, args.numel,
+                                              static_cast<double>(args.samples));
+            scaled[r] += scale * value[r];
+            args.scale[sample * R + r] = static_cast<float>(scale);
+          }
+        }
+      });
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     double loss = 0.0;

@@ -55,10 +55,14 @@ IK_DEVICE void load_words(const void* address, uint32_t* words) {
     words[1] = value.y;
     words[2] = value.z;
     words[3] = value.w;
-  } else if constexpr (kBytes == 8) {
+  } else if constexpr (kBytes == 8 && kOnce) {
     asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
         : "=r"(words[0]), "=r"(words[1])
         : "l"(address));
+  } else if constexpr (kBytes == 8) {
+    const uint2 value = __ldg(static_cast<const uint2*>(address));
+    words[0] = value.x;
+    words[1] = value.y;
   } else {
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(address));
   }
@@ -84,9 +88,9 @@ IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   }
 }
 
-// The first `valid` elements one by one, zeros after them: any alignment.
+// The first `valid` elements one by one, element k at address[offset[k]], zeros after them: any alignment.
 template <typename T, int E>
-IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
+IK_DEVICE void load_pack_each(const T* address, const int (&offset)[E], int valid, Pack<T, E>& pack) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "pixel values");
 #pragma unroll
   for (int i = 0; i < Pack<T, E>::kWords; ++i) pack.words[i] = 0;
@@ -94,12 +98,20 @@ IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
   for (int k = 0; k < E; ++k) {
     if (k >= valid) continue;
     if constexpr (sizeof(T) == 4) {
-      pack.words[k] = reinterpret_cast<const uint32_t*>(address)[k];
+      pack.words[k] = reinterpret_cast<const uint32_t*>(address)[offset[k]];
     } else {
-      const uint32_t bits = reinterpret_cast<const uint16_t*>(address)[k];
+      const uint32_t bits = reinterpret_cast<const uint16_t*>(address)[offset[k]];
       pack.words[k / 2] |= bits << (16 * (k % 2));
     }
   }
+}
+
+template <typename T, int E>
+IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
+  int offset[E];
+#pragma unroll
+  for (int k = 0; k < E; ++k) offset[k] = k;
+  load_pack_each(address, offset, valid, pack);
 }
 
 template <typename T, int E>
@@ -149,6 +161,24 @@ IK_DEVICE void pack_values(const float (&values)[E], Pack<T, E>& pack) {
       pack.words[i] = round_pair<T>(values[2 * i], values[2 * i + 1]);
     }
   }
+}
+
+// One store. The compiler takes a plain one apart where the values come out of branches.
+template <int kBytes>
+IK_DEVICE void store_words(void* address, const uint32_t* words) {
+  static_assert(kBytes == 16 || kBytes == 8, "one store instruction");
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  }
+#else
+  if (reinterpret_cast<uintptr_t>(address) % kBytes != 0) __builtin_trap();  // as the GPU would
+  memcpy(address, words, kBytes);
+#endif
 }
 
 // Stores the first `valid` of E values; `aligned` promises a pack-aligned address and valid == E or 0.

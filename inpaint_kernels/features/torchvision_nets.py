@@ -157,7 +157,7 @@ def _trunk(
     taps: Sequence[str],
     weights: Weights | None,
     preprocess: str,
-    channels_last: bool,
+    channels_last: bool | None,
     autocast: torch.dtype | None,
 ) -> FrozenTrunk:
     layers, names = _layers(net)
@@ -183,7 +183,7 @@ def vgg16(
     *,
     weights: Weights | None = "default",
     preprocess: str = "imagenet",
-    channels_last: bool = False,
+    channels_last: bool | None = False,
     autocast: torch.dtype | None = None,
 ) -> FrozenTrunk:
     """Frozen VGG16 features, run no further than the last tap.
@@ -195,7 +195,7 @@ def vgg16(
             ``torchvision.models.vgg16(weights="DEFAULT").state_dict()``), must have torchvision's keys and shapes
             under ``features.``, all of them, whatever is tapped (further keys are ignored); None keeps random values.
         preprocess: see `FrozenTrunk`; "imagenet" for images in [0, 1], "imagenet_tanh" for images in [-1, 1].
-        channels_last: run the network in channels_last.
+        channels_last: run the network in channels_last; None: on the CPU alone.
         autocast: None, or the dtype to run the network in.
 
     Returns:
@@ -219,7 +219,7 @@ def vgg19(
     *,
     weights: Weights | None = "default",
     preprocess: str = "imagenet",
-    channels_last: bool = False,
+    channels_last: bool | None = False,
     autocast: torch.dtype | None = None,
 ) -> FrozenTrunk:
     """Frozen VGG19 features; arguments, returns and errors as `vgg16`.
@@ -228,7 +228,7 @@ def vgg19(
         taps: "conv1_1", "relu1_1", "pool1", ... or torchvision's numbers.
         weights: "default", a path, a state dict, or None for random values.
         preprocess: see `FrozenTrunk`.
-        channels_last: run the network in channels_last.
+        channels_last: run the network in channels_last; None: on the CPU alone.
         autocast: None, or the dtype to run the network in.
 
     Returns:
@@ -248,7 +248,7 @@ def alexnet(
     *,
     weights: Weights | None = "default",
     preprocess: str = "lpips",
-    channels_last: bool = False,
+    channels_last: bool | None = False,
     autocast: torch.dtype | None = None,
 ) -> FrozenTrunk:
     """Frozen AlexNet features (the trunk of LPIPS); arguments, returns and errors as `vgg16`.
@@ -257,7 +257,7 @@ def alexnet(
         taps: "conv1", "relu1", "pool1", ... or torchvision's numbers.
         weights: "default", a path, a state dict, or None for random values.
         preprocess: see `FrozenTrunk`; "lpips" for images in [-1, 1].
-        channels_last: run the network in channels_last.
+        channels_last: run the network in channels_last; None: on the CPU alone.
         autocast: None, or the dtype to run the network in.
 
     Returns:

@@ -14,12 +14,19 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _LPIPS = ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 # (mean, std) of (images - mean) / std.
 _PREPROCESS = {"imagenet": _IMAGENET, "imagenet_tanh": _LPIPS, "lpips": _LPIPS}
+PREPROCESSINGS = ("none", *_PREPROCESS)
 
 # Modules of these files return new memory and leave their input alone, unless they have `inplace` set.
 _PURE = {
     f"torch.nn.modules.{file}"
     for file in ("activation", "batchnorm", "conv", "instancenorm", "normalization", "padding", "pooling")
 }
+
+
+def scale_and_shift(preprocess: str) -> tuple[list[float], list[float]]:
+    """(images - mean) / std as ``scale * images + shift``, channel by channel; of one channel for "none"."""
+    mean, std = _PREPROCESS.get(preprocess, ((0.0,), (1.0,)))
+    return [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 class _LastTap(Exception):
@@ -51,7 +58,8 @@ class FrozenTrunk(nn.Module):
             first; "lpips" for images in [-1, 1], the shift and scale of the lpips package. Computed in float32
             (float64 for float64 images). One-channel images are replicated to three channels by all but "none".
         channels_last: run the network in channels_last, in which convolutions of half types are fastest; its weights
-            are converted once, the images in each call.
+            are converted once, the images in each call. None does so on the CPU alone, where convolutions else copy
+            their images into blocks and back.
         autocast: None, or the dtype (torch.bfloat16, torch.float16) the trunk runs in under autocast.
 
     ``forward(images)`` takes (N, C, H, W) and returns a list of tensors, one for each tap. After the preprocessing,
@@ -77,7 +85,7 @@ class FrozenTrunk(nn.Module):
         taps: Sequence[str],
         preprocess: str = "none",
         *,
-        channels_last: bool = False,
+        channels_last: bool | None = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -88,9 +96,8 @@ class FrozenTrunk(nn.Module):
         if missing or not taps:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"taps: {missing or 'empty'}; this module has {names}")
-        if preprocess != "none" and preprocess not in _PREPROCESS:
-            allowed = ", ".join(["none", *_PREPROCESS])
-            raise ValueError(f"preprocess: got {preprocess!r}, allowed: {allowed}")
+        if preprocess not in PREPROCESSINGS:
+            raise ValueError(f"preprocess: got {preprocess!r}, allowed: {', '.join(PREPROCESSINGS)}")
         self.taps = tuple(taps)
         self.names = list(taps)  # as the caller knows the taps; a loader may give them layer names
         self.preprocess = preprocess
@@ -132,10 +139,7 @@ class FrozenTrunk(nn.Module):
         return self
 
     def _set_constants(self, device: torch.device) -> None:
-        """(images - mean) / std as shift + images * scale."""
-        mean, std = _PREPROCESS.get(self.preprocess, ((0.0,), (1.0,)))
-        scale = [1 / s for s in std]
-        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        scale, shift = scale_and_shift(self.preprocess)
         for name, values in (("scale", scale), ("shift", shift)):
             constant = torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
             setattr(self, name, constant)
@@ -148,7 +152,7 @@ class FrozenTrunk(nn.Module):
         dtype = self.dtype
         if dtype is not None and images.dtype != torch.float64:
             images = images.to(dtype)
-        if self.channels_last:
+        if images.device.type == "cpu" if self.channels_last is None else self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast is None:
             return self._run(images)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# (features of the predictions, features of the target) -> scalar, a mean over the predictions
-Term = Callable[[list[Tensor], list[Tensor]], Tensor]
+# (features of the predictions, what they are compared with) -> scalar, a mean over the samples
+Term = Callable[[list[Tensor], Any], Tensor]
+# (rows of pred, first sample, end) -> (images the trunk reads, what the terms compare their features with)
+Inputs = Callable[[Tensor, int, int], tuple[Tensor, Any]]
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -47,7 +49,7 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(kept, link)
         ctx.dtype = pred.dtype
         ctx.set_materialize_grads(False)
-        return _weighted_sum(values, weights), link
+        return weighted_sum(values, weights), link
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
@@ -60,7 +62,7 @@ class _Kept(torch.autograd.Function):
         return (kept * grad).to(ctx.dtype), *nothing
 
 
-def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight
@@ -114,30 +116,32 @@ def _chunk_of(
     trunk: nn.Module,
     terms: Sequence[Term],
     weights: Sequence[float],
-    images: Tensor,  # [k * n, C, H, W]
-    target: Tensor,  # [n, C, H, W]
+    inputs: Inputs,
+    rows: Tensor,  # of pred [k * n, C, H, W]
+    begin: int,
+    end: int,
     share: float,
     wanted: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """(terms times `share`, gradient of their weighted sum by the images: float32 for half images)."""
-    with torch.no_grad():
-        goal = trunk(target)
-    images = images.detach()
-    if wanted and images.dtype in (torch.float16, torch.bfloat16):
-        images = images.to(torch.float32)
+    """(terms times `share`, gradient of their weighted sum by the rows of pred: float32 for half images)."""
+    rows = rows.detach()
+    if wanted and rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.to(torch.float32)
     with torch.set_grad_enabled(wanted):
-        features = trunk(images.requires_grad_() if wanted else images)
+        leaf = rows.requires_grad_() if wanted else rows
+        images, goal = inputs(leaf, begin, end)
+        features = trunk(images)
         leaves = [feature.detach().requires_grad_(wanted) for feature in features]
         values = [term(leaves, goal) for term in terms]
         if share != 1:
             values = [value * share for value in values]
-        total = _weighted_sum(values, weights)
+        total = weighted_sum(values, weights)
     gradient = None
     if wanted:
-        half = _computes_in_float16(trunk, features)
+        half = rows.numel() > 0 and _computes_in_float16(trunk, features)
         # As in the plain path, where the caller's autocast is over before the backward.
-        with torch.autocast(images.device.type, enabled=False):
-            gradient = _image_gradient(images, features, leaves, total, half)
+        with torch.autocast(rows.device.type, enabled=False):
+            gradient = _image_gradient(leaf, features, leaves, total, half)
     return [value.detach() for value in values], gradient
 
 
@@ -145,37 +149,40 @@ def _streamed(
     trunk: nn.Module,
     terms: Sequence[Term],
     weights: Sequence[float],
+    inputs: Inputs,
     pred: Tensor,  # [k * N, C, H, W]
-    target: Tensor,  # [N, C, H, W]
+    samples: int,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
     wanted = pred.requires_grad and torch.is_grad_enabled()
-    samples = target.shape[0]
     kept: Tensor | None = None
     values: list[Tensor] = []
-    if samples == 0:
-        double = torch.float64 in (pred.dtype, target.dtype, getattr(trunk, "dtype", None))
-        values = [pred.new_zeros((), dtype=torch.float64 if double else torch.float32) for _ in terms]
-        kept = torch.empty_like(pred)
-    elif chunk >= samples:
-        values, kept = _chunk_of(trunk, terms, weights, pred, target, 1.0, wanted)
+    if chunk >= samples:
+        values, kept = _chunk_of(trunk, terms, weights, inputs, pred, 0, samples, 1.0, wanted)
     else:
         copies = pred.shape[0] // samples
         for begin in range(0, samples, chunk):
             end = min(begin + chunk, samples)
-            rows = [pred[copy * samples + begin : copy * samples + end] for copy in range(copies)]
-            images = rows[0] if copies == 1 else torch.cat(rows)
+            pieces = [pred[copy * samples + begin : copy * samples + end] for copy in range(copies)]
+            rows = pieces[0] if copies == 1 else torch.cat(pieces)
             share = (end - begin) / samples
-            found, part = _chunk_of(trunk, terms, weights, images, target[begin:end], share, wanted)
+            found, part = _chunk_of(trunk, terms, weights, inputs, rows, begin, end, share, wanted)
             values = [old + new for old, new in zip(values, found, strict=True)] if values else found
             if part is not None:
                 kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
                 kept.unflatten(0, (copies, samples))[:, begin:end] = part.unflatten(0, (copies, end - begin))
     if not wanted:
-        return (_weighted_sum(values, weights), *values)
+        return (weighted_sum(values, weights), *values)
     total, _ = _Kept.apply(pred, kept, weights, *values)
     return (total, *values)
+
+
+def check_chunk(chunk: int | None) -> int | None:
+    """None, or how many samples are streamed at a time."""
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"chunk must be None or a positive number of samples, got {chunk!r}")
+    return chunk
 
 
 def check_images(pred: Tensor, target: Tensor) -> None:
@@ -193,6 +200,27 @@ def check_images(pred: Tensor, target: Tensor) -> None:
         )
 
 
+def weighted_terms(
+    trunk: nn.Module,
+    terms: Sequence[Term],
+    weights: Sequence[float],
+    inputs: Inputs,
+    pred: Tensor,  # [k * N, C, H, W]
+    samples: int,
+    chunk: int | None,
+) -> tuple[Tensor, ...]:
+    """(weighted total, *terms) of one trunk pass over what `inputs` makes of `pred`.
+
+    Streamed (`chunk` of the N samples at a time), only the total is differentiable, and in `pred` alone.
+    """
+    if chunk is not None:
+        return _streamed(trunk, terms, weights, inputs, pred, samples, chunk)
+    images, goal = inputs(pred, 0, samples)
+    features = trunk(images)
+    found = [term(features, goal) for term in terms]
+    return (weighted_sum(found, weights), *found)
+
+
 def trunk_terms(
     trunk: nn.Module,
     terms: Sequence[Term],
@@ -201,19 +229,16 @@ def trunk_terms(
     target: Tensor,
     chunk: int | None,
 ) -> tuple[Tensor, ...]:
-    """(weighted total, *terms) of one trunk pass over the predictions and one, without gradient, over the target.
-
-    Streamed (`chunk` samples of the target at a time), only the total is differentiable.
-    """
+    """`weighted_terms` of predictions, read by the trunk as they are, against the features of a target."""
     check_images(pred, target)
-    if chunk is not None:
-        if target.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "target requires a gradient, which the streamed loss does not compute; chunk=None does"
-            )
-        return _streamed(trunk, terms, weights, pred, target, chunk)
-    features = trunk(pred)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and target.requires_grad):
-        goal = trunk(target)
-    found = [term(features, goal) for term in terms]
-    return (_weighted_sum(found, weights), *found)
+    target_grad = target.requires_grad and torch.is_grad_enabled()
+    if chunk is not None and target_grad:
+        raise ValueError(
+            "target requires a gradient, which the streamed loss does not compute; chunk=None does"
+        )
+
+    def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, list[Tensor]]:
+        with torch.set_grad_enabled(target_grad):
+            return rows, trunk(target[begin:end])
+
+    return weighted_terms(trunk, terms, weights, inputs, pred, target.shape[0], chunk)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..features.trunk import FrozenTrunk
 from ..ops.feature_distance import feature_distance
 from ..ops.style import style_loss
-from ._streaming import Term, trunk_terms
+from ._streaming import Term, check_chunk, trunk_terms
 
 
 class PerceptualStyle(NamedTuple):
@@ -19,12 +19,6 @@ class PerceptualStyle(NamedTuple):
     total: Tensor
     perceptual: Tensor
     style: Tensor
-
-
-def _check_chunk(chunk: int | None) -> int | None:
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise ValueError(f"chunk must be None or a positive number of samples, got {chunk!r}")
-    return chunk
 
 
 class _Picked:
@@ -76,7 +70,7 @@ class PerceptualLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.weights, self.penalty = trunk, weights, penalty
-        self.layer_reduction, self.chunk = layer_reduction, _check_chunk(chunk)
+        self.layer_reduction, self.chunk = layer_reduction, check_chunk(chunk)
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
         """The loss on features."""
@@ -121,7 +115,7 @@ class StyleLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.weights, self.penalty = trunk, weights, penalty
-        self.normalize, self.chunk = normalize, _check_chunk(chunk)
+        self.normalize, self.chunk = normalize, check_chunk(chunk)
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
         """The loss on features."""
@@ -172,7 +166,7 @@ class PerceptualStyleLoss(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.trunk, self.chunk = trunk, _check_chunk(chunk)
+        self.trunk, self.chunk = trunk, check_chunk(chunk)
         self.factors = [perceptual_weight, style_weight]
         perceptual = PerceptualLoss(
             trunk, weights=perceptual_weights, penalty=penalty, layer_reduction=layer_reduction

@@ -1,10 +1,16 @@
 """What total_variation and inpainting_pixel share: options, packed signs of neighbouring pixels, gradient formulas.
 
-Signs are bit planes of the rows of an image, (N, C, H, planes, ceil(W / 8)) bytes in NCHW and (N, H, planes,
-ceil(W C / 8)) in channels_last; a buffer has the size of the first in both layouts, unused bytes are 0. Bit i of
-byte b belongs to element 8 b + i of its row. Planes 0 and 1: the difference across, next pixel minus this one, is
-positive, negative; planes 2 and 3: the same downwards; planes 4 and 5 (inpainting_pixel alone): pred - target is. A
+Signs are packed, differently for `cuda`, whose threads walk down the rows of 4 columns. Kinds of signs: of the
+difference across, next pixel minus this one, of the same downwards, and (inpainting_pixel alone) of pred - target. A
 pair of weight 0 has no sign, the last column has none across, the last row none downwards.
+
+Elsewhere: bit planes of the rows of an image, (N, C, H, planes, ceil(W / 8)) bytes in NCHW and (N, H, planes,
+ceil(W C / 8)) in channels_last; a buffer has the size of the first in both layouts, unused bytes are 0. Bit i of
+byte b belongs to element 8 b + i of its row. Planes 0 and 1: the difference across is positive, negative; planes 2
+and 3: the same downwards; planes 4 and 5: pred - target.
+
+`cuda`: (N, C, ceil(H / 4), kinds, ceil(W / 4), 4) bytes in both layouts, the last axis for the rows 4 i to 4 i + 3.
+Bits 2 k and 2 k + 1 belong to the k-th of 4 pixels: 1 + sign, and so 1 beyond the image.
 """
 
 from __future__ import annotations
@@ -55,6 +61,8 @@ def fake_signs(image: Tensor, planes: int, save_signs: bool, backend: str, mask:
     n, c, h, w = image.shape
     groups = (w + 7) // 8
     size = n * c * h * planes * groups
+    if backend == "cuda":
+        size = n * c * ((h + 3) // 4) * (planes // 2) * ((w + 3) // 4) * 4
     if backend == "cpu" and mask is not None:
         copies = mask.shape[0] * mask.shape[1] if mask.ndim == 4 else 1
         size += 1 + copies * h * groups
@@ -62,10 +70,17 @@ def fake_signs(image: Tensor, planes: int, save_signs: bool, backend: str, mask:
 
 
 def unpack_signs(
-    signs: Tensor, planes: int, size: Any, channels_last: bool, dtype: torch.dtype
+    signs: Tensor, planes: int, size: Any, channels_last: bool, dtype: torch.dtype, backend: str
 ) -> list[Tensor]:
     """planes / 2 images of +1, 0, -1; only a second derivative needs them unpacked."""
     n, c, h, w = size
+    if backend == "cuda":
+        kinds, rows, columns = planes // 2, (h + 3) // 4, (w + 3) // 4
+        fields = signs.view(n, c, rows, kinds, columns, 4, 1) >> torch.arange(
+            0, 8, 2, device=signs.device, dtype=torch.uint8
+        )
+        images = (fields & 3).permute(3, 0, 1, 2, 5, 4, 6).reshape(kinds, n, c, 4 * rows, 4 * columns)
+        return list((images[..., :h, :w].to(dtype) - 1).unbind())
     segments, length = (n, w * c) if channels_last else (n * c, w)
     groups = (length + 7) // 8
     packed = signs[: segments * h * planes * groups].view(segments * h, planes, groups, 1)

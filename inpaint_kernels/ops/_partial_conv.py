@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,21 +58,45 @@ def _result_layout(input: Tensor, weight: Tensor) -> torch.memory_format:
     return last if last in (_layout(input), _layout(weight)) else torch.contiguous_format
 
 
-def _inner(input: Tensor, weight: Tensor) -> tuple[torch.memory_format, torch.dtype]:
-    """Layout and dtype the library convolution gets.
+class _Inner(NamedTuple):
+    """Dtype of the library convolution, and the layout of all it reads and writes, by what it computes."""
+
+    dtype: torch.dtype
+    layout: torch.memory_format  # output, gradient to the input
+    weight_layout: torch.memory_format  # gradient to the weight
+
+
+def _inner(input: Tensor, weight: Tensor) -> _Inner:
+    """The fastest of what the library offers; the kernels before and after it touch every element anyway.
 
     On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
-    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8), and the kernels before and after it touch every
-    element anyway. Where the CPU has no float16 arithmetic, it takes 6.9 s for 64 to 64 channels at 4x64x128x128
-    forward instead of 38 ms in float32.
+    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow
+    there (64 to 64 at 4x64x128x128: 184 ms, 76 in NCHW), with AVX-512 it is not.
+
+    Half types the CPU has no arithmetic for are computed in float32: of that size a float16 convolution took 6.9 s
+    forward, a bfloat16 one 8.3 s without AVX-512, float32 40 ms.
     """
     layout = _result_layout(input, weight)
     if input.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return layout, input.dtype
-    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
-    if input.ndim == 4 and dtype != torch.float64 and min(weight.shape[0], weight.shape[1]) < 16:
-        layout = torch.channels_last
-    return layout, dtype
+        return _Inner(input.dtype, layout, layout)
+    dtype = input.dtype
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16()):
+        dtype = torch.float32
+    if input.ndim != 4 or dtype == torch.float64:
+        return _Inner(dtype, layout, layout)
+    if min(weight.shape[0], weight.shape[1]) < 16:
+        return _Inner(dtype, torch.channels_last, torch.channels_last)
+    return _Inner(dtype, layout, torch.contiguous_format if _has_only_avx2() else layout)
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def _has_only_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _operand(
@@ -147,7 +172,7 @@ def _forward(
     numerator: str,
     update: str,
 ) -> Tensor:
-    layout, dtype = _inner(input, weight)
+    dtype, layout, _ = _inner(input, weight)
     zeros = [0] * len(stride)
     used: list[Any] = []
     x = _operand(backend, used, input, _kernel_mask(mask, mask_input, input), layout, dtype)
@@ -190,34 +215,32 @@ def _backward_kernels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = _dense(grad)
     last = channels_last_format(grad.ndim)
-    input_layout, weight_layout = (last if flag else torch.contiguous_format for flag in channels_last)
+    input_layout, weight_format = (last if flag else torch.contiguous_format for flag in channels_last)
     input_dtype, weight_dtype = (_checks.FLOATS[i] for i in dtypes)
     like = grad if input is None else input
-    layout, dtype = _inner(like, like if weight is None else weight)
+    dtype, layout, weight_layout = _inner(like, like if weight is None else weight)
     kernel_mask = _kernel_mask(mask, mask_input, grad)
     used: list[Any] = []
-    raw_grad = temporary(used, grad.device, grad.shape, dtype, layout)
+    first = layout if input is None else weight_layout
+    raw_grad = temporary(used, grad.device, grad.shape, dtype, first)
     bias_grad = _finish_backward[backend](
         grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
     )
-    x = None if input is None else _operand(backend, used, input, kernel_mask, layout, dtype)
-    raw, grad_weight = _convolution_backward(
-        raw_grad,
-        x,
-        None if weight is None else weight.to(dtype),
-        input_size,
-        weight_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
+    x = None if input is None else _operand(backend, used, input, kernel_mask, weight_layout, dtype)
+    w = None if weight is None else weight.to(dtype)
+    geometry = (input_size, weight_size, stride, padding, dilation, groups)
+    if x is None or w is None or layout == weight_layout:
+        raw, grad_weight = _convolution_backward(raw_grad, x, w, *geometry)
+    else:
+        _, grad_weight = _convolution_backward(raw_grad, x, None, *geometry)
+        raw_grad = _operand(backend, used, raw_grad, None, layout, dtype)
+        raw, _ = _convolution_backward(raw_grad, None, w, *geometry)
     give_back(used)
     del raw_grad, x
     if input is None:
         grad_weight = grad.new_empty(0, dtype=weight_dtype)
     else:
-        grad_weight = grad_weight.to(weight_dtype).contiguous(memory_format=weight_layout)
+        grad_weight = grad_weight.to(weight_dtype).contiguous(memory_format=weight_format)
     if weight is None:
         return grad.new_empty(0, dtype=input_dtype), grad_weight, bias_grad
     grad_input = raw = _dense(raw)

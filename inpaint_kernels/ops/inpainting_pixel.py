@@ -95,7 +95,7 @@ def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Ten
     hole_grad, valid_grad, tv_grad = (
         grad + total * weight for grad, weight in zip(raw, weights, strict=True)
     )
-    across, down, sign = _pairs.unpack_signs(signs, 6, size, channels_last, scale.dtype)
+    across, down, sign = _pairs.unpack_signs(signs, 6, size, channels_last, scale.dtype, ctx.backend)
     tv = _pairs.sum_gradient(
         tv_grad * tv_scale[1] * across, tv_grad * tv_scale[0] * down, mask, tv_region, mask_is_hole
     )
@@ -121,7 +121,6 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
 )
 
 

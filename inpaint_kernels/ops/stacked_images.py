@@ -16,6 +16,8 @@ from . import _checks, _pixel
 from .masked_l1 import _IMAGE
 
 PARTS = reference.PARTS
+# Of parts, and of channels with constants of their own, for a GPU kernel: they are parameters of its launch.
+MOST_ON_GPU = 64
 
 
 def _channels(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> int:
@@ -124,15 +126,15 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
 )
 
 
 def _constants(name: str, value: Sequence[float] | float | None, channels: int) -> list[float]:
+    """None, one or all of the channels' constants."""
     if value is None:
         return []
     if isinstance(value, (int, float)):
-        return [_checks.check_number(name, value)] * channels
+        return [_checks.check_number(name, value)] if channels else []
     try:
         given = list(value)
     except TypeError:
@@ -224,6 +226,13 @@ def stacked_images(
     if mask_grad and backend is None:
         backend = "reference"
     chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    if chosen in ("triton", "cuda") and max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU:
+        if backend is not None:
+            raise RuntimeError(
+                f"backend {chosen!r} takes at most {MOST_ON_GPU} parts, and scale and shift for as many channels; "
+                "use backend=None"
+            )
+        chosen = "reference"
     if chosen == "reference":
         dtype = _pixel.accumulate(pred, target)
         return reference.stacked_images(

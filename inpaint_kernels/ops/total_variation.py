@@ -96,7 +96,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return next(grads) if needs[0] else None, next(grads) if needs[1] else None
     # l1 is constant almost everywhere: its second derivative by the images is zero.
     size, channels_last, image_dtype, target_dtype = ctx.image
-    across, down = _pairs.unpack_signs(signs, 4, size, channels_last, scale.dtype)
+    across, down = _pairs.unpack_signs(signs, 4, size, channels_last, scale.dtype, ctx.backend)
     value = _pairs.sum_gradient(grad * scale[1] * across, grad * scale[0] * down, mask, region, mask_is_hole)
     if not ctx.composite:
         return value.to(image_dtype), None
@@ -119,7 +119,6 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("cpu",),
 )
 
 

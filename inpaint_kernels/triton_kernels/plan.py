@@ -92,19 +92,22 @@ def make_plan(
     per_sample: bool,
     elements: int = 0,
     max_steps: int = MAX_STEPS,
+    channels_apart: bool = False,
 ) -> tuple[Plan, str]:
     """Work split of a call on images of `size`, and the mask kind under that split.
 
     With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart even
-    without a mask. `elements` chooses the tile of a launch that works on more than these images, `max_steps` limits
-    what a program does one after another.
+    without a mask, `channels_apart` the planes of a sample whatever the mask. `elements` chooses the tile of a
+    launch that works on more than these images, `max_steps` limits what a program does one after another.
     """
     n, c, h, w = size
-    kind = mask.kind
-    if kind == "channel" and mask.stride_c == h * w and (not signs or h * w % 8 == 0):
-        kind = "flat"
-    plan = _plan(n, c, h * w, channels_last, kind, signs, per_sample, elements or n * c * h * w, max_steps)
-    return plan, "plane" if kind == "flat" else kind
+    flat = mask.kind == "channel" and mask.stride_c == h * w and (not signs or h * w % 8 == 0)
+    joins_channels = (flat or mask.kind == "none") and not channels_apart
+    joins_samples = mask.kind == "none" and not per_sample
+    plan = _plan(
+        n, c, h * w, channels_last, joins_samples, joins_channels, signs, elements or n * c * h * w, max_steps
+    )
+    return plan, "plane" if flat and joins_channels else mask.kind
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -121,16 +124,16 @@ def _plan(
     c: int,
     pixels: int,
     channels_last: bool,
-    kind: str,
+    joins_samples: bool,
+    joins_channels: bool,
     signs: bool,
-    per_sample: bool,
     elements: int,
     max_steps: int,
 ) -> Plan:
     samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
-    if kind == "none" and not per_sample:
+    if joins_samples:
         samples, channels = 1, samples * channels
-    if kind in ("none", "flat") and (not signs or length % 8 == 0):
+    if joins_channels and (not signs or length % 8 == 0):
         channels, length = 1, channels * length
     groups = _ceil_div(length, 8)
     _, rows, warps = next(row for row in TILES if elements <= row[0])

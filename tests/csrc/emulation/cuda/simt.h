@@ -57,14 +57,16 @@ class Block {
 
   void barrier() { wait(block_, alive_); }
 
-  // The value of the thread `lane ^ step` of this warp.
-  uint64_t exchange(uint64_t value, int step) {
+  int lane() const { return static_cast<int>(current_ % kWarp); }
+
+  // The value of thread `lane` of this warp.
+  uint64_t exchange(uint64_t value, int lane) {
     Fiber& fiber = fibers_[current_];
     // Two slots: a lane may reach its next shuffle before its partner has read this one.
     const int slot = fiber.shuffles++ % 2;
     fiber.slots[slot] = value;
     wait(warps_[current_ / kWarp], kWarp);
-    return fibers_[current_ ^ static_cast<size_t>(step)].slots[slot];
+    return fibers_[current_ / kWarp * kWarp + static_cast<size_t>(lane)].slots[slot];
   }
 
  private:
@@ -148,13 +150,19 @@ inline unsigned block_index = 0;
 inline unsigned block_count = 0;
 
 template <typename T>
-T shuffle_xor(T value, int step) {
+T shuffle(T value, int lane) {
   uint64_t bits = 0;
   static_assert(sizeof(T) <= sizeof(bits), "shuffles move at most 8 bytes here");
   __builtin_memcpy(&bits, &value, sizeof(T));
-  bits = Block::running().exchange(bits, step);
+  bits = Block::running().exchange(bits, lane);
   __builtin_memcpy(&value, &bits, sizeof(T));
   return value;
+}
+
+// The lane `step` further, this one where the warp ends before.
+inline int neighbor(int step) {
+  const int lane = Block::running().lane();
+  return lane + step >= 0 && lane + step < Block::kWarp ? lane + step : lane;
 }
 
 template <typename Kernel>
@@ -173,4 +181,7 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
 #define blockIdx (simt::Index{simt::block_index})
 #define gridDim (simt::Index{simt::block_count})
 #define __syncthreads() simt::Block::running().barrier()
-#define __shfl_xor_sync(mask, value, step) simt::shuffle_xor(value, step)
+#define __shfl_sync(mask, value, lane) simt::shuffle(value, (lane) % 32)
+#define __shfl_xor_sync(mask, value, step) simt::shuffle(value, simt::Block::running().lane() ^ (step))
+#define __shfl_up_sync(mask, value, step) simt::shuffle(value, simt::neighbor(-(step)))
+#define __shfl_down_sync(mask, value, step) simt::shuffle(value, simt::neighbor(step))

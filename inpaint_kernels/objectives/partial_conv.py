@@ -1,0 +1,269 @@
+"""The objective of partial convolution (Liu et al. 2018) and of three code bases that train with it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..features.torchvision_nets import Weights, vgg16
+from ..features.trunk import FrozenTrunk
+from ..nn._streaming import weighted_sum
+from ..ops import _checks, _pairs, _pixel
+from ..ops.hole_valid import hole_valid_loss
+from ..ops.inpainting_pixel import inpainting_pixel_loss
+from ..ops.masked_l1 import masked_l1_loss
+from ..ops.total_variation import total_variation_loss
+from ._objective import FeatureTerm, Objective, Perceptual, Settings, Style, Truth, check_trunk, chosen
+
+
+class PartialConvTerms(NamedTuple):
+    """Terms of `PartialConvObjective`: the weighted total and the raw terms, scalars on the images' device."""
+
+    total: Tensor
+    hole: Tensor
+    valid: Tensor
+    tv: Tensor
+    perceptual: Tensor
+    style: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialConvSettings(Settings):
+    """Weights, denominators and images of `PartialConvObjective`; the defaults are the paper's.
+
+    Args:
+        layers: the trunk's taps that perceptual and style term read.
+        predictions: what they compare with the truth: "raw", "composite" or both.
+        preprocess: "imagenet" for images in [0, 1], "imagenet_tanh" for [-1, 1], "none" for normalised ones.
+        swap_channels: the trunk reads the channels in reverse order.
+        mask_is: "valid" (1 = known) or "hole".
+        hole_weight, valid_weight, tv_weight, perceptual_weight, style_weight: factors of the terms.
+        normalize: denominator of hole and valid, as `hole_valid_loss`.
+        tv_image: total variation of the "composite" or of the "raw" prediction.
+        tv_region, tv_normalize: its pairs and denominators, as `total_variation_loss`.
+        pixel_space: hole, valid and tv on the images as given ("image"), or as the trunk reads them ("trunk").
+    """
+
+    layers: tuple[str, ...] = ("pool1", "pool2", "pool3")
+    hole_weight: float = 6.0
+    valid_weight: float = 1.0
+    tv_weight: float = 0.1
+    perceptual_weight: float = 0.05
+    style_weight: float = 120.0
+    normalize: str = "image"
+    tv_image: str = "composite"
+    tv_region: str = "dilated_hole"
+    tv_normalize: str = "image"
+    pixel_space: str = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.check_choice("normalize", self.normalize, _checks.NORMALIZATIONS)
+        _checks.check_choice("tv_image", self.tv_image, ("composite", "raw"))
+        _pairs.check_options("tv_", self.tv_region, "l1", self.tv_normalize)
+        _checks.check_choice("pixel_space", self.pixel_space, ("image", "trunk"))
+
+
+_PRESETS = types.MappingProxyType(
+    {
+        "paper": PartialConvSettings(),
+        "nvidia": PartialConvSettings(
+            hole_weight=5.0,
+            valid_weight=5.0,
+            tv_weight=0.0,
+            predictions=("raw",),
+            tv_image="raw",
+            tv_region="image",
+            tv_normalize="pairs",
+            pixel_space="trunk",
+        ),
+        "naoto0804": PartialConvSettings(preprocess="none", tv_region="image", tv_normalize="pairs"),
+        "mmagic": PartialConvSettings(
+            preprocess="imagenet_tanh",
+            mask_is="hole",
+            normalize="mask",
+            tv_region="first_pixel",
+            tv_normalize="mask",
+        ),
+    }
+)
+
+
+class PartialConvObjective(Objective):
+    """Hole, valid, total variation, perceptual and style term of partial convolution, as four sources train them.
+
+    ``total = 6 hole + 1 valid + 0.1 tv + 0.05 perceptual + 120 style``, in "nvidia" ``5 (hole + valid) + 0.05
+    perceptual + 120 style``. With x the prediction, y the truth and c the composite: hole and valid are the masked L1
+    of x, perceptual is ``mean |phi(x) - phi(y)| + mean |phi(c) - phi(y)|`` and style the same with Gram matrices
+    divided by C H W, both summed over pool1, pool2 and pool3 of a VGG16. The terms are alike, the numbers are not:
+
+    =========== ============ ======== ==================== ======== ===============================================
+    preset      images       mask 1 = hole, valid over     compared total variation
+    =========== ============ ======== ==================== ======== ===============================================
+    "paper"     [0, 1]       known    all elements         x and c  of c, hole dilated by 1 pixel, over all elements
+    "nvidia"    [0, 1]       known    all elements,        x        weight 0; of x normalised, mean over pairs
+                                      images normalised
+    "naoto0804" normalised   known    all elements         x and c  of c, whole image, mean over pairs
+    "mmagic"    [-1, 1]      hole     each over its region x and c  of c, hole at a pair's first pixel, over the hole
+    =========== ============ ======== ==================== ======== ===============================================
+
+    Normalised is ``(image - mean) / std`` of ImageNet, which makes a pixel error 4.4 times as large as in [0, 1], and
+    [-1, 1] twice as large. Over its region, the hole weighs the same however small it is; over all elements, in
+    proportion to its area. mmagic feeds its trunk BGR images under RGB statistics; ``swap_channels=True`` mends that.
+    It leaves a hole's last row and column in the image out of the denominators of total variation; here they count.
+
+    Args:
+        preset: "paper", "nvidia" (the loss that NVIDIA released), "naoto0804" or "mmagic": keys of `presets`.
+        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' `layers`; None builds
+            ``ik.features.vgg16(layers, preprocess="none")``, and no trunk when perceptual and style weigh 0.
+        weights, channels_last, autocast: of the trunk that is built, see `vgg16`.
+        chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
+            for so many samples at a time inside the forward, and of perceptual and style only their gradient by
+            `pred` is kept. Value and gradient are the same; `perceptual` and `style` are then not differentiable,
+            `total` is, once. Under ``torch.compile`` this breaks the graph.
+        process_group: makes hole, valid and tv means over all ranks, as `masked_l1_loss` does. The other terms are
+            means over samples, right under DDP with equal batches.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
+        overrides: any field of `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
+
+    ``forward(pred, target, mask, *, truth=None)`` takes images (N, C, H, W), C = 3 or 1 (replicated for the trunk),
+    and a mask as `hole_valid_loss`; "nvidia" takes none (None: all known) as well. It returns
+    ``PartialConvTerms(total, hole, valid, tv, perceptual, style)``, unweighted but for the total.
+    ``truth = objective.prepare(target)`` spares the trunk's pass over a target that is used again.
+
+    Differentiable in `pred`; `target` and `mask` get no gradient. `settings` shows every number. The trunk follows
+    ``.to(...)`` but is no submodule: neither `parameters()` nor `state_dict()` of a model that holds the objective
+    contain it.
+
+    Raises TypeError for an unknown override, ValueError for a bad one, for a trunk that does not fit and for images
+    and masks as the ops do.
+
+    Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018; NVIDIA/partialconv,
+    naoto0804/pytorch-inpainting-with-partial-conv, open-mmlab/mmagic. The paper leaves the denominator of total
+    variation open: its authors state that every L1 term is averaged over the image.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> objective = ik.objectives.PartialConvObjective("paper", weights=None, style_weight=240)  # a random VGG16
+        >>> pred, target = torch.rand(1, 3, 32, 32, requires_grad=True), torch.rand(1, 3, 32, 32)
+        >>> mask = torch.ones(1, 1, 32, 32)
+        >>> mask[..., 8:24, 8:24] = 0
+        >>> terms = objective(pred, target, mask)
+        >>> terms.total.backward()
+        >>> objective.settings.hole_weight, objective.settings.style_weight
+        (6.0, 240.0)
+    """
+
+    presets: ClassVar[Mapping[str, PartialConvSettings]] = _PRESETS
+    settings: PartialConvSettings
+
+    def __init__(
+        self,
+        preset: str = "paper",
+        *,
+        trunk: FrozenTrunk | None = None,
+        weights: Weights | None = "default",
+        chunk: int | None = None,
+        channels_last: bool | None = None,
+        autocast: torch.dtype | None = None,
+        process_group: Any = None,
+        backend: str | None = None,
+        **overrides: Any,
+    ) -> None:
+        s = chosen(self.presets, preset, overrides)
+        if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):
+            raise ValueError(
+                "weights, channels_last and autocast are those of a trunk that is built; trunk= has its own"
+            )
+        if not s.perceptual_weight and not s.style_weight:
+            trunk = None
+        elif trunk is None:
+            trunk = vgg16(
+                s.layers, weights=weights, preprocess="none", channels_last=channels_last, autocast=autocast
+            )
+        else:
+            check_trunk(trunk, s.layers)
+        feature = (s.layers, len(s.predictions), backend)
+        terms: dict[str, tuple[float, FeatureTerm]] = {
+            "perceptual": (s.perceptual_weight, Perceptual(*feature)),
+            "style": (s.style_weight, Style(*feature)),
+        }
+        super().__init__(s, terms, trunk, chunk, backend)
+        self.process_group = process_group
+
+    def forward(
+        self, pred: Tensor, target: Tensor, mask: Tensor | None = None, *, truth: Truth | None = None
+    ) -> PartialConvTerms:
+        _checks.check_images(pred, target)
+        mask = self._checked_mask(mask, pred)
+        target = target.detach()
+        preprocessed = self.settings.pixel_space == "trunk"
+        if preprocessed:
+            pred = self._images(pred, target, None, ("raw",))
+            target = self._images(target, target, None, ("target",))
+        found = self._pixel_terms(pred, target, mask)
+        if self.trunk is not None:
+            weighted, compared = self._feature_terms(pred, target, mask, truth, preprocessed)
+            total = found["total"] + weighted if "total" in found else weighted
+            found = {**found, **compared, "total": total}
+        dtype = _pixel.accumulate(pred, target)
+        missing = [name for name in PartialConvTerms._fields if name not in found]
+        return PartialConvTerms(**found, **{name: pred.new_zeros((), dtype=dtype) for name in missing})
+
+    def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
+        if mask is not None:
+            return _checks.check_mask(mask, pred).detach()
+        s = self.settings
+        composite = self.trunk is not None and "composite" in s.predictions
+        if composite or (s.tv_weight and (s.tv_image == "composite" or s.tv_region != "image")):
+            raise ValueError("mask is missing: these settings compare composites or regions, which need it")
+        return None
+
+    def _pixel_terms(self, pred: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Those that weigh anything, and their weighted total as "total"; empty without any."""
+        s = self.settings
+        weights = {"hole": s.hole_weight, "valid": s.valid_weight, "tv": s.tv_weight}
+        where: dict[str, Any] = {"mask_is": s.mask_is, "backend": self.backend}
+        group: dict[str, Any] = {} if self.process_group is None else {"process_group": self.process_group}
+        composite = s.tv_image == "composite"
+        found: dict[str, Tensor] = {}
+        if mask is None:
+            found["valid"] = masked_l1_loss(
+                pred, target, normalize=s.normalize, backend=self.backend, **group
+            )
+        elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite:
+            found = inpainting_pixel_loss(
+                pred,
+                target,
+                mask,
+                hole_weight=s.hole_weight,
+                valid_weight=s.valid_weight,
+                tv_weight=s.tv_weight,
+                normalize=s.normalize,
+                tv_region=s.tv_region,
+                tv_normalize=s.tv_normalize,
+                **where,
+                **group,
+            )._asdict()
+        elif s.hole_weight or s.valid_weight:
+            found = hole_valid_loss(pred, target, mask, normalize=s.normalize, **where, **group)._asdict()
+        if s.tv_weight and "tv" not in found:
+            found["tv"] = total_variation_loss(
+                pred,
+                mask,
+                target=target if composite else None,
+                region=s.tv_region,
+                normalize=s.tv_normalize,
+                **where,
+                **group,
+            )
+        total = found.pop("total", None)
+        found = {name: value for name, value in found.items() if weights[name]}
+        if total is None and found:
+            total = weighted_sum(list(found.values()), [weights[name] for name in found])
+        return found if total is None else {"total": total, **found}

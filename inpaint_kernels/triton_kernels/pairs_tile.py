@@ -1,0 +1,352 @@
+"""Tiles of the Triton kernels over neighbouring pixels: what a program owns, where it lies, its region and its signs.
+
+Memory is seen as samples of `channels` segments of `height` rows of `width` elements, the next pixel STEP elements
+away: planes in NCHW (STEP 1), whole samples in channels_last (STEP C). A strip is STEPS rows of a segment; a program
+owns BLOCK_G groups of 8 elements of BLOCK_S strips of one sample and walks down their rows, each a [ROWS, WIDTH] tile
+as in `pixel.py`. What it found in a row it keeps in registers for the next one. The channels of the same rows are
+neighbouring strips: they share a mask.
+
+Three places go together: (before, here, after), the pixels beside those of the tile. Where neighbouring pixels are
+neighbouring elements, most of them lie in the same registers, one element further: then `before` and `after` are
+[ROWS, 1], the elements beyond both ends of a row, and `behind` and `ahead` move the tile by one element. Else they
+are tiles of their own. Either way they come from the cache: their lines were read for the tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .hole_valid import region_weights
+from .pixel import pack_signs
+from .plan import Mask
+
+# (elements of the call, rows of a strip), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.
+STRIPS = ((1 << 18, 2), (1 << 22, 4), (1 << 63, 8))
+BLOCK = 64
+
+
+class StripPlan(NamedTuple):
+    """Work split of one call; the kernels take the sizes as one tuple, the next seven fields in this order."""
+
+    sizes: tuple[int, ...]  # height, width, groups, channels, blocks, tiles
+    STEP: int
+    SHARED: int
+    WHOLE: bool
+    BLOCK_S: int
+    BLOCK_G: int
+    STEPS: int
+    WIDTH: int
+    programs: int
+    warps: int
+
+
+def make_plan(size: Any, channels_last: bool, mask: Mask, row: int) -> StripPlan:
+    """Work split of a call on images of `size`, in rows of `row` elements a thread."""
+    return _plan(*size, channels_last, mask.kind == "interleaved", row)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(n: int, c: int, h: int, w: int, channels_last: bool, interleaved: bool, row: int) -> StripPlan:
+    channels, width, step = (1, w * c, c) if channels_last else (c, w, 1)
+    steps = next(rows for elements, rows in STRIPS if n * c * h * w <= elements)
+    groups = triton.cdiv(width, 8)
+    # Evenly filled strips: 9 rows are two of 5, not 8 and 1.
+    steps = triton.cdiv(h, triton.cdiv(h, steps))
+    strips = channels * triton.cdiv(h, steps)
+    block_g = min(BLOCK, triton.next_power_of_2(groups))
+    block_s = min(BLOCK // block_g, triton.next_power_of_2(strips))
+    blocks, tiles = triton.cdiv(strips, block_s), triton.cdiv(groups, block_g)
+    return StripPlan(
+        sizes=(h, width, groups, channels, blocks, tiles),
+        STEP=step,
+        SHARED=c if interleaved else 1,
+        WHOLE=width % 8 == 0,
+        BLOCK_S=block_s,
+        BLOCK_G=block_g,
+        STEPS=steps,
+        # A pixel's neighbours are tiles of their own there: of 8 elements a thread would run out of registers.
+        WIDTH=4 if channels_last else row,
+        programs=n * blocks * tiles,
+        warps=max(1, block_s * block_g * 8 // (4 if channels_last else row) // 32),
+    )
+
+
+@triton.jit
+def strip_place(
+    sizes,  # height, width, groups, channels, blocks, tiles
+    STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Where a program works: (sample, channel, number of the top row, group [ROWS, 1], place).
+
+    Channel and top row are [ROWS, 1] where a tile holds several strips; a strip behind the last one begins below the
+    image. place = (start of the tile in its row; here and edge counted from there; which of (before, here, after), of
+    the pixels still farther and of the ends of a thread's elements lie in the row). `before` is STEP elements before
+    the edge, `after` is `after_edge` elements behind it.
+    """
+    _, _, groups, channels, blocks, tiles = sizes
+    FOLD: tl.constexpr = 8 // WIDTH
+    program = tl.program_id(0)
+    strip = program // tiles % blocks * BLOCK_S
+    row = tl.arange(0, BLOCK_S * BLOCK_G * FOLD)[:, None]
+    if BLOCK_S != 1:
+        strip += row // (BLOCK_G * FOLD)
+        row = row % (BLOCK_G * FOLD)
+    tile = (program % tiles).to(tl.int64)
+    start = tile * (BLOCK_G * 8)
+    group = tile * BLOCK_G + row // FOLD
+    here = row * WIDTH + tl.arange(0, WIDTH)[None, :]
+    edge = row * WIDTH if STEP == 1 else here
+    if WHOLE:
+        # One comparison for a whole group, which is how the compiler knows that it may be moved at once.
+        inside = tl.broadcast_to(group < groups, here.shape)
+    else:
+        inside = in_row(here, start, sizes)
+    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
+    beside = in_row(edge - STEP, start, sizes), inside, in_row(edge + AFTER, start, sizes)
+    far = in_row(edge - 2 * STEP, start, sizes), in_row(edge + AFTER + STEP, start, sizes)
+    ends = in_row(edge, start, sizes), in_row(edge + AFTER - STEP, start, sizes)
+    place = start, here, edge, beside, far, ends
+    sample = (program // tiles // blocks).to(tl.int64)
+    return sample, (strip % channels).to(tl.int64), strip // channels * STEPS, group, place
+
+
+@triton.constexpr_function
+def after_edge(STEP, pixel, WIDTH):
+    """Distance from the edge of a place to what comes after, where neighbouring pixels are `pixel` elements apart.
+
+    A distance known to the compiler goes into the instruction: one address serves a row and all that is beside it.
+    """
+    return WIDTH if STEP == 1 else pixel
+
+
+@triton.jit
+def in_row(at, start, sizes):
+    """Which places counted from `start` lie in the row."""
+    # 2^30 is more than a tile is long: the comparisons are 32 bits wide whatever the size.
+    first = -tl.minimum(start, 1 << 30).to(tl.int32)
+    return (at >= first) & (at < tl.minimum(sizes[1] - start, 1 << 30).to(tl.int32))
+
+
+@triton.jit
+def row_stride(sizes, SHARED: tl.constexpr, WHOLE: tl.constexpr):
+    """Elements of a row of the images, or of a mask whose values SHARED of them share."""
+    if SHARED != 1:
+        stride = (sizes[1] // SHARED).to(tl.int64)
+    elif WHOLE:
+        # Written as a multiple of 8, which is how the compiler knows that wide accesses are aligned.
+        stride = sizes[2].to(tl.int64) * 8
+    else:
+        stride = sizes[1].to(tl.int64)
+    return stride
+
+
+@triton.jit
+def mask_place(place, STEP: tl.constexpr, SHARED: tl.constexpr):
+    """(start, here, edge) in a row of a mask whose values SHARED elements share."""
+    start, here, edge, _, _, _ = place
+    if SHARED != 1:
+        first = start // SHARED
+        here = ((start - first * SHARED).to(tl.int32) + here) // SHARED
+        start, edge = first, here
+    return start, here, edge
+
+
+@triton.jit
+def _moved4(x, free, BACK: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    if BACK:
+        first, _ = tl.split(odd)
+        halves = tl.join(tl.join(free, first), even)
+    else:
+        _, last = tl.split(even)
+        halves = tl.join(odd, tl.join(last, free))
+    return tl.reshape(halves, [x.shape[0], 4])
+
+
+@triton.jit
+def _moved(x, free, BACK: tl.constexpr):
+    """Each row of x [ROWS, WIDTH] moved by one element; `free` [ROWS, 1] takes the place that becomes free.
+
+    Even and odd elements change places, their order apart: so the compiler moves nothing, it renames registers.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    free = tl.reshape(free, [ROWS])
+    if x.shape[1] == 4:
+        moved = _moved4(x, free, BACK)
+    else:
+        even, odd = tl.split(tl.reshape(x, [ROWS, 4, 2]))
+        if BACK:
+            halves = tl.join(_moved4(odd, free, BACK), even)
+        else:
+            halves = tl.join(odd, _moved4(even, free, BACK))
+        moved = tl.reshape(halves, [ROWS, 8])
+    return moved
+
+
+@triton.jit
+def ahead(here, after, STEP: tl.constexpr):
+    """The values of the pixels after those of the tile."""
+    if STEP == 1:
+        after = _moved(here, after, False)
+    return after
+
+
+@triton.jit
+def behind(here, before, STEP: tl.constexpr):
+    """The values of the pixels before those of the tile."""
+    if STEP == 1:
+        before = _moved(here, before, True)
+    return before
+
+
+@triton.jit
+def load_mask(
+    mask_ptr,  # where the tile begins in the row wanted, or None
+    mask_at,  # see `mask_place`
+    inside,
+    exists,
+    STEP: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Mask values of (before, here, after) in float32; without a mask everything weighs 1.
+
+    What a kernel does not use the compiler does not load.
+    """
+    PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
+    before, here, after = 1.0, 1.0, 1.0
+    if mask_ptr is not None:
+        _, at, edge = mask_at
+        AFTER: tl.constexpr = after_edge(STEP, PIXEL, at.shape[1])
+        before = tl.load(mask_ptr + edge - PIXEL, mask=inside[0] & exists, other=0).to(tl.float32)
+        here = tl.load(mask_ptr + at, mask=inside[1] & exists, other=0).to(tl.float32)
+        after = tl.load(mask_ptr + edge + AFTER, mask=inside[2] & exists, other=0).to(tl.float32)
+    return before, here, after
+
+
+@triton.jit
+def _growth(mask_ptr, exists, HOLE: tl.constexpr):
+    """Mask values such that the larger one leaves more of a hole; beyond the image, what is never the largest."""
+    value = tl.load(mask_ptr, mask=exists, other=0).to(tl.float32)
+    return tl.where(exists, value if HOLE else -value, -float("inf"))
+
+
+@triton.jit
+def reach(
+    mask_ptr,  # where the tile begins in its top row
+    stride,
+    mask_at,  # see `mask_place`
+    place,
+    sizes,
+    top,
+    number,  # of the row wanted, counted from the top one
+    HOLE: tl.constexpr,
+    STEP: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """The largest `_growth` of a pixel and its two neighbours in a row, for (before, here, after)."""
+    PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
+    AFTER: tl.constexpr = after_edge(STEP, PIXEL, place[1].shape[1])
+    beside, far, ends = place[3], place[4], place[5]
+    exists = (top + number >= 0) & (top + number < sizes[0])
+    here_ptr = mask_ptr + number * stride + mask_at[1]
+    edge_ptr = mask_ptr + number * stride + mask_at[2]
+    before = _growth(edge_ptr - PIXEL, beside[0] & exists, HOLE)
+    here = _growth(here_ptr, beside[1] & exists, HOLE)
+    after = _growth(edge_ptr + AFTER, beside[2] & exists, HOLE)
+    far_before = _growth(edge_ptr - 2 * PIXEL, far[0] & exists, HOLE)
+    far_after = _growth(edge_ptr + AFTER + PIXEL, far[1] & exists, HOLE)
+    first, last = here, here
+    if STEP == 1:
+        # The first and the last element of `here` once more: no single one can be taken out of a tile.
+        first = _growth(edge_ptr, ends[0] & exists, HOLE)
+        last = _growth(edge_ptr + AFTER - 1, ends[1] & exists, HOLE)
+    around = tl.maximum(behind(here, before, STEP), ahead(here, after, STEP))
+    return (
+        tl.maximum(tl.maximum(far_before, before), first),
+        tl.maximum(around, here),
+        tl.maximum(tl.maximum(last, after), far_after),
+    )
+
+
+@triton.jit
+def larger(a, b):
+    """Of (before, here, after) each."""
+    return tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.maximum(a[2], b[2])
+
+
+@triton.jit
+def region_values(value, exists, REGION: tl.constexpr, HOLE: tl.constexpr):
+    """What a pixel gives to a pair as its first and as its second one; nothing beyond the image.
+
+    value: of the mask, or the largest `_growth` around the pixel for a dilated region.
+    """
+    first = tl.where(exists, 1.0, 0.0)
+    second = first
+    if REGION != "image":
+        if REGION == "dilated_hole" and not HOLE:
+            value = -value
+        hole, _ = region_weights(value, HOLE)
+        first = tl.where(exists, hole, 0.0)
+        if REGION != "first_pixel":
+            second = first
+    return first, second
+
+
+@triton.jit
+def load_image(
+    pred_ptr,
+    target_ptr,  # None: no composite
+    offset,
+    exists,
+    weight,
+    HOLE: tl.constexpr,
+):
+    """(the image whose variation is wanted, pred - target)."""
+    image = tl.load(pred_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+    d = image
+    if target_ptr is not None:
+        target = tl.load(target_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+        d = image - target
+        hole, valid = region_weights(weight, HOLE)
+        # Select, not only multiply: NaN and Inf under weight 0 do not count.
+        image = hole * tl.where(hole != 0, image, 0.0) + valid * tl.where(valid != 0, target, 0.0)
+    return image, d
+
+
+@triton.jit
+def store_signs(signs_ptr, groups, d, exists):
+    """Two planes of a row, see `ops/_pairs.py`; signs_ptr [ROWS, 1]: the group's byte in the first of them."""
+    word = pack_signs(d, True).to(tl.int32)
+    exists = exists & (tl.arange(0, d.shape[0])[:, None] % (8 // d.shape[1]) == 0)
+    tl.store(signs_ptr, (word & 255).to(tl.uint8), mask=exists)
+    tl.store(signs_ptr + groups, (word >> 8 & 255).to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def load_signs(signs_ptr, groups, exists):
+    """[ROWS, 1], the word of `pack_signs`."""
+    positive = tl.load(signs_ptr, mask=exists, other=0).to(tl.int32)
+    return positive | (tl.load(signs_ptr + groups, mask=exists, other=0).to(tl.int32) << 8)
+
+
+@triton.jit
+def load_signs_before(signs_ptr, group, groups, exists, STEP: tl.constexpr):
+    """As `load_signs`, of the elements STEP before; group [ROWS, 1]: its number in the row."""
+    BACK: tl.constexpr = (STEP + 7) // 8
+    LATE: tl.constexpr = BACK * 8 - STEP
+    word = load_signs(signs_ptr - BACK, groups, exists & (group >= BACK))
+    if LATE != 0:
+        rest = load_signs(signs_ptr - (BACK - 1), groups, exists & (group >= BACK - 1))
+        # In each of the two bytes: first the last 8 - LATE bits of one group, then LATE bits of the next.
+        KEPT: tl.constexpr = 255 >> LATE
+        word = (word >> LATE & (KEPT * 257)) | ((rest << (8 - LATE)) & ((255 - KEPT) * 257))
+    return word

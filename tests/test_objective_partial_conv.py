@@ -1,0 +1,419 @@
+"""PartialConvObjective: every term of every preset against what the sources compute, overrides, bad arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+from typing import Any
+
+import pytest
+import torch
+from harness import DTYPES, Backend, assert_within_budget, grid
+from objective_cases import (
+    FORMULAS,
+    MASKS,
+    TERMS,
+    gradients,
+    images,
+    known,
+    mask_for,
+    narrow_stack,
+    objective,
+    relative,
+    trunk,
+    vgg_maps,
+    whitened,
+)
+from pixel_cases import skip_unsupported
+from torch import Tensor
+from training_checks import ops_called
+
+import inpaint_kernels as ik
+from inpaint_kernels.features import FrozenTrunk
+
+PRESETS = tuple(FORMULAS)
+Objective = ik.objectives.PartialConvObjective
+
+
+def check(found: Any, formula: Any, inputs: tuple[Tensor, Tensor, Tensor | None], pred: Tensor) -> None:
+    """Values and gradients of all terms within budget of the formula in float64."""
+    acc = torch.float64 if pred.dtype == torch.float64 else torch.float32
+
+    def evaluated(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        x, y, mask = (None if t is None else t.detach().cpu().to(dtype) for t in inputs)
+        x.requires_grad_()
+        terms = formula(x, y, mask)
+        return tuple(t.detach() for t in terms), gradients(terms, x)
+
+    plain, truth = evaluated(acc), evaluated(torch.float64)
+    got = gradients(found, pred)
+    for i, name in enumerate(("total", *TERMS)):
+        assert found[i].shape == () and found[i].dtype == acc, name
+        assert_within_budget(found[i], plain[0][i], truth[0][i], acc=acc, what=name)
+        # Over many layers roundings add up, and a sign that they turn is one in 10^5.
+        floor = 100 * torch.finfo(acc).eps
+        error, usual = relative(got[i].cpu(), truth[1][i]), relative(plain[1][i], truth[1][i])
+        assert error <= 2 * usual + floor, f"gradient of {name}: {error:.3g}, plain {usual:.3g}"
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions() -> Any:
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+@grid(preset=PRESETS, mask=MASKS, dtype=("f32", "f64"))
+def test_every_term_is_as_published(preset: str, mask: str, dtype: str, backend: Backend) -> None:
+    pred, target, weights = (t.to(DTYPES[dtype]) for t in (*images(preset), mask_for(preset, mask)))
+    skip_unsupported(backend, pred)
+    loss = objective(preset, backend=backend.name).to(backend.device, DTYPES[dtype])
+    leaf = pred.to(backend.device).requires_grad_()
+    found = loss(leaf, target.to(backend.device), weights.to(backend.device))
+    check(found, lambda *i: FORMULAS[preset](narrow_stack(), *i), (pred, target, weights), leaf)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_with_vgg16_itself(preset: str) -> None:
+    """The trunk that is built is tapped where the sources tap it."""
+    size = (1, 3, 32, 24)
+    pred, target, mask = *images(preset, size), mask_for(preset, "binary", size)
+    torch.manual_seed(1)
+    loss = Objective(preset, weights=None).double()
+    stack = loss.trunk.features
+    leaf = pred.double().requires_grad_()
+    found = loss(leaf, target.double(), mask.double())
+    check(found, lambda *i: FORMULAS[preset](stack, *i), (pred, target, mask), leaf)
+
+
+def test_nvidia_takes_no_mask() -> None:
+    pred, target = images("nvidia")
+    leaf = pred.requires_grad_()
+    found = objective("nvidia")(leaf, target)
+    check(found, lambda *i: FORMULAS["nvidia"](narrow_stack(), *i), (pred, target, None), leaf)
+    assert found.hole == 0
+
+
+def test_nvidia_smoothness() -> None:
+    """On the normalised prediction."""
+    pred, target = images("nvidia")
+    leaf = pred.requires_grad_()
+    mask = known("binary")
+    for given in (mask, None):
+        found = objective("nvidia", tv_weight=0.3)(leaf, target, given)
+        formula = lambda *i: FORMULAS["nvidia"](narrow_stack(), *i, smooth=0.3)  # noqa: E731
+        check(found, formula, (pred, target, given), leaf)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gray_images(preset: str) -> None:
+    """Three times for the trunk, once for the pixel terms; nvidia normalises first, so three times there."""
+    pred, target = images(preset, (2, 1, 24, 16))
+    mask = mask_for(preset, "binary")
+    leaf = pred.clone().requires_grad_()
+    found = objective(preset)(leaf, target, mask)
+    wide = pred.expand(-1, 3, -1, -1).clone().requires_grad_()
+    want = objective(preset)(wide, target.expand(-1, 3, -1, -1), mask)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    for got, expected in zip(gradients(found, leaf), gradients(want, wide), strict=True):
+        assert relative(got, expected.sum(1, keepdim=True)) < 1e-5
+    if preset == "naoto0804":
+        check(found, lambda *i: FORMULAS[preset](narrow_stack(), *i), (pred, target, mask), leaf)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_channels_last(preset: str) -> None:
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    want = objective(preset)(pred.requires_grad_(), target, mask)
+    leaf, truth = (t.detach().contiguous(memory_format=torch.channels_last) for t in (pred, target))
+    leaf.requires_grad_()
+    found = objective(preset, trunk=trunk(channels_last=True))(leaf, truth, mask)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    (got,) = torch.autograd.grad(found.total, leaf)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert relative(got, torch.autograd.grad(want.total, pred)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24, 16), (24, 16), (1, 1, 1, 16)])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_masks_that_the_batch_shares(shape: tuple[int, ...], chunk: int | None) -> None:
+    pred, target = images("paper")
+    mask = known("binary")[0, 0]
+    mask = mask[:1].expand(24, 16) if shape[-2] == 1 else mask
+    want = objective()(pred.requires_grad_(), target, mask.expand(2, 1, 24, 16))
+    found = objective(chunk=chunk)(pred, target, mask[: shape[-2]].reshape(shape))
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert relative(*(torch.autograd.grad(t.total, pred)[0] for t in (found, want))) < 1e-5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_images(preset: str) -> None:
+    _, target = images(preset)
+    leaf = target.clone().requires_grad_()
+    found = objective(preset, tv_weight=0)(leaf, target, mask_for(preset, "binary"))
+    assert not any(found)
+    (got,) = torch.autograd.grad(found.total, leaf)
+    assert not got.any()
+
+
+# Overrides
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", TERMS)
+def test_a_weight_is_that_of_its_term(preset: str, name: str) -> None:
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    loss = objective(preset, **{f"{name}_weight": 1.75})
+    assert getattr(loss.settings, f"{name}_weight") == 1.75
+    found, usual = loss(pred, target, mask), objective(preset)(pred, target, mask)
+    before = getattr(objective(preset).settings, f"{name}_weight")
+    value = getattr(found, name)
+    torch.testing.assert_close(found.total, usual.total + (1.75 - before) * value)
+    assert value > 0
+
+
+OPS = {
+    "hole": ("inpainting_pixel", "hole_valid"),
+    "valid": ("inpainting_pixel", "hole_valid"),
+    "tv": ("total_variation", "inpainting_pixel"),
+    "perceptual": ("feature_distance",),
+    "style": ("style", "gram"),
+}
+
+
+@pytest.mark.parametrize("off", [*([name] for name in TERMS), ["hole", "valid"], ["perceptual", "style"]])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_term_of_weight_zero_is_zero(preset: str, off: list[str], chunk: int | None) -> None:
+    """And costs nothing, where it has a pass of its own."""
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    pred.requires_grad_()
+    usual = objective(preset, tv_weight=0.1, chunk=chunk)(pred, target, mask)
+    loss = objective(preset, chunk=chunk, **{"tv_weight": 0.1} | {f"{name}_weight": 0 for name in off})
+    found = loss(pred, target, mask)
+    total = sum(getattr(loss.settings, f"{name}_weight") * getattr(usual, name) for name in TERMS)
+    torch.testing.assert_close(found.total, total)
+    for name in TERMS:
+        if name in off:
+            assert getattr(found, name) == 0
+        else:
+            torch.testing.assert_close(getattr(found, name).detach(), getattr(usual, name).detach())
+    called = ops_called(lambda: loss(pred, target, mask))
+    left = {op for name in TERMS if name not in off for op in OPS[name]}
+    unneeded = {op for name in off for op in OPS[name]} - left
+    assert not [op for op in called if op.split(".")[1].rsplit("_", 1)[0] in unneeded]
+    assert getattr(found.total, "requires_grad", False)
+
+
+def test_without_feature_terms_no_trunk_is_built() -> None:
+    """Nor weights looked for."""
+    loss = Objective("paper", perceptual_weight=0, style_weight=0, weights="/no/such/file")
+    assert loss.trunk is None
+    pred, target = images("paper")
+    found, usual = (o(pred, target, known("binary")) for o in (loss, objective()))
+    assert found.hole == usual.hole and found.tv == usual.tv and found.style == 0
+    torch.testing.assert_close(found.total, 6 * usual.hole + usual.valid + 0.1 * usual.tv)
+    assert loss(pred, target, known("binary"), truth=loss.prepare(target)).total == found.total
+
+
+def test_no_weight_at_all() -> None:
+    loss = objective(**{f"{name}_weight": 0 for name in TERMS})
+    assert not any(loss(*images("paper"), known("binary")))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_swap_channels_is_for_the_trunk_alone(preset: str) -> None:
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    found = objective(preset, swap_channels=True)(pred, target, mask)
+    usual, flipped = (
+        objective(preset)(pred, target, mask),
+        objective(preset)(pred.flip(1), target.flip(1), mask),
+    )
+    for name in ("perceptual", "style"):
+        torch.testing.assert_close(getattr(found, name), getattr(flipped, name))
+        assert getattr(found, name) != getattr(usual, name)
+    if preset != "nvidia":
+        assert found[1:4] == usual[1:4]
+
+
+def test_mask_is() -> None:
+    pred, target = images("paper")
+    mask = known("fractional")
+    for want, found in zip(
+        objective()(pred, target, mask), objective(mask_is="hole")(pred, target, 1 - mask), strict=True
+    ):
+        torch.testing.assert_close(found, want)
+
+
+def test_predictions() -> None:
+    """One of them alone: the term of that one."""
+    pred, target = images("paper")
+    mask = known("binary")
+    composite = mask * target + (1 - mask) * pred
+    goal = vgg_maps(narrow_stack(), whitened(target))
+    for name, image in (("raw", pred), ("composite", composite)):
+        found = objective(predictions=[name])(pred, target, mask)
+        maps = vgg_maps(narrow_stack(), whitened(image))
+        want = sum((a - b).abs().mean() for a, b in zip(maps, goal, strict=True))
+        torch.testing.assert_close(found.perceptual, want.detach())
+
+
+def test_layers() -> None:
+    """Any of the trunk's, under the names the trunk knows them by."""
+    pred, target = images("paper")
+    mask = known("binary")
+    found = objective(layers=["pool3"])(pred, target, mask)
+    numbered = FrozenTrunk(narrow_stack(), ["9", "16"])
+    assert objective(layers=("16",), trunk=numbered)(pred, target, mask).style == found.style
+    vgg = Objective(layers=("relu2_2", "relu1_1"), weights=None).trunk
+    assert vgg.names == ["relu2_2", "relu1_1"] and vgg.preprocess == "none"
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("paper", {"normalize": "mask", "tv_region": "first_pixel", "tv_normalize": "mask"}),
+        ("paper", {"tv_region": "image", "tv_normalize": "pairs", "normalize": "sample"}),
+        ("paper", {"tv_image": "raw", "tv_region": "hole"}),
+        ("naoto0804", {"pixel_space": "trunk"}),
+        ("mmagic", {"pixel_space": "trunk", "swap_channels": True}),
+        ("nvidia", {"predictions": ("raw", "composite"), "tv_weight": 0.2, "tv_image": "composite"}),
+    ],
+)
+def test_denominators_regions_and_spaces(preset: str, overrides: dict[str, Any]) -> None:
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    loss = objective(preset, **overrides)
+    s = loss.settings
+    found = loss(pred, target, mask)
+    if s.pixel_space == "trunk" and preset != "naoto0804":
+        unit = [(t + 1) / 2 if preset == "mmagic" else t for t in (pred, target)]
+        pred, target = (whitened(t.flip(1) if s.swap_channels else t) for t in unit)
+    hole, valid = ik.hole_valid_loss(pred, target, mask, normalize=s.normalize, mask_is=s.mask_is)
+    of = target if s.tv_image == "composite" else None
+    options = {"region": s.tv_region, "normalize": s.tv_normalize, "mask_is": s.mask_is}
+    tv = ik.total_variation_loss(pred, mask, target=of, **options)
+    for got, want in zip(found[1:4], (hole, valid, tv), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# A fixed target
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_truth_that_was_prepared(preset: str, chunk: int | None) -> None:
+    pred, target = images(preset)
+    mask = mask_for(preset, "binary")
+    loss = objective(preset, chunk=chunk)
+    passes: list[int] = []
+    loss.trunk.register_forward_hook(lambda _m, inputs, _o: passes.append(len(inputs[0])))
+    pred.requires_grad_()
+    want = loss(pred, target, mask)
+    passes.clear()
+    truth = loss.prepare(target)
+    assert passes == [2]
+    assert not any(value.requires_grad for values in truth.terms for value in values)
+    passes.clear()
+    found = loss(pred, target, mask, truth=truth)
+    assert sum(passes) == 2 * len(loss.settings.predictions)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert relative(*(torch.autograd.grad(t.total, pred)[0] for t in (found, want))) < 1e-6
+
+
+# Settings
+
+
+def test_presets_can_be_looked_at() -> None:
+    assert tuple(Objective.presets) == PRESETS
+    settings = objective("mmagic", style_weight=250).settings
+    assert settings == dataclasses.replace(Objective.presets["mmagic"], style_weight=250.0)
+    for text in ("style_weight=250.0", "tv_weight=0.1", "normalize='mask'", "chunk=None"):
+        assert text in repr(objective("mmagic", style_weight=250))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.style_weight = 1.0
+    with pytest.raises(TypeError):
+        Objective.presets["mmagic"] = settings
+
+
+def test_docstrings() -> None:
+    for name in ik.objectives.__all__:
+        value = getattr(ik.objectives, name)
+        assert value.__doc__.splitlines()[0].rstrip(".")
+    assert all(
+        f.name in ik.objectives.PartialConvSettings.__doc__ for f in dataclasses.fields(objective().settings)
+    )
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(recurse=False).find(Objective, "PartialConvObjective"):
+        assert runner.run(example).failed == 0 and runner.tries > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"preset": "liu"}, ValueError, "preset.*'liu'.*'paper', 'nvidia', 'naoto0804', 'mmagic'"),
+        ({"styleweight": 1.0}, TypeError, "styleweight.*layers.*style_weight.*pixel_space"),
+        ({"style_weight": "120"}, TypeError, "style_weight.*str"),
+        ({"style_weight": float("nan")}, ValueError, "style_weight.*nan"),
+        ({"hole_weight": True}, TypeError, "hole_weight.*bool"),
+        ({"normalize": "pairs"}, ValueError, "normalize.*'pairs'.*'image'"),
+        ({"preprocess": "caffe"}, ValueError, "preprocess.*'caffe'.*'imagenet_tanh'"),
+        ({"mask_is": "known"}, ValueError, "mask_is.*'known'.*'hole'"),
+        ({"tv_region": "all"}, ValueError, "tv_region.*'all'.*'dilated_hole'"),
+        ({"tv_normalize": "sample"}, ValueError, "tv_normalize.*'sample'.*'pairs'"),
+        ({"tv_region": "image", "tv_normalize": "mask"}, ValueError, "tv_normalize.*tv_region"),
+        ({"tv_image": "target"}, ValueError, "tv_image.*'target'.*'raw'"),
+        ({"pixel_space": "vgg"}, ValueError, "pixel_space.*'vgg'.*'trunk'"),
+        ({"predictions": "raw"}, TypeError, "predictions.*'raw'"),
+        ({"predictions": ["raw", "target"]}, ValueError, "predictions.*'target'.*'composite'"),
+        ({"predictions": []}, ValueError, "predictions.*at least one"),
+        ({"predictions": ["raw", "raw"]}, ValueError, "predictions.*twice"),
+        ({"layers": "pool1"}, TypeError, "layers.*'pool1'"),
+        ({"swap_channels": 1}, TypeError, "swap_channels.*1"),
+        ({"chunk": 0}, ValueError, "chunk.*0"),
+        ({"layers": ["pool4"]}, ValueError, "trunk.*pool4.*taps pool1, pool2, pool3.*layers="),
+        ({"trunk": trunk(preprocess="imagenet")}, ValueError, "trunk.*'imagenet'.*preprocess='none'"),
+        ({"trunk": torch.nn.Identity()}, TypeError, "trunk.*FrozenTrunk.*Identity"),
+        ({"weights": None}, ValueError, "weights.*trunk="),
+        ({"channels_last": True}, ValueError, "channels_last.*trunk="),
+        ({"trunk": None, "weights": "/no/file"}, FileNotFoundError, "weights.*/no/file"),
+        ({"trunk": None, "weights": None, "layers": ["pool9"]}, ValueError, "pool9.*vgg16"),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    given = {"trunk": trunk()} | options
+    with pytest.raises(error, match=words):
+        Objective(**given)
+
+
+def test_bad_inputs() -> None:
+    pred, target = images("paper")
+    mask = known("binary")
+    loss = objective()
+    other = objective(style_weight=0)
+    for call, error, words in (
+        (lambda: loss(pred, target), ValueError, "mask is missing"),
+        (lambda: objective("nvidia", predictions=["composite"])(pred, target), ValueError, "mask is missing"),
+        (lambda: loss(pred, target[:, :, 1:], mask), ValueError, r"target.*\(2, 3, 23, 16\)"),
+        (lambda: loss(pred, target, mask[:, 0]), ValueError, r"mask.*\(2, 24, 16\)"),
+        (lambda: loss(pred, None, mask), TypeError, "target.*NoneType"),
+        (lambda: loss(pred.long(), target, mask), TypeError, "pred.*int64"),
+        (lambda: loss(pred, target, mask, truth=target), TypeError, r"truth.*prepare\(target\).*Tensor"),
+        (
+            lambda: loss(pred, target, mask, truth=loss.prepare(target[:1])),
+            ValueError,
+            r"truth.*\[1\].*batch 2",
+        ),
+        (lambda: loss(pred, target, mask, truth=other.prepare(target)), ValueError, "truth.*1 terms"),
+        (lambda: loss.prepare(target[0]), ValueError, r"target.*\(3, 24, 16\)"),
+        (lambda: objective(backend="gpu")(pred, target, mask), ValueError, "backend.*'gpu'"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
