@@ -64,17 +64,23 @@ def test_two_runs_give_the_same_bits(backend: Backend, penalty: str, normalize: 
     check_deterministic(run, threads=(1,) if backend.name == "reference" else (1, 2, 3))
 
 
+OPCHECK_CASES = (
+    "image-contiguous",
+    "image-channels_last",
+    "image-transposed",
+    "1x1-contiguous",
+    "c1-channels_last",
+    "nothing-contiguous",
+    "nothing-channels_last",
+)
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(
-    size=OPCHECK_SIZES,
-    layout=("contiguous", "channels_last", "transposed"),
-    region=("image", "dilated_hole"),
-    gradient=("plain", "gradient"),
-)
-def test_opcheck(kernel: Backend, size: str, layout: str, region: str, gradient: str) -> None:
+@grid(case=OPCHECK_CASES, gradient=("plain", "gradient"))
+def test_opcheck(kernel: Backend, case: str, gradient: str) -> None:
+    size, layout = case.split("-")
     shape, needs_grad = OPCHECK_SIZES[size], gradient == "gradient"
+    region = "dilated_hole" if needs_grad else "image"
     ops = torch.ops.inpaint_kernels
     forward = getattr(ops, f"inpainting_pixel_{kernel.name}").default
     backward = getattr(ops, f"inpainting_pixel_backward_{kernel.name}").default
@@ -89,9 +95,9 @@ def test_opcheck(kernel: Backend, size: str, layout: str, region: str, gradient:
     channels_last = layout == "channels_last" and not pred.is_contiguous()
     rest = (list(shape), channels_last, pred.dtype, target.dtype, *weights, region, True)
     ones = [torch.ones_like(term) for term in terms]
-    for number in range(5):  # a gradient that no term sends is missing; the last time none is
+    for number in (0, 3, 4):  # the gradient of a term that sends none is missing; the last time none is
         grads = [None if i == number else one for i, one in enumerate(ones)]
-        check_opcheck(backward, (*grads, scale, tv_scale, signs, mask, *rest, True, number != 1))
+        check_opcheck(backward, (*grads, scale, tv_scale, signs, mask, *rest, True, number != 3))
 
 
 COMPILED_SIZES = ((2, 3, 9, 14), (3, 4, 16, 10))

@@ -58,23 +58,27 @@ def test_two_runs_give_the_same_bits(backend: Backend, layout: str, dtype: str, 
     check_deterministic(run)
 
 
+OPCHECK_CASES = (
+    "image-contiguous",
+    "image-channels_last",
+    "image-transposed",
+    "1x1-contiguous",
+    "c1-channels_last",
+    "nothing-contiguous",
+    "nothing-channels_last",
+)
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(
-    size=OPCHECK_SIZES,
-    layout=("contiguous", "channels_last", "transposed"),
-    parts=("all", "without a mask"),
-    dtypes=("f16/f32", "bf16/bf16"),
-)
-def test_opcheck(kernel: Backend, size: str, layout: str, parts: str, dtypes: str) -> None:
+@grid(case=OPCHECK_CASES, parts=("all", "without a mask"))
+def test_opcheck(kernel: Backend, case: str, parts: str) -> None:
+    size, layout = case.split("-")
     shape = OPCHECK_SIZES[size]
     ops = torch.ops.inpaint_kernels
     forward = getattr(ops, f"stacked_images_{kernel.name}").default
     backward = getattr(ops, f"stacked_images_backward_{kernel.name}").default
-    pred, target, mask = on_device(
-        kernel, *image_pair(shape, dtypes, f"{layout}/{layout}"), make_mask("n1hw", shape)
-    )
+    pair = image_pair(shape, "f16/f32", f"{layout}/{layout}")
+    pred, target, mask = on_device(kernel, *pair, make_mask("n1hw", shape))
     chosen = [0, 2] if parts == "without a mask" else [0, 1, 2, 3, 4, 1]
     mask = None if parts == "without a mask" else mask
     for scale, shift, swap in ((list(SCALE), list(SHIFT), True), ([], [], False)):
@@ -84,8 +88,7 @@ def test_opcheck(kernel: Backend, size: str, layout: str, parts: str, dtypes: st
         grad = torch.ones_like(forward(*arguments))
         channels_last = layout == "channels_last" and not pred.is_contiguous()
         rest = (mask, list(shape), channels_last, pred.dtype, target.dtype, chosen, scale, swap, False)
-        for needs in ((True, True), (True, False), (False, True)):
-            check_opcheck(backward, (grad, *rest, *needs))
+        check_opcheck(backward, (grad, *rest, True, swap))
 
 
 COMPILED_SIZES = ((2, 3, 9, 14), (3, 3, 16, 10))
