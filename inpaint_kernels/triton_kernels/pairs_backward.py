@@ -24,7 +24,6 @@ from .pairs_tile import (
     after_edge,
     ahead,
     behind,
-    larger,
     load_image,
     load_mask,
     load_signs,
@@ -35,6 +34,7 @@ from .pairs_tile import (
     region_values,
     row_stride,
     strip_place,
+    wider,
 )
 from .pixel import apply_signs, penalty_grad
 
@@ -86,7 +86,7 @@ def backward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
+    height, groups, channels = sizes[0], sizes[2], sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
     start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
@@ -96,12 +96,11 @@ def backward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + top * mask_stride + mask_at[0]
-        if STEP == 1:
-            mask_ptr += channel * strides[1]
+        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 4 if scale_ptr is None else 6
     if PENALTY == "l1":
-        signs_ptr += top_row * (PLANES * groups) + group
+        sign_stride = groups.to(tl.int64) * PLANES
+        signs_ptr += top_row * sign_stride + group
     else:
         pred_ptr += image_start
         if target_ptr is not None:
@@ -121,14 +120,14 @@ def backward_kernel(
     has_above = inside[1] & (top > 0) & (top <= height)
     above_ptr = None if mask_ptr is None else mask_ptr - mask_stride
     mask_above = load_mask(above_ptr, mask_at, inside, has_above, STEP, SHARED)[1]
-    largest_above = mask_above
+    widest_above = mask_above
     if REGION == "dilated_hole":
         far_above = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -2, HOLE, STEP, SHARED)
         near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
         last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
-        near = larger(near, last)
-        largest_above = larger(far_above, near)[1]
-    first_above = region_values(largest_above, has_above, REGION, HOLE)[0]
+        near = wider(near, last, HOLE)
+        widest_above = wider(far_above, near, HOLE)[1]
+    first_above = region_values(widest_above, has_above, REGION, HOLE)[0]
     image_above, gradient_above = zeros, zeros
     if PENALTY == "l2":
         image_above = load_image(pred_ptr, target_ptr, at - stride, has_above, mask_above, HOLE)[0]
@@ -140,13 +139,13 @@ def backward_kernel(
         before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            largest = larger(near, below)
-            near, last = larger(last, below), below
+            widest = wider(near, below, HOLE)
+            near, last = wider(last, below, HOLE), below
         else:
-            largest = before, here, after
-        first_before = region_values(largest[0], inside[0] & exists, REGION, HOLE)[0]
-        first, second = region_values(largest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(largest[2], inside[2] & exists, REGION, HOLE)[1]
+            widest = before, here, after
+        first_before = region_values(widest[0], inside[0] & exists, REGION, HOLE)[0]
+        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
+        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
         weight_left = behind(first, first_before, STEP) * second
         weight_right = first * ahead(second, second_after, STEP)
         weight_upper = first_above * second
@@ -154,8 +153,8 @@ def backward_kernel(
             if REGION == "image":
                 # A pair without a sign is none, and the others weigh 1.
                 weight_left, weight_right, weight_upper = zeros + 1.0, zeros + 1.0, zeros + 1.0
-            byte_ptr = signs_ptr + step * PLANES * groups
-            byte_above_ptr = byte_ptr - PLANES * groups
+            byte_ptr = signs_ptr + step * sign_stride
+            byte_above_ptr = byte_ptr - sign_stride
             kept, kept_above = (group < groups) & exists, (group < groups) & exists_above
             word_left = load_signs_before(byte_ptr, group, groups, kept, STEP)
             word_right = load_signs(byte_ptr, groups, kept)
@@ -253,7 +252,7 @@ def launch_backward(
             grad_pred if need_pred else None,
             grad_target if need_target else None,
             work.sizes,
-            (ready.stride_n, ready.stride_c),
+            (ready.stride_n, 0 if channels_last else ready.stride_c),
             (*scale_strides, tv_scale.stride(0)),
             weights,
             region,

@@ -26,7 +26,6 @@ from .hole_valid import region_weights
 from .pairs_tile import (
     after_edge,
     ahead,
-    larger,
     load_image,
     load_mask,
     make_plan,
@@ -36,6 +35,7 @@ from .pairs_tile import (
     row_stride,
     store_signs,
     strip_place,
+    wider,
 )
 from .pixel import penalty_value
 
@@ -64,7 +64,7 @@ def forward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2].to(tl.int64), sizes[3]
+    height, groups, channels = sizes[0], sizes[2], sizes[3]
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
     start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
@@ -76,12 +76,11 @@ def forward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + top * mask_stride + mask_at[0]
-        if STEP == 1:
-            mask_ptr += channel * strides[1]
+        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 6 if LOSSES else 4
     if signs_ptr is not None:
-        signs_ptr += top_row * (PLANES * groups) + group
+        sign_stride = groups.to(tl.int64) * PLANES
+        signs_ptr += top_row * sign_stride + group
 
     zeros = tl.zeros(at.shape, tl.float32)
     nothing = tl.zeros([at.shape[0], 1], tl.float32)
@@ -92,7 +91,7 @@ def forward_kernel(
     if REGION == "dilated_hole":
         last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
         near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
-        near = larger(near, last)
+        near = wider(near, last, HOLE)
     # One row more than the strip has: it only ends pairs.
     for step in range(STEPS + 1):
         exists = top + step < height
@@ -101,12 +100,12 @@ def forward_kernel(
         before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
         if REGION == "dilated_hole":
             below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            largest = larger(near, below)
-            near, last = larger(last, below), below
+            widest = wider(near, below, HOLE)
+            near, last = wider(last, below, HOLE), below
         else:
-            largest = before, here, after
-        first, second = region_values(largest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(largest[2], inside[2] & exists, REGION, HOLE)[1]
+            widest = before, here, after
+        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
+        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
         offset = step * stride
         image, d = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)
         image_after = load_image(
@@ -130,8 +129,8 @@ def forward_kernel(
                 hole_weight += tl.sum(tl.where(inside[1] & own, hole, 0.0), axis=1, keep_dims=True)
                 valid_weight += tl.sum(tl.where(inside[1] & own, valid, 0.0), axis=1, keep_dims=True)
         if signs_ptr is not None:
-            byte_ptr = signs_ptr + step * PLANES * groups
-            byte_above_ptr = byte_ptr - (PLANES - 2) * groups
+            byte_ptr = signs_ptr + step * sign_stride
+            byte_above_ptr = byte_ptr - sign_stride + 2 * groups
             stored = (group < groups) & own
             store_signs(byte_ptr, groups, across, stored)
             store_signs(byte_above_ptr, groups, down, (group < groups) & (step > 0) & (top + step <= height))
@@ -251,7 +250,7 @@ def launch_forward(
         sums,
         signs,
         work.sizes,
-        (ready.stride_n, ready.stride_c),
+        (ready.stride_n, 0 if channels_last else ready.stride_c),
         work.programs,
         region,
         penalty,

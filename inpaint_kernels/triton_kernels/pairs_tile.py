@@ -233,10 +233,20 @@ def load_mask(
 
 
 @triton.jit
-def _growth(mask_ptr, exists, HOLE: tl.constexpr):
-    """Mask values such that the larger one leaves more of a hole; beyond the image, what is never the largest."""
+def wider(a, b, HOLE: tl.constexpr):
+    """Of two mask values that which leaves more of a hole, for (before, here, after)."""
+    if HOLE:
+        found = tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.maximum(a[2], b[2])
+    else:
+        found = tl.minimum(a[0], b[0]), tl.minimum(a[1], b[1]), tl.minimum(a[2], b[2])
+    return found
+
+
+@triton.jit
+def _bounded(mask_ptr, exists, HOLE: tl.constexpr):
+    """Mask values in float32; beyond the image, what every hole is wider than."""
     value = tl.load(mask_ptr, mask=exists, other=0).to(tl.float32)
-    return tl.where(exists, value if HOLE else -value, -float("inf"))
+    return tl.where(exists, value, -float("inf") if HOLE else float("inf"))
 
 
 @triton.jit
@@ -252,48 +262,37 @@ def reach(
     STEP: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The largest `_growth` of a pixel and its two neighbours in a row, for (before, here, after)."""
+    """The widest of a pixel's mask value and those of its two neighbours in a row, for (before, here, after)."""
     PIXEL: tl.constexpr = STEP if SHARED == 1 else 1
     AFTER: tl.constexpr = after_edge(STEP, PIXEL, place[1].shape[1])
     beside, far, ends = place[3], place[4], place[5]
     exists = (top + number >= 0) & (top + number < sizes[0])
     here_ptr = mask_ptr + number * stride + mask_at[1]
     edge_ptr = mask_ptr + number * stride + mask_at[2]
-    before = _growth(edge_ptr - PIXEL, beside[0] & exists, HOLE)
-    here = _growth(here_ptr, beside[1] & exists, HOLE)
-    after = _growth(edge_ptr + AFTER, beside[2] & exists, HOLE)
-    far_before = _growth(edge_ptr - 2 * PIXEL, far[0] & exists, HOLE)
-    far_after = _growth(edge_ptr + AFTER + PIXEL, far[1] & exists, HOLE)
+    before = _bounded(edge_ptr - PIXEL, beside[0] & exists, HOLE)
+    here = _bounded(here_ptr, beside[1] & exists, HOLE)
+    after = _bounded(edge_ptr + AFTER, beside[2] & exists, HOLE)
+    far_before = _bounded(edge_ptr - 2 * PIXEL, far[0] & exists, HOLE)
+    far_after = _bounded(edge_ptr + AFTER + PIXEL, far[1] & exists, HOLE)
     first, last = here, here
     if STEP == 1:
         # The first and the last element of `here` once more: no single one can be taken out of a tile.
-        first = _growth(edge_ptr, ends[0] & exists, HOLE)
-        last = _growth(edge_ptr + AFTER - 1, ends[1] & exists, HOLE)
-    around = tl.maximum(behind(here, before, STEP), ahead(here, after, STEP))
-    return (
-        tl.maximum(tl.maximum(far_before, before), first),
-        tl.maximum(around, here),
-        tl.maximum(tl.maximum(last, after), far_after),
-    )
-
-
-@triton.jit
-def larger(a, b):
-    """Of (before, here, after) each."""
-    return tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.maximum(a[2], b[2])
+        first = _bounded(edge_ptr, ends[0] & exists, HOLE)
+        last = _bounded(edge_ptr + AFTER - 1, ends[1] & exists, HOLE)
+    lower = far_before, behind(here, before, STEP), last
+    upper = first, ahead(here, after, STEP), far_after
+    return wider(wider(lower, (before, here, after), HOLE), upper, HOLE)
 
 
 @triton.jit
 def region_values(value, exists, REGION: tl.constexpr, HOLE: tl.constexpr):
     """What a pixel gives to a pair as its first and as its second one; nothing beyond the image.
 
-    value: of the mask, or the largest `_growth` around the pixel for a dilated region.
+    value: of the mask, the widest around the pixel for a dilated region.
     """
     first = tl.where(exists, 1.0, 0.0)
     second = first
     if REGION != "image":
-        if REGION == "dilated_hole" and not HOLE:
-            value = -value
         hole, _ = region_weights(value, HOLE)
         first = tl.where(exists, hole, 0.0)
         if REGION != "first_pixel":
