@@ -228,14 +228,11 @@ class PartialConvObjective(Objective):
         """Those that weigh anything, and their weighted total as "total"; empty without any."""
         s = self.settings
         weights = {"hole": s.hole_weight, "valid": s.valid_weight, "tv": s.tv_weight}
-        where: dict[str, Any] = {"mask_is": s.mask_is, "backend": self.backend}
-        group: dict[str, Any] = {} if self.process_group is None else {"process_group": self.process_group}
+        where: dict[str, Any] = {"process_group": self.process_group, "backend": self.backend}
         composite = s.tv_image == "composite"
         found: dict[str, Tensor] = {}
         if mask is None:
-            found["valid"] = masked_l1_loss(
-                pred, target, normalize=s.normalize, backend=self.backend, **group
-            )
+            found["valid"] = masked_l1_loss(pred, target, normalize=s.normalize, **where)
         elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite:
             found = inpainting_pixel_loss(
                 pred,
@@ -247,11 +244,13 @@ class PartialConvObjective(Objective):
                 normalize=s.normalize,
                 tv_region=s.tv_region,
                 tv_normalize=s.tv_normalize,
+                mask_is=s.mask_is,
                 **where,
-                **group,
             )._asdict()
         elif s.hole_weight or s.valid_weight:
-            found = hole_valid_loss(pred, target, mask, normalize=s.normalize, **where, **group)._asdict()
+            found = hole_valid_loss(
+                pred, target, mask, normalize=s.normalize, mask_is=s.mask_is, **where
+            )._asdict()
         if s.tv_weight and "tv" not in found:
             found["tv"] = total_variation_loss(
                 pred,
@@ -259,8 +258,8 @@ class PartialConvObjective(Objective):
                 target=target if composite else None,
                 region=s.tv_region,
                 normalize=s.tv_normalize,
+                mask_is=s.mask_is,
                 **where,
-                **group,
             )
         total = found.pop("total", None)
         found = {name: value for name, value in found.items() if weights[name]}
