@@ -163,11 +163,12 @@ class Job:
             return None
         if args.trunk_weights is None:
             self._say(RANDOM_WARNING.format(name="vgg16", option=option))
-        # The published objective normalises, once for all of its passes. Its style term grows with the square of the
-        # features: random ones as large as normalised pictures would make it nine tenths of the loss.
-        options: dict[str, Any] = (
-            {"preprocess": "none", "random_scale": 1 / 3} if args.objective == "pconv" else {}
-        )
+        options: dict[str, Any] = {}
+        if args.objective == "pconv":
+            # The objective normalises, once for all of its passes, and its own trunk has this layout. The style term
+            # grows with the square of the features: of random ones as large as normalised pictures it would be nine
+            # tenths of the loss.
+            options = {"preprocess": "none", "channels_last": None, "random_scale": 1 / 3}
         trunk = load_trunk("vgg16", args.trunk_weights, self.world.device, option=option, **options)
         return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from data import InputError
@@ -26,6 +26,7 @@ def load_trunk(
     option: str,
     taps: Sequence[str] | None = None,
     preprocess: str = "imagenet",
+    channels_last: bool | None = False,
     random_scale: float = 1.0,
 ) -> FrozenTrunk:
     """A trunk for pictures in [0, 1], with ``preprocess="none"`` for normalised ones.
@@ -36,7 +37,7 @@ def load_trunk(
         device: where it runs.
         option: the command-line option the weights came from, for messages.
         taps: layer names such as "relu1_1"; None for the trunk's own.
-        preprocess: of the trunk.
+        preprocess, channels_last: of the trunk.
         random_scale: what features of random values are multiplied by.
     """
     import inpaint_kernels as ik
@@ -45,10 +46,10 @@ def load_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            if taps is None:
-                trunk = make(weights=weights, preprocess=preprocess)
-            else:
-                trunk = make(taps, weights=weights, preprocess=preprocess)
+            of_trunk: dict[str, Any] = {"preprocess": preprocess, "channels_last": channels_last}
+            if taps is not None:
+                of_trunk["taps"] = taps
+            trunk = make(weights=weights, **of_trunk)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{option}: {' '.join(str(error).split())}") from error
         if weights is None:
