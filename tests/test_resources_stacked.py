@@ -66,6 +66,7 @@ CASES = [
     Case(channels_last=True, swap=True, narrow=True),
     Case(backward="pred"),
     Case("bf16/bf16", backward="pred"),
+    Case("f16/f32", backward="pred"),
     Case("f16/f32", swap=True, backward="pred,target"),
     Case(parts=(0, 1, 2, 3, 4), backward="target"),
     Case(size=(8, 1, 512, 512), backward="pred"),

@@ -48,9 +48,8 @@ struct StackedArgs {
   Affine constant[kMostConstants];  // of an out segment, or of a place in a pixel
 };
 
-// The place in its pixel of the element of a segment.
+// The place of an element in its pixel, in channels_last.
 IK_DEVICE int place_in_pixel(const StackedArgs& args, int64_t element) {
-  if (args.channels == 1) return 0;
   // A 64-bit division costs several times a 32-bit one.
   if (element <= INT32_MAX) return static_cast<uint32_t>(element) % static_cast<uint32_t>(args.channels);
   return static_cast<int>(element % args.channels);

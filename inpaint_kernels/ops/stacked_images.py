@@ -176,7 +176,8 @@ def stacked_images(
             channels as either has.
         swap_channels: reverse the order of the channels (RGB to BGR and back), before `scale` and `shift`.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda". The last two take up to 64 parts, and
+            lists for up to 64 channels; with None more of them run on "reference".
 
     Returns:
         (len(parts) * N, C, H, W), in the wider dtype of the images and the layout of `pred`, computed in float32
