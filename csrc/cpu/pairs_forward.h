@@ -51,6 +51,7 @@ void pair_run(const PairRun<T>& run, PairSums& sums) {
   constexpr int lanes = V::lanes;
   V across(T(0)), down(T(0));
   const auto add = [&](int64_t i, int count, int across_count) __attribute__((always_inline)) {
+    prefetch(run.image + i);
     if (ACROSS && across_count > 0) {
       across = across + pair_value<P, WEIGHTED, SIGNS, V>(run.image, run.image + run.step, run.first,
                                                           WEIGHTED ? run.second + run.step : nullptr, i,
