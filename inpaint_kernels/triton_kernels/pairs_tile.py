@@ -317,7 +317,9 @@ def load_image(
         d = image - target
         hole, valid = region_weights(weight, HOLE)
         # Select, not only multiply: NaN and Inf under weight 0 do not count.
-        image = hole * tl.where(hole != 0, image, 0.0) + valid * tl.where(valid != 0, target, 0.0)
+        known = valid * tl.where(valid != 0, target, 0.0)
+        # Rounded alike wherever a pixel is formed, which a compiler need not do by itself: equal pixels stay equal.
+        image = tl.fma(hole, tl.where(hole != 0, image, 0.0), known)
     return image, d
 
 
