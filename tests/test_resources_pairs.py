@@ -22,8 +22,8 @@ from aot import Launch, Resources, compile_launch, record
 from inpaint_kernels.triton_kernels import inpainting_pixel, total_variation
 
 CAPABILITIES = (80, 90, 100)
-# Two programs of four warps stay resident with it: each has two rows of the images and two of the mask on their way.
-# What the kernels need today (168 in most cases, 190 in the narrowest); no GPU has told whether fewer would be faster.
+# Two programs of four warps stay resident with it, each with two rows of the images and two of the mask on their way.
+# What the kernels need today: 168 in most cases, 190 in the narrowest; no GPU has told whether fewer would be faster.
 MAX_REGISTERS = 192
 
 
