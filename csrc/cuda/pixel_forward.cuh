@@ -274,7 +274,7 @@ IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add&
 
 // One block.
 template <int R>
-__global__ void __launch_bounds__(kFinalThreads) pixel_finalize(const FinalArgs args, int lanes) {
+__global__ void __launch_bounds__(kFinalThreads, 1) pixel_finalize(const FinalArgs args, int lanes) {
   const auto* partials = static_cast<const Partial<R>*>(args.partials);
   double sum[R] = {};  // over this thread's samples, at lane 0 of each sample
   double weight[R] = {};
