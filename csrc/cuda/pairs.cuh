@@ -24,6 +24,10 @@ constexpr int kPairBlocks = kChannels == 3 ? 3 : 4;
 // What is summed: pairs of an image, pairs of the composite of two, or those and the hole and valid terms.
 enum class Terms : int { image, composite, losses };
 
+// Kinds of signs: across, down, and of pred - target.
+template <Terms kTerms>
+constexpr int kSignKinds = kTerms == Terms::losses ? 3 : 2;
+
 enum class ElementType : int { f32, f16, bf16 };
 
 // How a call is cut into chunks.
@@ -302,11 +306,11 @@ IK_DEVICE float sign_at(uint32_t row, int place) {
 }
 
 // Where the words of signs of a chunk's first 4 rows are: of this thread's first channel and the first kind.
-template <typename Word>
-IK_DEVICE Word* sign_words(Word* signs, const Frame& frame, const Spot& spot, int kinds) {
+template <Terms kTerms, typename Word>
+IK_DEVICE Word* sign_words(Word* signs, const Frame& frame, const Spot& spot) {
   const int64_t plane = static_cast<int64_t>(spot.sample) * frame.channels + spot.channel;
   const int64_t row = plane * frame.sign_rows + spot.begin / kQuad;
-  return signs + row * kinds * frame.sign_quads + spot.x / kQuad;
+  return signs + row * kSignKinds<kTerms> * frame.sign_quads + spot.x / kQuad;
 }
 
 }  // namespace ik::cuda

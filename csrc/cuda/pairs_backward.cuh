@@ -35,7 +35,7 @@ template <Terms kTerms, int kChannels>
 class SignSlopes {
  public:
   __device__ __forceinline__ SignSlopes(const PairBackwardArgs& args, const Spot& spot)
-      : frame_(args.frame), spot_(spot), at_(sign_words(args.signs, args.frame, spot, kKinds)) {}
+      : frame_(args.frame), spot_(spot), at_(sign_words<kTerms>(args.signs, args.frame, spot)) {}
 
   // Row y becomes the current one.
   __device__ __forceinline__ void begin(int y) {
@@ -56,7 +56,7 @@ class SignSlopes {
   __device__ __forceinline__ float pixel(int c, int k) const { return sign(c, kKinds - 1, k); }
 
  private:
-  static constexpr int kKinds = kTerms == Terms::losses ? 3 : 2;
+  static constexpr int kKinds = kSignKinds<kTerms>;
 
   __device__ __forceinline__ float sign(int c, int kind, int k) const {
     return sign_at(words_[c][kind] >> shift_, k);
@@ -143,7 +143,8 @@ IK_DEVICE float pair_gradient(float coefficient, float slope) {
 }
 
 template <Terms kTerms, int kChannels, bool kSquare>
-__global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
+__global__ void __launch_bounds__(kThreads,
+                                  (kSquare && kTerms == Terms::composite ? 2 : kPairBlocks<kChannels>))
     pairs_backward(const PairBackwardArgs args) {
   constexpr bool kLosses = kTerms == Terms::losses;
   static_assert(!kLosses || !kSquare, "inpainting_pixel makes its l2 of two ops");

@@ -55,7 +55,7 @@ template <Terms kTerms, int kChannels, bool kSquare>
 __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
     pairs_forward(const PairForwardArgs args) {
   constexpr bool kLosses = kTerms == Terms::losses;
-  constexpr int kKinds = kLosses ? 3 : 2;  // of signs: across, down, pred - target
+  constexpr int kKinds = kSignKinds<kTerms>;
   const Frame& frame = args.frame;
   const Spot spot = locate_chunk<kChannels>(frame);
   RegionRows regions(args.mask, frame, spot);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
   uint32_t words[kChannels][kKinds];
 #pragma unroll
   for (int i = 0; i < kChannels * kKinds; ++i) words[i / kKinds][i % kKinds] = kNoSigns;
-  uint32_t* signs = sign_words(args.signs, frame, spot, kKinds);
+  uint32_t* signs = sign_words<kTerms>(args.signs, frame, spot);
 
   // Stores the words of the 4 rows from y on and begins new ones.
   const auto store_signs = [&](int kind, int y) {
@@ -199,9 +199,8 @@ struct PairFinalArgs {
 
 // One block. `lanes` (power of two) threads add the blocks of one sample.
 template <bool kLosses>
-__global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalArgs args, int lanes) {
+__global__ void __launch_bounds__(kFinalThreads, 1) pairs_finalize(const PairFinalArgs args, int lanes) {
   double sum[kSums] = {};  // over this thread's samples
-  [[maybe_unused]] double scaled[2] = {};
   sum_samples<kSums>(
       args.samples, args.blocks, lanes,
       [&](int64_t index, double (&value)[kSums]) {
@@ -210,18 +209,21 @@ __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalA
         for (int i = 0; i < kSums; ++i) value[i] += partial.sum[i];
       },
       [&](int64_t sample, const double (&value)[kSums]) {
+        double scale[kSums];
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sum[i] += value[i];
+        for (int i = 0; i < kSums; ++i) scale[i] = 1.0;
         if constexpr (kLosses) {
-          if (args.normalize != Normalize::sample) return;
+          if (args.normalize == Normalize::sample) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const double scale = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
+            for (int r = 0; r < 2; ++r) {
+              scale[kHole + r] = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
                                               static_cast<double>(args.samples));
-            scaled[r] += scale * value[kHole + r];
-            args.scale[2 * sample + r] = static_cast<float>(scale);
+              args.scale[2 * sample + r] = static_cast<float>(scale[kHole + r]);
+            }
           }
         }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sum[i] += scale[i] * value[i];
       });
   double scales[2];
   pair_scales(args.pair_normalize, args.pairs_down, args.pairs_across, args.numel, block_sum(sum[kRegion]),
@@ -231,13 +233,11 @@ __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalA
   if constexpr (kLosses) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      double loss = 0.0;
-      if (args.normalize == Normalize::sample) {
-        loss = block_sum(scaled[r]);
-      } else {
+      double loss = block_sum(sum[kHole + r]);
+      if (args.normalize != Normalize::sample) {
         const double scale = sample_scale(args.normalize, 0.0, block_sum(sum[kHoleWeight + r]), args.numel,
                                           static_cast<double>(args.samples));
-        loss = block_sum(sum[kHole + r]) * scale;
+        loss *= scale;
         for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
           args.scale[2 * n + r] = static_cast<float>(scale);
         }

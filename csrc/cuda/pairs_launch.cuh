@@ -160,12 +160,12 @@ struct PairForwardCall {
 // Returns the signs. One streaming kernel, then a small one that adds the sums.
 template <Terms kTerms>
 Tensor run_pairs_forward(const DeviceScope& device, PairForwardCall call) {
-  constexpr int kKinds = kTerms == Terms::losses ? 3 : 2;
   const auto sizes = call.pred.sizes();
   STD_TORCH_CHECK(sizes.size() == 4, "pred must have 4 dimensions (N, C, H, W)");
   PairTensors t({sizes.begin(), sizes.end()}, !call.pred.is_contiguous() && is_channels_last(call.pred),
                 call.mask, call.region, call.mask_is_hole);
-  Tensor signs = empty_1d(call.pred, call.save_signs ? t.sign_bytes(kKinds) : 0, ScalarType::Byte);
+  Tensor signs =
+      empty_1d(call.pred, call.save_signs ? t.sign_bytes(kSignKinds<kTerms>) : 0, ScalarType::Byte);
   std::optional<Tensor> partials;
   PairFinalArgs& final = call.final;
   if (t.shape.numel() > 0) {
@@ -222,7 +222,6 @@ struct PairBackwardCall {
 template <Terms kTerms>
 std::tuple<Tensor, Tensor> run_pairs_backward(const DeviceScope& device, const PairBackwardCall& call,
                                               PairBackwardArgs args) {
-  constexpr int kKinds = kTerms == Terms::losses ? 3 : 2;
   PairTensors t(call.size, call.channels_last, call.mask, call.region, call.mask_is_hole);
   Image<char> pred{};
   Image<char> target{};
@@ -234,7 +233,7 @@ std::tuple<Tensor, Tensor> run_pairs_backward(const DeviceScope& device, const P
                     "the images are needed");
     args.images = t.inputs(*call.pred, kTerms == Terms::image ? nullptr : call.target);
   } else {
-    STD_TORCH_CHECK(call.signs != nullptr && call.signs->numel() == t.sign_bytes(kKinds),
+    STD_TORCH_CHECK(call.signs != nullptr && call.signs->numel() == t.sign_bytes(kSignKinds<kTerms>),
                     "signs: missing or of the wrong size");
     args.signs = static_cast<const uint32_t*>(call.signs->const_data_ptr());
   }

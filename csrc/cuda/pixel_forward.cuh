@@ -242,11 +242,12 @@ IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add&
   const int at_once = kFinalThreads / lanes;
   const bool wide = lanes > kWarp;
   __shared__ double warp_sums[kFinalThreads / kWarp][kValues];
+  constexpr int kAhead = kValues > 4 ? 2 : 4;  // tiles loaded at once: 1024 threads have 64 registers each
   for (int64_t first = 0; first < samples; first += at_once) {
     const int64_t sample = first + static_cast<int>(threadIdx.x) / lanes;
     double value[kValues] = {};
     if (sample < samples) {
-#pragma unroll 4
+#pragma unroll kAhead
       for (int64_t tile = lane; tile < tiles; tile += lanes) add(sample * tiles + tile, value);
     }
     for (int step = (wide ? kWarp : lanes) / 2; step > 0; step /= 2) {
