@@ -242,7 +242,8 @@ IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add&
   const int at_once = kFinalThreads / lanes;
   const bool wide = lanes > kWarp;
   __shared__ double warp_sums[kFinalThreads / kWarp][kValues];
-  constexpr int kAhead = kValues > 4 ? 2 : 4;  // tiles loaded at once: 1024 threads have 64 registers each
+  // Tiles loaded at once: 1024 threads have 64 registers each.
+  [[maybe_unused]] constexpr int kAhead = kValues > 4 ? 2 : 4;
   for (int64_t first = 0; first < samples; first += at_once) {
     const int64_t sample = first + static_cast<int>(threadIdx.x) / lanes;
     double value[kValues] = {};
