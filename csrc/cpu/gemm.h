@@ -6,12 +6,17 @@
 namespace ik {
 namespace IK_ISA {
 
-// Rows x columns of a tile, sized to the register file: 16 + 8 of 32 registers with AVX-512, 8 + 6 of 16
-// else.
+// Rows x columns of a tile, sized to the register file: sums and operands of 32 registers with AVX-512, of 16
+// else. The tiles for AVX2 fill it (12 sums, 3 + 1 or 2 + 1 operands): 8 sums are fewer than its two units of
+// 4 cycles latency need once a load is late.
 #if defined(IK_ISA_AVX512)
 constexpr int kDotRows = 4;
 constexpr int kDotCols = 4;
 constexpr int kOuterRows = 8;
+#elif defined(IK_ISA_AVX2)
+constexpr int kDotRows = 4;
+constexpr int kDotCols = 3;
+constexpr int kOuterRows = 6;
 #else
 constexpr int kDotRows = 2;
 constexpr int kDotCols = 4;
@@ -49,29 +54,51 @@ IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T
   }
 }
 
-// out[r * ldo + c] = sum_k a[r * a_row + k * a_k] * b[k * b_k + c] for kOuterRows rows and kOuterCols
-// columns: the columns of b are contiguous.
-template <typename T, int Rows>
-IK_INLINE void outer_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_k, int64_t n, T* out,
+enum class Store { set, add, stream };
+
+// out[r * ldo + c] = sum_k rows[r][k * step] * panel[k * kOuterCols + c] for kOuterRows rows and kOuterCols
+// columns, or added to what is there, or written around the cache. The panel is contiguous: rows of a matrix
+// as wide as a power of two would all lie in a few sets of the first-level cache.
+template <Store kStore, typename T>
+IK_INLINE void outer_tile(const T* const* rows, int64_t step, const T* panel, int64_t n, T* out,
                           int64_t ldo) {
   using V = Vec<T>;
-  V sums[Rows][kOuterVectors];
-  for (int r = 0; r < Rows; ++r) {
+  V sums[kOuterRows][kOuterVectors];
+  for (int r = 0; r < kOuterRows; ++r) {
     for (int v = 0; v < kOuterVectors; ++v) {
       sums[r][v] = V(T(0));
     }
   }
   for (int64_t k = 0; k < n; ++k) {
     V column[kOuterVectors];
-    for (int v = 0; v < kOuterVectors; ++v) column[v] = V::load(b + k * b_k + v * V::lanes);
-    for (int r = 0; r < Rows; ++r) {
-      const V value(a[r * a_row + k * a_k]);
+    for (int v = 0; v < kOuterVectors; ++v) column[v] = V::load(panel + k * kOuterCols<T> + v * V::lanes);
+    for (int r = 0; r < kOuterRows; ++r) {
+      const V value(rows[r][k * step]);
       for (int v = 0; v < kOuterVectors; ++v) sums[r][v] = fma_(value, column[v], sums[r][v]);
     }
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kOuterVectors; ++v) sums[r][v].store(out + r * ldo + v * V::lanes);
+  for (int r = 0; r < kOuterRows; ++r) {
+    for (int v = 0; v < kOuterVectors; ++v) {
+      T* at = out + r * ldo + v * V::lanes;
+      if constexpr (kStore == Store::stream) {
+        sums[r][v].stream(at);
+      } else {
+        (kStore == Store::add ? V::load(at) + sums[r][v] : sums[r][v]).store(at);
+      }
+    }
   }
+}
+
+// Columns of a panel from a row of a matrix, zero beyond `n`.
+template <typename T>
+IK_INLINE void pack_columns(const T* row, int64_t n, T* panel) {
+  if (n >= kOuterCols<T>) {
+    for (int v = 0; v < kOuterVectors; ++v) {
+      Vec<T>::load(row + v * Vec<T>::lanes).store(panel + v * Vec<T>::lanes);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < kOuterCols<T>; ++i) panel[i] = i < n ? row[i] : T(0);
 }
 
 }  // namespace IK_ISA

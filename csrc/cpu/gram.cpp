@@ -10,18 +10,20 @@ namespace {
 
 template <typename T>
 void write_gram(const FeatureMap& map, double scale, Tensor& out) {
-  const std::vector<double> sums = gram_sums<T>(map);
+  const auto sums = gram_sums<T>(map);
   T* gram = static_cast<T*>(out.mutable_data_ptr());
   const int64_t C = map.channels;
-  for (int64_t n = 0; n < map.samples; ++n) {
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        const T value = static_cast<T>(sums[(n * C + i) * C + j] * scale);
-        gram[(n * C + i) * C + j] = value;
-        gram[(n * C + j) * C + i] = value;
+  torch::stable::parallel_for(0, map.samples, grain_of(C * C), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t i = 0; i < C; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+          const T value = static_cast<T>(sums[(n * C + i) * C + j] * scale);
+          gram[(n * C + i) * C + j] = value;
+          gram[(n * C + j) * C + i] = value;
+        }
       }
     }
-  }
+  });
 }
 
 Tensor gram(const Tensor& features,  // [N, C, H, W]

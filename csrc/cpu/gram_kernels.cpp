@@ -22,26 +22,29 @@ IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
   return static_cast<const char*>(map.data) + index * dtype_bytes(map.dtype);
 }
 
-// Rows of a block stay in the second-level cache while the tiles of a band pass over them.
-constexpr int64_t kBlockPixels = 2048;
-constexpr int64_t kBlockRows = 64;
+// Rows of a block stay in the second-level cache while the tiles of a band pass over them, those of a tile in
+// the first. They are copied to rows of their own: planes as large as a power of two would all lie in a few
+// sets of either.
+constexpr int64_t kBlockPixels = 1024;
+constexpr int64_t kBlockStride = kBlockPixels + 16;
+constexpr int64_t kBlockRows = 48;
+static_assert(kBlockRows % kDotRows == 0 && kBlockRows % kDotCols == 0, "tiles would overlap");
 // Outer products add up one after the other: short blocks keep the rounding at the level of a library
 // product.
-constexpr int64_t kOuterPixels = 256;
+constexpr int64_t kOuterPixels = 128;
 
-// Lower triangle of rows first .. last of X X^T over `n` pixels; row c starts at x + c * stride.
+// Lower triangle of rows first .. last of X X^T over `n` pixels; row c starts at x + c * kBlockStride.
 template <typename T>
-void add_dot_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n,
-                      T* gram) {
+void add_dot_products(const T* x, int64_t channels, int64_t first, int64_t last, int64_t n, T* gram) {
   for (int64_t column_block = 0; column_block < last; column_block += kBlockRows) {
     const int64_t column_end = least(column_block + kBlockRows, last);
     // Rows above the block hold none of its columns.
     for (int64_t i = first > column_block ? first : column_block; i < last; i += kDotRows) {
       const T* rows[kDotRows];
-      for (int r = 0; r < kDotRows; ++r) rows[r] = x + least(i + r, last - 1) * stride;
+      for (int r = 0; r < kDotRows; ++r) rows[r] = x + least(i + r, last - 1) * kBlockStride;
       for (int64_t j = column_block; j < least(column_end, i + kDotRows); j += kDotCols) {
         const T* cols[kDotCols];
-        for (int s = 0; s < kDotCols; ++s) cols[s] = x + least(j + s, last - 1) * stride;
+        for (int s = 0; s < kDotCols; ++s) cols[s] = x + least(j + s, last - 1) * kBlockStride;
         T tile[kDotRows * kDotCols] = {};
         dot_tile(rows, cols, n, tile, kDotCols);
         for (int r = 0; r < kDotRows && i + r < last; ++r) {
@@ -54,19 +57,34 @@ void add_dot_products(const T* x, int64_t stride, int64_t channels, int64_t firs
   }
 }
 
-// The same from channels_last pixels: pixel k starts at x + k * stride and is zero from C to a multiple of
-// the tile.
+// Panels of channels, each [kOuterPixels][kOuterCols] and a cache line, so that the same pixel of several
+// panels lies in different sets.
 template <typename T>
-void add_outer_products(const T* x, int64_t stride, int64_t channels, int64_t first, int64_t last, int64_t n,
-                        T* gram) {
+constexpr int64_t kPanelStride = kOuterPixels * kOuterCols<T> + 16;
+
+// The same from panels of channels_last pixels. What it adds above the diagonal is not read.
+template <typename T>
+void add_outer_products(const T* panels, int64_t channels, int64_t first, int64_t last, int64_t n, T* gram) {
   constexpr int64_t cols = kOuterCols<T>;
-  for (int64_t i = first; i < last; i += kOuterRows) {
-    for (int64_t j = 0; j < least(last, i + kOuterRows); j += cols) {
+  for (int64_t j = 0; j < last; j += cols) {
+    const T* panel = panels + j / cols * kPanelStride<T>;
+    const int64_t above =
+        j > first ? (j - first) / kOuterRows * kOuterRows : 0;  // rows without a column here
+    for (int64_t i = first + above; i < last; i += kOuterRows) {
+      const T* rows[kOuterRows];
+      for (int r = 0; r < kOuterRows; ++r) {
+        const int64_t row = least(i + r, last - 1);
+        rows[r] = panels + row / cols * kPanelStride<T> + row % cols;
+      }
+      T* out = gram + i * channels + j;
+      if (i + kOuterRows <= last && j + cols <= channels) {
+        outer_tile<Store::add>(rows, cols, panel, n, out, channels);
+        continue;
+      }
       alignas(64) T tile[kOuterRows * cols];
-      outer_tile<T, kOuterRows>(x + i, 1, stride, x + j, stride, n, tile, cols);
+      outer_tile<Store::set>(rows, cols, panel, n, tile, cols);
       for (int64_t r = 0; r < kOuterRows && i + r < last; ++r) {
-        for (int64_t s = 0; s < cols && j + s <= i + r; ++s)
-          gram[(i + r) * channels + j + s] += tile[r * cols + s];
+        for (int64_t s = 0; s < cols && j + s < channels; ++s) out[r * channels + s] += tile[r * cols + s];
       }
     }
   }
@@ -77,11 +95,10 @@ void gram_units(const GramCall& call, int64_t unit_begin, int64_t unit_end) {
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
-  const int64_t padded = SymmetricProductCall::padded_cols(C);
   const bool native = map.dtype == kNative<T>;
-  // channels_last tiles read whole vectors: in place only if C fills them.
-  const bool in_place = native && (!map.channels_last || padded == C);
-  Scratch<T> scratch(in_place ? 0 : padded * kBlockPixels);
+  constexpr int64_t cols = kOuterCols<T>;
+  Scratch<T> scratch(map.channels_last ? C : C * kBlockStride);
+  Scratch<T> panels(map.channels_last ? (C + cols - 1) / cols * kPanelStride<T> : 0);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t bands = call.bands();
     const int64_t parts = call.parts();
@@ -96,30 +113,32 @@ void gram_units(const GramCall& call, int64_t unit_begin, int64_t unit_end) {
     for (int64_t k = part * call.part_pixels(); k < end; k += block) {
       const int64_t n = least(block, end - k);
       if (!map.channels_last) {
-        const int64_t start = sample * C * M + k;
-        if (in_place) {
-          add_dot_products(reinterpret_cast<const T*>(element(map, start)), M, C, first, last, n, gram);
-          continue;
-        }
         for (int64_t c = 0; c < last; ++c) {
-          convert_to(map.dtype, element(map, start + c * M), n, scratch.get() + c * kBlockPixels);
+          const char* row = element(map, (sample * C + c) * M + k);
+          convert_to(map.dtype, row, n, scratch.get() + c * kBlockStride);
         }
-        add_dot_products(scratch.get(), kBlockPixels, C, first, last, n, gram);
-      } else {
-        const int64_t start = (sample * M + k) * C;
-        if (in_place) {
-          add_outer_products(reinterpret_cast<const T*>(element(map, start)), C, C, first, last, n, gram);
-          continue;
-        }
-        for (int64_t m = 0; m < n; ++m) {
-          T* row = scratch.get() + m * padded;
-          convert_to(map.dtype, element(map, start + m * C), C, row);
-          for (int64_t c = C; c < padded; ++c) row[c] = T(0);
-        }
-        add_outer_products(scratch.get(), padded, C, first, last, n, gram);
+        add_dot_products(scratch.get(), C, first, last, n, gram);
+        continue;
       }
+      for (int64_t m = 0; m < n; ++m) {
+        const char* pixel = element(map, (sample * M + k + m) * C);
+        if (!native) convert_to(map.dtype, pixel, last, scratch.get());
+        const T* row = native ? reinterpret_cast<const T*>(pixel) : scratch.get();
+        T* panel = panels.get() + m * cols;
+        for (int64_t c = 0; c < last; c += cols, panel += kPanelStride<T>)
+          pack_columns(row + c, last - c, panel);
+      }
+      add_outer_products(panels.get(), C, first, last, n, gram);
     }
   }
+}
+
+// Of one block: pixels of a channels_last map, panels of pixels of planes.
+constexpr int64_t kPixelRows = kOuterRows * 8;
+template <typename T>
+int64_t panel_count(int64_t channels) {
+  const int64_t panels = (128 << 10) / (channels * kOuterCols<T> * static_cast<int64_t>(sizeof(T)));
+  return panels < 2 ? 2 : least(panels, 16);
 }
 
 // Copies a finished tile to the output, dropping what lies outside it and converting the type.
@@ -132,71 +151,110 @@ void store_tile(const T* tile, int64_t tile_stride, int64_t rows, int64_t cols,
   }
 }
 
+// out[c] = sum_k factor[c, k] * x[k] over planes of pixels: panels of pixels, as many as stay in the
+// second-level cache.
 template <typename T>
-void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begin, int64_t unit_end) {
+void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_t sample, int64_t begin,
+                       int64_t end, T* scratch) {
+  constexpr int64_t cols = kOuterCols<T>;
+  const FeatureMap& map = call.map;
+  const int64_t C = map.channels;
+  const int64_t M = map.pixels;
+  const int64_t stride = SymmetricProductCall::padded_cols(C);
+  const bool native = map.dtype == kNative<T>;
+  const bool stream = call.stream && aligned(call.out) && M * sizeof(T) % 64 == 0;
+  alignas(64) T tile[kOuterRows * cols];
+  for (int64_t m = begin; m < end; m += panel_count<T>(C) * cols) {
+    const int64_t width = least(panel_count<T>(C) * cols, end - m);
+    T* converted = scratch + panel_count<T>(C) * C * cols;
+    for (int64_t c = 0; c < C; ++c) {
+      const char* plane = element(map, (sample * C + c) * M + m);
+      if (!native) convert_to(map.dtype, plane, width, converted);
+      const T* row = native ? reinterpret_cast<const T*>(plane) : converted;
+      for (int64_t p = 0; p < width; p += cols) pack_columns(row + p, width - p, scratch + p * C + c * cols);
+    }
+    for (int64_t p = 0; p < width; p += cols) {
+      for (int64_t c = 0; c < C; c += kOuterRows) {
+        const int64_t index = (sample * C + c) * M + m + p;
+        const bool whole = native && c + kOuterRows <= C && p + cols <= width;
+        T* out = whole ? static_cast<T*>(call.out) + index : tile;
+        const T* rows[kOuterRows];
+        for (int r = 0; r < kOuterRows; ++r) rows[r] = factor + least(c + r, C - 1) * stride;
+        const T* panel = scratch + p * C;
+        if (whole && stream) {
+          outer_tile<Store::stream>(rows, 1, panel, C, out, M);
+          continue;
+        }
+        outer_tile<Store::set>(rows, 1, panel, C, out, whole ? M : cols);
+        if (!whole) store_tile(tile, cols, least(kOuterRows, C - c), least(cols, width - p), call, index, M);
+      }
+    }
+  }
+}
+
+// out[m] = x[m] * factor over channels_last pixels, from panels of the factor.
+template <typename T>
+void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_t sample, int64_t begin,
+                       int64_t end, T* scratch) {
+  constexpr int64_t cols = kOuterCols<T>;
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
   const bool native = map.dtype == kNative<T>;
-  constexpr int64_t cols = kOuterCols<T>;
-  constexpr int64_t panels = 4;
-  const int64_t rows = SymmetricProductCall::padded_rows(C);
-  const int64_t stride = SymmetricProductCall::padded_cols(C);
-  // NCHW: `panels` panels [C][cols] of pixels. channels_last: kOuterRows * 8 pixels [.., C].
-  constexpr int64_t pixel_rows = kOuterRows * 8;
-  Scratch<T> scratch(map.channels_last ? pixel_rows * C : panels * C * cols);
+  const bool stream = call.stream && aligned(call.out) && C * sizeof(T) % 64 == 0;
   alignas(64) T tile[kOuterRows * cols];
+  for (int64_t m = begin; m < end; m += kPixelRows) {
+    const int64_t height = least(kPixelRows, end - m);
+    const char* pixels = element(map, (sample * M + m) * C);
+    if (!native) convert_to(map.dtype, pixels, height * C, scratch);
+    const T* x = native ? reinterpret_cast<const T*>(pixels) : scratch;
+    for (int64_t c = 0; c < C; c += cols) {
+      for (int64_t r = 0; r < height; r += kOuterRows) {
+        const int64_t index = (sample * M + m + r) * C + c;
+        const bool whole = native && c + cols <= C && r + kOuterRows <= height;
+        T* out = whole ? static_cast<T*>(call.out) + index : tile;
+        const T* rows[kOuterRows];
+        for (int i = 0; i < kOuterRows; ++i) rows[i] = x + least(r + i, height - 1) * C;
+        const T* panel = panels + c * C;
+        if (whole && stream) {
+          outer_tile<Store::stream>(rows, 1, panel, C, out, C);
+          continue;
+        }
+        outer_tile<Store::set>(rows, 1, panel, C, out, whole ? C : cols);
+        if (!whole) store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
+      }
+    }
+  }
+}
+
+template <typename T>
+void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begin, int64_t unit_end) {
+  const int64_t C = call.map.channels;
+  const int64_t stride = SymmetricProductCall::padded_cols(C);
+  constexpr int64_t cols = kOuterCols<T>;
+  const bool by_pixel = call.map.channels_last;
+  const bool native = call.map.dtype == kNative<T>;
+  Scratch<T> scratch(by_pixel ? (native ? 0 : kPixelRows * C) : panel_count<T>(C) * (C + 1) * cols);
+  Scratch<T> panels(by_pixel ? C * stride : 0);  // [stride / cols][C][cols]
+  int64_t packed = -1;                           // whose factor is in the panels
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t sample = unit / call.blocks();
     const int64_t begin = unit % call.blocks() * SymmetricProductCall::block;
-    const int64_t end = least(begin + SymmetricProductCall::block, M);
-    const T* factor = static_cast<const T*>(call.factor) + sample * rows * stride;
-    if (!map.channels_last) {
-      for (int64_t m = begin; m < end; m += panels * cols) {
-        const int64_t width = least(panels * cols, end - m);
-        for (int64_t c = 0; c < C; ++c) {
-          const int64_t start = (sample * C + c) * M + m;
-          for (int64_t p = 0; p * cols < width; ++p) {
-            T* row = scratch.get() + (p * C + c) * cols;
-            const int64_t n = least(cols, width - p * cols);
-            convert_to(map.dtype, element(map, start + p * cols), n, row);
-            for (int64_t i = n; i < cols; ++i) row[i] = T(0);
-          }
-        }
-        for (int64_t c = 0; c < C; c += kOuterRows) {
-          for (int64_t p = 0; p * cols < width; ++p) {
-            const T* panel = scratch.get() + p * C * cols;
-            const int64_t index = (sample * C + c) * M + m + p * cols;
-            const bool whole = native && c + kOuterRows <= C && (p + 1) * cols <= width;
-            T* out = whole ? static_cast<T*>(call.out) + index : tile;
-            outer_tile<T, kOuterRows>(factor + c * stride, stride, 1, panel, cols, C, out, whole ? M : cols);
-            if (!whole) {
-              store_tile(tile, cols, least(kOuterRows, C - c), least(cols, width - p * cols), call, index, M);
-            }
-          }
-        }
-      }
-    } else {
-      for (int64_t m = begin; m < end; m += pixel_rows) {
-        const int64_t height = least(pixel_rows, end - m);
-        const T* x = reinterpret_cast<const T*>(element(map, (sample * M + m) * C));
-        if (!native || height < pixel_rows) {
-          convert_to(map.dtype, element(map, (sample * M + m) * C), height * C, scratch.get());
-          for (int64_t i = height * C; i < pixel_rows * C; ++i) scratch.get()[i] = T(0);
-          x = scratch.get();
-        }
-        for (int64_t c = 0; c < C; c += cols) {
-          for (int64_t r = 0; r < height; r += kOuterRows) {
-            const int64_t index = (sample * M + m + r) * C + c;
-            const bool whole = native && c + cols <= C && r + kOuterRows <= height;
-            T* out = whole ? static_cast<T*>(call.out) + index : tile;
-            outer_tile<T, kOuterRows>(x + r * C, C, 1, factor + c, stride, C, out, whole ? C : cols);
-            if (!whole)
-              store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
-          }
-        }
-      }
+    const int64_t end = least(begin + SymmetricProductCall::block, call.map.pixels);
+    const T* factor = static_cast<const T*>(call.factor) + sample * C * stride;
+    if (!by_pixel) {
+      product_of_planes(call, factor, sample, begin, end, scratch.get());
+      continue;
     }
+    if (packed != sample) {
+      for (int64_t k = 0; k < C; ++k) {
+        for (int64_t c = 0; c < C; c += cols) {
+          pack_columns(factor + k * stride + c, cols, panels.get() + c * C + k * cols);
+        }
+      }
+      packed = sample;
+    }
+    product_of_pixels(call, panels.get(), sample, begin, end, scratch.get());
   }
 }
 

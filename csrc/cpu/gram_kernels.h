@@ -40,11 +40,11 @@ struct GramCall {
 // out[n] = factor[n] * features[n], factor symmetric; unit (sample, block of pixels).
 struct SymmetricProductCall {
   FeatureMap map;
-  const void* factor = nullptr;  // [N, padded_rows, padded_cols] float or double, zero outside C x C
+  const void* factor = nullptr;  // [N, C, padded_cols] float or double, zero beyond C
   void* out = nullptr;           // layout and dtype of the features
-  static constexpr int64_t block = 1024;
-  // Multiples of the largest register tile of any build.
-  static int64_t padded_rows(int64_t channels) { return (channels + 7) / 8 * 8; }
+  bool stream = false;           // write around the cache
+  static constexpr int64_t block = 960;
+  // A multiple of the register tile of every build.
   static int64_t padded_cols(int64_t channels) { return (channels + 31) / 32 * 32; }
   int64_t blocks() const { return (map.pixels + block - 1) / block; }
   int64_t units() const { return map.samples * blocks(); }

@@ -51,9 +51,12 @@ static void run_gram_units(const Call& call, Kernel kernel, double flops) {
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+// Items of `entries` matrix entries each for one thread.
+static inline int64_t grain_of(int64_t entries) { return 16384 / std::max<int64_t>(entries, 1) + 1; }
+
 // Lower triangles of X X^T, unscaled: [N, C, C] in double, row i up to column i.
 template <typename T>
-static std::vector<double> gram_sums(const FeatureMap& map) {
+static std::unique_ptr<double[]> gram_sums(const FeatureMap& map) {
   GramCall call;
   call.map = map;
   const int64_t entries = map.channels * map.channels;
@@ -63,17 +66,15 @@ static std::vector<double> gram_sums(const FeatureMap& map) {
   const double rows = static_cast<double>(std::min(GramCall::band, map.channels));
   run_gram_units(call, gram_kernels_for(sizeof(T) == 8).gram,
                  rows * static_cast<double>(map.channels * std::min(call.part_pixels(), map.pixels)));
-  std::vector<double> sums(static_cast<size_t>(map.samples * entries));
-  const int64_t grain = entries * parts > 16384 ? 1 : 16384 / std::max<int64_t>(entries * parts, 1) + 1;
-  torch::stable::parallel_for(0, map.samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t i = 0; i < map.channels; ++i) {
-        for (int64_t j = 0; j <= i; ++j) {
-          double sum = 0;
-          for (int64_t p = 0; p < parts; ++p)
-            sum += partials[((n * parts + p) * map.channels + i) * map.channels + j];
-          sums[(n * map.channels + i) * map.channels + j] = sum;
-        }
+  std::unique_ptr<double[]> sums(new double[static_cast<size_t>(map.samples * entries)]);
+  torch::stable::parallel_for(0, map.samples, grain_of(entries * parts), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * map.channels; i < end * map.channels; ++i) {
+      const int64_t row = i % map.channels;
+      const T* part = partials.get() + (i / map.channels * parts * map.channels + row) * map.channels;
+      double* sum = sums.get() + i * map.channels;
+      for (int64_t j = 0; j <= row; ++j) sum[j] = 0;
+      for (int64_t p = 0; p < parts; ++p, part += entries) {
+        for (int64_t j = 0; j <= row; ++j) sum[j] += part[j];
       }
     }
   });
@@ -83,19 +84,18 @@ static std::vector<double> gram_sums(const FeatureMap& map) {
 // Zero-padded copy of symmetric factors, as the product kernel reads them: entry(n, i, j) for i, j < C.
 template <typename T, typename Entry>
 static std::unique_ptr<T[]> padded_factor(int64_t samples, int64_t channels, const Entry& entry) {
-  const int64_t rows = SymmetricProductCall::padded_rows(channels);
   const int64_t cols = SymmetricProductCall::padded_cols(channels);
-  std::unique_ptr<T[]> factor(new T[static_cast<size_t>(samples * rows * cols)]());
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t i = 0; i < channels; ++i) {
-      T* row = factor.get() + (n * rows + i) * cols;
-      for (int64_t j = 0; j < channels; ++j) row[j] = entry(n, i, j);
+  std::unique_ptr<T[]> factor(new T[static_cast<size_t>(samples * channels * cols)]());
+  torch::stable::parallel_for(0, samples * channels, grain_of(cols), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* row = factor.get() + i * cols;
+      for (int64_t j = 0; j < channels; ++j) row[j] = entry(i / channels, i % channels, j);
     }
-  }
+  });
   return factor;
 }
 
-// factor [N, rows, cols] (padded) * features, in the features' layout and dtype.
+// factor [N, C, cols] (padded) * features, in the features' layout and dtype.
 template <typename T>
 static Tensor symmetric_product(const Features& features, const T* factor) {
   Tensor out =
@@ -104,6 +104,7 @@ static Tensor symmetric_product(const Features& features, const T* factor) {
   call.map = features.map;
   call.factor = factor;
   call.out = out.mutable_data_ptr();
+  call.stream = out.numel() * static_cast<int64_t>(out.element_size()) > kStreamBytes;
   if (features.map.pixels == 0 || features.map.channels == 0) return out;
   const double channels = static_cast<double>(features.map.channels);
   run_gram_units(call, gram_kernels_for(sizeof(T) == 8).symmetric_product,

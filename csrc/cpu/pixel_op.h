@@ -255,10 +255,6 @@ static inline std::vector<double> coefficients(const Tensor& scale,
   return out;
 }
 
-// Gradients of more bytes than this leave the cache anyway: written around it they spare the read for
-// ownership.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
-
 // Allocates the gradients asked for, runs the backward kernel; `elements` counts all gradients of the op.
 static inline std::tuple<Tensor, Tensor> differentiate(PixelTensors& t, const Tensor& like,
                                                        ScalarType pred_dtype, ScalarType target_dtype,

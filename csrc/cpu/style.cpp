@@ -12,19 +12,21 @@ namespace {
 
 // Scaled Gram matrices of a layer's target, lower triangle in double: [N, C, C].
 template <typename T>
-std::vector<double> target_grams(const Tensor& target, bool is_gram, GramNormalize normalize) {
+std::unique_ptr<double[]> target_grams(const Tensor& target, bool is_gram, GramNormalize normalize) {
   if (is_gram) {
     const Tensor ready = torch::stable::contiguous(target);
-    std::vector<double> grams(static_cast<size_t>(ready.numel()));
+    std::unique_ptr<double[]> grams(new double[static_cast<size_t>(ready.numel())]);
     generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(),
-                                grams.data());
+                                grams.get());
     return grams;
   }
   const Features y(target);
-  std::vector<double> grams = gram_sums<T>(y.map);
-  const double scale =
-      gram_scale(normalize, static_cast<double>(y.map.channels), static_cast<double>(y.map.pixels));
-  for (double& value : grams) value *= scale;
+  auto grams = gram_sums<T>(y.map);
+  const int64_t C = y.map.channels;
+  const double scale = gram_scale(normalize, static_cast<double>(C), static_cast<double>(y.map.pixels));
+  for (int64_t row = 0; row < y.map.samples * C; ++row) {
+    for (int64_t j = 0; j <= row % C; ++j) grams[row * C + j] *= scale;
+  }
   return grams;
 }
 
@@ -39,13 +41,13 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
   const double scale = gram_scale(normalize, static_cast<double>(C), pixels);
   const double coefficient = weight * style_coefficient(normalize, static_cast<double>(C), pixels,
                                                         static_cast<double>(x.map.samples));
-  const std::vector<double> grams = gram_sums<T>(x.map);
-  const std::vector<double> goals = target_grams<T>(target, is_gram, normalize);
+  const auto grams = gram_sums<T>(x.map);
+  const auto goals = target_grams<T>(target, is_gram, normalize);
   std::vector<double> losses(static_cast<size_t>(x.map.samples));
-  torch::stable::parallel_for(0, x.map.samples, 32768 / (C * C + 1) + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.map.samples, grain_of(C * C), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const double* gram = grams.data() + n * C * C;
-      const double* goal = goals.data() + n % batch * C * C;
+      const double* gram = grams.get() + n * C * C;
+      const double* goal = goals.get() + n % batch * C * C;
       double loss = 0;
       for (int64_t i = 0; i < C; ++i) {
         for (int64_t j = 0; j <= i; ++j) {
