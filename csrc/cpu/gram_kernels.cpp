@@ -22,6 +22,13 @@ IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
   return static_cast<const char*>(map.data) + index * dtype_bytes(map.dtype);
 }
 
+// Blocks of planes are short runs far apart, which the hardware does not foresee: the next one is fetched
+// while one is copied.
+IK_INLINE void fetch_run(const FeatureMap& map, int64_t index, int64_t n) {
+  const char* run = element(map, index);
+  for (int64_t byte = 0; byte < n * dtype_bytes(map.dtype); byte += 64) __builtin_prefetch(run + byte, 0, 2);
+}
+
 // Rows of a block stay in the second-level cache while the tiles of a band pass over them, those of a tile in
 // the first. They are copied to rows of their own: planes as large as a power of two would all lie in a few
 // sets of either.
@@ -114,7 +121,9 @@ void gram_units(const GramCall& call, int64_t unit_begin, int64_t unit_end) {
       const int64_t n = least(block, end - k);
       if (!map.channels_last) {
         for (int64_t c = 0; c < last; ++c) {
-          const char* row = element(map, (sample * C + c) * M + k);
+          const int64_t run = (sample * C + c) * M + k;
+          if (c + 1 < last) fetch_run(map, run + M, n);
+          const char* row = element(map, run);
           convert_to(map.dtype, row, n, scratch.get() + c * kBlockStride);
         }
         add_dot_products(scratch.get(), C, first, last, n, gram);
@@ -138,7 +147,7 @@ constexpr int64_t kPixelRows = kOuterRows * 8;
 template <typename T>
 int64_t panel_count(int64_t channels) {
   const int64_t panels = (128 << 10) / (channels * kOuterCols<T> * static_cast<int64_t>(sizeof(T)));
-  return panels < 2 ? 2 : least(panels, 16);
+  return panels < 2 ? 2 : least(panels, 15);
 }
 
 // Copies a finished tile to the output, dropping what lies outside it and converting the type.
@@ -168,7 +177,9 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
     const int64_t width = least(panel_count<T>(C) * cols, end - m);
     T* converted = scratch + panel_count<T>(C) * C * cols;
     for (int64_t c = 0; c < C; ++c) {
-      const char* plane = element(map, (sample * C + c) * M + m);
+      const int64_t run = (sample * C + c) * M + m;
+      if (c + 1 < C) fetch_run(map, run + M, width);
+      const char* plane = element(map, run);
       if (!native) convert_to(map.dtype, plane, width, converted);
       const T* row = native ? reinterpret_cast<const T*>(plane) : converted;
       for (int64_t p = 0; p < width; p += cols) pack_columns(row + p, width - p, scratch + p * C + c * cols);
