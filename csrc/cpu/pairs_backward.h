@@ -94,12 +94,13 @@ IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, Vec<T> si
 }
 
 template <bool WEIGHTED, bool COMPOSITE, bool LOSSES, typename T>
-void sign_gradient(const GradientRow<T>& row, SignRows& signs, const PairRows<T>& pairs) {
+void sign_gradient(const GradientRow<T>& given, SignRows& signs, const PairRows<T>& pairs) {
   using V = Vec<T>;
+  const GradientRow<T> row = given;  // whose numbers no store of a gradient can change
   const V down(row.down), across(row.across), zero(T(0));
   const int8_t *right = signs.across(), *left = right - row.step;
   const int8_t *lower = signs.down(), *upper = signs.above(), *pixel = signs.pixel();
-  for_each_vector<V>(row.n, [&](int64_t i, int count) {
+  for_each_vector<V>(row.n, [&](int64_t i, int count) __attribute__((always_inline)) {
     // + the pairs that end here, - those that begin here.
     V horizontal, vertical;
     if constexpr (WEIGHTED) {
@@ -126,7 +127,7 @@ void square_gradient(const GradientRow<T>& row, const T* above, const T* image, 
                      const PairRows<T>& pairs) {
   using V = Vec<T>;
   const V down(row.down + row.down), across(row.across + row.across);
-  for_each_vector<V>(row.n, [&](int64_t i, int count) {
+  for_each_vector<V>(row.n, [&](int64_t i, int count) __attribute__((always_inline)) {
     const V here = load_part<V>(image + i, count);
     const V first = load_part<V>(pairs.first + i, count);
     const V second = load_part<V>(pairs.second + i, count);

@@ -22,26 +22,53 @@ struct PairRun {
   int64_t groups;
 };
 
+// Pairs of one direction.
+template <typename T>
+struct Pairs {
+  const T *here, *next;     // the two pixels
+  const T *first, *second;  // their weights
+  uint8_t* signs;           // two planes, `groups` bytes apart
+  int64_t groups;
+};
+
+// Weight * penalty(next - here) of `count` pairs from the i-th on; their signs go to the bits from `place`
+// on.
 template <Penalty P, bool WEIGHTED, bool SIGNS, typename V, typename T>
-IK_INLINE V pair_value(const T* here, const T* next, const T* first, const T* second, int64_t i, int count,
-                       uint8_t* signs, int64_t groups) {
+IK_INLINE V pair_value(const Pairs<T>& pairs, int64_t i, int count, int place, uint32_t& positive,
+                       uint32_t& negative) {
   V d, value;
-  const auto difference = [&] { return load_part<V>(next + i, count) - load_part<V>(here + i, count); };
   if constexpr (WEIGHTED) {
-    const V weight = load_part<V>(first + i, count) * load_part<V>(second + i, count);
-    // Most of an image is no hole, in long runs; signs are 0 already.
+    const V weight = load_part<V>(pairs.first + i, count) * load_part<V>(pairs.second + i, count);
+    // Most of an image is no hole, in long runs.
     if (all_equal_(weight, V(T(0)))) return weight;
-    d = select_zero_(weight, difference());
+    d = select_zero_(weight, load_part<V>(pairs.next + i, count) - load_part<V>(pairs.here + i, count));
     value = penalty_value<P>(d, d) * weight;
   } else {
-    d = difference();
+    d = load_part<V>(pairs.next + i, count) - load_part<V>(pairs.here + i, count);
     value = penalty_value<P>(d, d);
   }
   if constexpr (SIGNS) {
-    store_bits<V::lanes>(d.positive_bits(), signs, i, count);
-    store_bits<V::lanes>(d.negative_bits(), signs + groups, i, count);
+    positive |= d.positive_bits() << place;
+    negative |= d.negative_bits() << place;
   }
   return value;
+}
+
+// The same of `vectors` whole vectors, or of one that is not whole, with their signs stored.
+template <Penalty P, bool WEIGHTED, bool SIGNS, int VECTORS, typename V, typename T>
+IK_INLINE V pair_block(const Pairs<T>& pairs, int64_t i, int count) {
+  uint32_t positive = 0, negative = 0;
+  V sum(T(0));
+  for (int v = 0; v < VECTORS; ++v) {
+    const int place = v * V::lanes;
+    sum = sum + pair_value<P, WEIGHTED, SIGNS, V>(pairs, i + place, VECTORS > 1 ? V::lanes : count, place,
+                                                  positive, negative);
+  }
+  if constexpr (SIGNS) {
+    store_bits<VECTORS * V::lanes>(positive, pairs.signs, i, count);
+    store_bits<VECTORS * V::lanes>(negative, pairs.signs + pairs.groups, i, count);
+  }
+  return sum;
 }
 
 // Adds up weight * penalty(next - here) over the pairs of a run, and packs their signs.
@@ -49,23 +76,28 @@ template <Penalty P, bool WEIGHTED, bool SIGNS, bool ACROSS, bool DOWN, typename
 void pair_run(const PairRun<T>& run, PairSums& sums) {
   using V = Vec<T>;
   constexpr int lanes = V::lanes;
+  constexpr int vectors = 32 / lanes;
+  // Copies: a byte of the signs could be part of `run`, for all the compiler knows.
+  const Pairs<T> beside{run.image,        run.image + run.step,
+                        run.first,        WEIGHTED ? run.second + run.step : nullptr,
+                        run.across_signs, run.groups};
+  const Pairs<T> below{run.above, run.image, run.first_above, run.second, run.down_signs, run.groups};
+  const int64_t n = run.n, step = run.step;
   V across(T(0)), down(T(0));
-  const auto add = [&](int64_t i, int count, int across_count) __attribute__((always_inline)) {
-    prefetch(run.image + i);
-    if (ACROSS && across_count > 0) {
-      across = across + pair_value<P, WEIGHTED, SIGNS, V>(run.image, run.image + run.step, run.first,
-                                                          WEIGHTED ? run.second + run.step : nullptr, i,
-                                                          across_count, run.across_signs, run.groups);
-    }
-    if constexpr (DOWN) {
-      down = down + pair_value<P, WEIGHTED, SIGNS, V>(run.above, run.image, run.first_above, run.second, i,
-                                                      count, run.down_signs, run.groups);
-    }
-  };
   int64_t i = 0;
-  for (; i + lanes + run.step <= run.n; i += lanes) add(i, lanes, lanes);
-  for (; i < run.n; i += lanes) {
-    add(i, static_cast<int>(least(lanes, run.n - i)), static_cast<int>(least(lanes, run.n - run.step - i)));
+  for (; i + 32 + step <= n; i += 32) {
+    for (int64_t line = 0; line < 32; line += 64 / static_cast<int64_t>(sizeof(T)))
+      prefetch(beside.here + i + line);
+    if (ACROSS) across = across + pair_block<P, WEIGHTED, SIGNS, vectors, V>(beside, i, 32);
+    if (DOWN) down = down + pair_block<P, WEIGHTED, SIGNS, vectors, V>(below, i, 32);
+  }
+  for (; i < n; i += lanes) {
+    const int count = static_cast<int>(least(lanes, n - i));
+    const int across_count = static_cast<int>(least(lanes, n - step - i));
+    if (ACROSS && across_count > 0) {
+      across = across + pair_block<P, WEIGHTED, SIGNS, 1, V>(beside, i, across_count);
+    }
+    if (DOWN) down = down + pair_block<P, WEIGHTED, SIGNS, 1, V>(below, i, count);
   }
   if (ACROSS) sums.across += across.sum();
   if (DOWN) sums.down += down.sum();

@@ -81,7 +81,8 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
   using V = Vec<T>;
   const V one(T(1));
   V hole_acc(T(0)), valid_acc(T(0));
-  for_each_vector<V>(n, [&](int64_t i, int count) {
+  uint32_t plus, minus;
+  const auto mix = [&](int64_t i, int count, int place) __attribute__((always_inline)) {
     prefetch(pred + i);
     prefetch(target + i);
     const V p = load_part<V>(pred + i, count);
@@ -94,12 +95,28 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
       const V value = abs_(d);
       hole_acc = hole_acc + select_zero_(hole, hole * value);
       valid_acc = valid_acc + select_zero_(valid, valid * value);
-      if (positive != nullptr) {
-        store_bits<V::lanes>(d.positive_bits(), positive, i, count);
-        store_bits<V::lanes>(d.negative_bits(), negative, i, count);
-      }
+      plus |= d.positive_bits() << place;
+      minus |= d.negative_bits() << place;
     }
-  });
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    plus = minus = 0;
+    for (int place = 0; place < 32; place += V::lanes) mix(i + place, V::lanes, place);
+    if (positive != nullptr) {
+      store_bits<32>(plus, positive, i, 32);
+      store_bits<32>(minus, negative, i, 32);
+    }
+  }
+  for (; i < n; i += V::lanes) {
+    plus = minus = 0;
+    const int count = static_cast<int>(least(V::lanes, n - i));
+    mix(i, count, 0);
+    if (positive != nullptr) {
+      store_bits<V::lanes>(plus, positive, i, count);
+      store_bits<V::lanes>(minus, negative, i, count);
+    }
+  }
   if constexpr (LOSSES) {
     *hole_sum += hole_acc.sum();
     *valid_sum += valid_acc.sum();

@@ -42,13 +42,18 @@ IK_INLINE void unpack_block(uint64_t positive, uint64_t negative, int8_t* out) {
 
 // A row of signs, `groups` bytes of each plane.
 static void unpack_signs(const uint8_t* positive, const uint8_t* negative, int64_t groups, int8_t* out) {
-  for (int64_t g = 0; g < groups; g += 8) {
-    uint64_t plus = 0, minus = 0;
-    const size_t bytes = static_cast<size_t>(least(8, groups - g));
-    std::memcpy(&plus, positive + g, bytes);
-    std::memcpy(&minus, negative + g, bytes);
+  uint64_t plus, minus;
+  int64_t g = 0;
+  for (; g + 8 <= groups; g += 8) {
+    std::memcpy(&plus, positive + g, 8);
+    std::memcpy(&minus, negative + g, 8);
     unpack_block(plus, minus, out + 8 * g);
   }
+  if (g == groups) return;
+  plus = minus = 0;
+  std::memcpy(&plus, positive + g, static_cast<size_t>(groups - g));
+  std::memcpy(&minus, negative + g, static_cast<size_t>(groups - g));
+  unpack_block(plus, minus, out + 8 * g);
 }
 
 // A vector of signs, or of a - b; whole vectors are read.
