@@ -46,6 +46,13 @@ def eager(case: Case) -> Formula:
     return formula
 
 
+def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
+    inputs = image_inputs(case, device, generator)
+    assert inputs["pred"] is not None
+    trunk_of(inputs["pred"].device, case.dtype)
+    return inputs
+
+
 def fused(case: Case, variant: str) -> Formula:
     import inpaint_kernels as ik
 
@@ -69,7 +76,7 @@ BENCHMARK = Benchmark(
         Case((4, 3, 64, 64), "vgg16 whole step", quick=True),
         Case((16, 3, 512, 512), "vgg16 whole step", dtype=torch.bfloat16, devices=("cuda",)),
     ],
-    make_inputs=image_inputs,
+    make_inputs=make_inputs,
     eager=eager,
     fused=fused,
     minimum_bytes=lambda case: Bytes(0, 0),

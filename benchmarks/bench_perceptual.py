@@ -8,7 +8,6 @@ which are the same in all of them.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,11 +25,23 @@ TAPS = ("pool1", "pool2", "pool3")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@functools.cache
+_TRUNKS: dict[tuple[torch.device, torch.dtype, str, bool | None], FrozenTrunk] = {}
+
+
 def trunk_of(
     device: torch.device, dtype: torch.dtype, preprocess: str = "imagenet", channels_last: bool | None = False
 ) -> FrozenTrunk:
     """The same random weights for every device and dtype, scaled so that features neither vanish nor grow."""
+    # Not functools.cache: torch.compile traces what is below it, where this finds what `make_inputs` made.
+    key = (device, dtype, preprocess, channels_last)
+    if key not in _TRUNKS:
+        _TRUNKS[key] = _make_trunk(*key)
+    return _TRUNKS[key]
+
+
+def _make_trunk(
+    device: torch.device, dtype: torch.dtype, preprocess: str, channels_last: bool | None
+) -> FrozenTrunk:
     import inpaint_kernels as ik
 
     with torch.random.fork_rng(devices=[]):
@@ -90,6 +101,7 @@ def fused(case: Case, variant: str) -> Formula:
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     pred, target = (torch.rand(case.shape, generator=generator).to(device, case.dtype) for _ in range(2))
+    trunk_of(pred.device, pred.dtype)
     return {"pred": pred.requires_grad_(), "target": target}
 
 
