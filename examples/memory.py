@@ -61,7 +61,7 @@ def bytes_kept(
 class PeakMemory:
     """The most bytes held at a time within any of its ``with`` blocks.
 
-    ``bytes`` is None until then, and where it cannot be told: on a CPU anywhere but under Linux.
+    ``bytes`` is None until then, and where it cannot be told: on a CPU unless Linux lets a process reset its peak.
     """
 
     ALLOCATOR, PROCESS = "torch's CUDA allocator", "the process, resident"
@@ -70,32 +70,33 @@ class PeakMemory:
         self.device = device
         self.of = self.ALLOCATOR if device.type == "cuda" else self.PROCESS
         self.bytes: int | None = None
+        self._known = True
 
     def __enter__(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._known = False
 
     def __exit__(self, *_: object) -> None:
-        peak = self._peak()
+        peak = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._resident()
+        )
         if peak is not None:
             self.bytes = max(peak, self.bytes or 0)
 
-    def _peak(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-        except OSError:
+    def _resident(self) -> int | None:
+        if not self._known:
             return None
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024
 
 
 def release_freed() -> None:
     """Gives freed memory back to the system, so that the next peak does not count what an earlier run left."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

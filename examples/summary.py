@@ -184,9 +184,15 @@ def write(
         "held_out_hole_error": fused.held_out,
         "mean_colour_fill_error": yardstick,
     }
-    lines = [table(figures, backend, fused.memory.of), f"loss = {fused.settings.formula}; at step {last}:"]
-    for variant, values in terms.items():
-        lines.append(f"  {variant:6}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+    lines = [table(figures, backend, fused.memory.of), f"loss = {fused.settings.formula}"]
+    shown = [(variant, last, values) for variant, values in terms.items()]
+    if fused.step > last:
+        shown.append(
+            ("fused", fused.step, {name: float(values[-1]) for name, values in found["fused"].items()})
+        )
+    for variant, step, values in shown:
+        spelled = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+        lines.append(f"  {variant}, step {step}: {spelled}")
     if "eager" in trainers:
         pair = [found[name]["total"][first_step:last] for name in ("fused", "eager")]
         difference, where = largest_difference(*pair)

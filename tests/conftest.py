@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -44,3 +45,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if name in metafunc.fixturenames:
             chosen = [b for b in backends_under_test() if name == "backend" or b.name != "reference"]
             metafunc.parametrize(name, chosen, ids=str)
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What every rank found, by case: the test file's `worker`; one start of the processes serves all its tests."""
+    from processes import run
+
+    return run(request.module.worker, tmp_path_factory.mktemp("ranks"))

@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,18 +56,27 @@ def backends_under_test() -> list[Backend]:
 
 
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrize over the product of the axes; the interpreter, too slow for that, sees every value twice."""
+    """Parametrize over the product of the axes; the interpreter, too slow for that, sees every value about twice."""
     values = [list(axis) for axis in axes.values()]
-    rows: Iterable[tuple[object, ...]] = itertools.product(*values)
+    rows = list(itertools.product(*values))
     if INTERPRETING:
-        longest = max(map(len, values))
-        # In the second round the axes stand shifted against each other.
-        rows = dict.fromkeys(
-            tuple(v[(i + i // longest * k) % len(v)] for k, v in enumerate(values))
-            for i in range(2 * longest)
-        )
+        rows = spread(rows, 2 * max(map(len, values)))
     params = [pytest.param(*row, id="-".join(map(str, row))) for row in rows]
     return pytest.mark.parametrize(list(axes), params)
+
+
+def spread(rows: Sequence[tuple[object, ...]], count: int) -> list[tuple[object, ...]]:
+    """`count` of the rows: again and again that with most new pairs of values, among them that of rarer values."""
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    seen: set[object] = set()
+    used: Counter[object] = Counter()
+    chosen: list[tuple[object, ...]] = []
+    while pairs and len(chosen) < count:
+        row = max(pairs, key=lambda r: (len(pairs[r] - seen), -sum(used[value] for value in enumerate(r))))
+        seen |= pairs.pop(row)
+        used.update(enumerate(row))
+        chosen.append(row)
+    return chosen
 
 
 def generator(seed: int) -> torch.Generator:

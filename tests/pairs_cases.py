@@ -28,6 +28,8 @@ MODES = {
     for normalize in (None, "pairs", "image", "mask")
     if (region, normalize) != ("image", "mask")
 }
+# A mode for every region and every denominator.
+SOME_MODES = ("image-default", "hole-pairs", "hole-mask", "dilated_hole-default", "first_pixel-mask")
 SHAPES = tuple(kind for kind in MASK_SHAPES if kind != "nomask")
 
 # (N, C, H, W) by the code path it takes.
@@ -51,6 +53,8 @@ if not INTERPRETING:
         131,
     )  # three CPU units of rows in NCHW, five in channels_last, the last ones partial
     SIZES["unitrows"] = (1, 1, 3, 16400)  # a row is more than a CPU unit holds
+# For masks of zeros and ones, which are nothing special to Triton.
+BINARY_SIZES = ("7", "vectors") if INTERPRETING else tuple(SIZES)
 
 
 def regions_of(mask: Tensor, size: Sequence[int], mask_is: str) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,8 @@ def test_one_channel_becomes_several(size: tuple[int, int, int, int], dtypes: st
     pair, mask = image_pair(size, dtypes), make_mask("n1hw", size)
     for constants in (NORMALIZED, {"scale": 0.7, "shift": SHIFT}, {"scale": SCALE}, by_channel(MOST_ON_GPU)):
         check(*pair, mask, swap_channels=swap, **constants)
+    # As many parts as channels.
+    check(*pair, mask, parts=TRAINING, swap_channels=swap, **NORMALIZED)
 
 
 @grid(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("halves", "vectors"), layout=BOTH)

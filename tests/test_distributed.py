@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from harness import Backend, as_tuple, assert_within_budget
 from pairs_cases import (
     inpainting_pixel_call,
@@ -27,13 +24,13 @@ from pixel_cases import (
     make_mask,
     masked_formula,
 )
-from torch import Tensor, nn
+from processes import WORLD, tiny_network
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import inpaint_kernels as ik
 
 SIZE = (5, 3, 9, 14)
-WORLD = 2
 LOSSES = {
     "l1": (ik.masked_l1_loss, {}),
     "l2": (ik.masked_mse_loss, {}),
@@ -134,14 +131,7 @@ def term_cases() -> list[tuple[str, str, str, str, str]]:
     return everywhere + [("cpu", function, "n1hw", "valid", "idle") for function in TERMS]
 
 
-def tiny_network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Conv2d(3, 3, 3, padding=1)
-
-
-def worker(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> dict[Any, Any]:
     group = dist.group.WORLD
     found: dict[Any, Any] = {}
     for backend, penalty, normalize, mask, shards in cases():
@@ -180,20 +170,7 @@ def worker(rank: int, store: str, results: str) -> None:
         pred, target, weights = (shard(t, rank, SHARDS["uneven"]) for t in case_inputs("n1hw"))
         ik.masked_l1_loss(network(pred), target, weights, normalize=normalize, process_group=group).backward()
         found["ddp", normalize] = [p.grad for p in network.parameters()]
-    torch.save(found, f"{results}.{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What every rank found, by case; one start of the processes serves all tests."""
-    if not dist.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo here")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    # Without a route to the host's own name gloo would not find an address.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(worker, (str(folder / "store"), str(folder / "found")), nprocs=WORLD)
-    return [torch.load(f"{folder / 'found'}.{rank}") for rank in range(WORLD)]
+    return found
 
 
 @pytest.mark.parametrize("case", cases(), ids="-".join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,22 @@ from harness import (
     laid_out,
     poisoned_allocations,
     same_bits,
+    spread,
 )
 from torch import Tensor
 from training_checks import check_compiles, check_deterministic, check_no_host_sync, kept_bytes, ops_called
+
+
+@pytest.mark.parametrize("lengths", [(15, 2, 2, 2), (9, 2, 2), (8, 8), (2, 4, 3), (3, 2), (5,)], ids=str)
+def test_rows_for_the_interpreter(lengths: tuple[int, ...]) -> None:
+    longest = max(lengths)
+    rows = spread(list(itertools.product(*map(range, lengths))), 2 * longest)
+    assert len(set(rows)) == len(rows) <= 2 * longest
+    for axis, length in enumerate(lengths):
+        assert {row[axis] for row in rows} == set(range(length))
+    for (i, a), (j, b) in itertools.permutations(enumerate(lengths), 2):
+        if b == 2:
+            assert {(row[i], row[j]) for row in rows} == set(itertools.product(range(a), range(b)))
 
 
 def formula(pred: Tensor, target: Tensor) -> Tensor:

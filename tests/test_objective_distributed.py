@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from objective_cases import TERMS, images, mask_for, objective, relative
-from torch import Tensor, nn
+from processes import WORLD, tiny_network
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-WORLD = 2
 SIZE = (4, 3, 24, 16)
 # Two samples for each rank, with holes of unlike size: a mean of the ranks' region means is not the global one.
 CASES = {
@@ -33,42 +30,22 @@ def case(preset: str) -> tuple[Tensor, Tensor, Tensor]:
     return pred, target, mask
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Conv2d(3, 3, 3, padding=1)
-
-
-def worker(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (preset, options) in CASES.items():
         pred, target, mask = (t[2 * rank : 2 * rank + 2] for t in case(preset))
-        model = DistributedDataParallel(network())
+        model = DistributedDataParallel(tiny_network())
         terms = objective(preset, process_group=dist.group.WORLD, **options)(model(pred), target, mask)
         terms.total.backward()
         found[name] = [term.detach() for term in terms], [p.grad for p in model.parameters()]
-    torch.save(found, f"{results}.{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank found, by case; one start of the processes serves all tests."""
-    if not dist.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo here")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    # Without a route to the host's own name gloo would not find an address.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(worker, (str(folder / "store"), str(folder / "found")), nprocs=WORLD)
-    return [torch.load(f"{folder / 'found'}.{rank}") for rank in range(WORLD)]
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mean_over_the_ranks_is_that_of_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
     preset, options = CASES[name]
     pred, target, mask = case(preset)
-    model = network()
+    model = tiny_network()
     terms = objective(preset, **options)(model(pred), target, mask)
     terms.total.backward()
     for i, term in enumerate(("total", *TERMS)):

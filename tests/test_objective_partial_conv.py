@@ -295,6 +295,10 @@ def test_denominators_regions_and_spaces(preset: str, overrides: dict[str, Any])
     if s.pixel_space == "trunk" and preset != "naoto0804":
         unit = [(t + 1) / 2 if preset == "mmagic" else t for t in (pred, target)]
         pred, target = (whitened(t.flip(1) if s.swap_channels else t) for t in unit)
+        # Once: the trunk reads the same images.
+        as_given = {"preprocess": "none", "swap_channels": False, "pixel_space": "image"}
+        plain = objective(preset, **overrides | as_given)(pred, target, mask)
+        torch.testing.assert_close((found.perceptual, found.style), (plain.perceptual, plain.style))
     hole, valid = ik.hole_valid_loss(pred, target, mask, normalize=s.normalize, mask_is=s.mask_is)
     of = target if s.tv_image == "composite" else None
     options = {"region": s.tv_region, "normalize": s.tv_normalize, "mask_is": s.mask_is}

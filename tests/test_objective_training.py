@@ -166,6 +166,14 @@ def test_empty_batch(preset: str, chunk: int | None, dtype: torch.dtype) -> None
         assert gradient(found, pred).shape == pred.shape
 
 
+def test_empty_batch_through_a_streamed_float16_trunk() -> None:
+    """Whose gradients are scaled by their largest element: there is none."""
+    pred, target, mask = (torch.zeros(0, c, 16, 16) for c in (3, 3, 1))
+    loss = objective(chunk=2, trunk=trunk(autocast=torch.float16))
+    found = loss(pred.requires_grad_(), target, mask)
+    assert not any(found) and gradient(found, pred).shape == pred.shape
+
+
 # Mixed precision
 
 

@@ -20,12 +20,14 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs_cases import (
+    BINARY_SIZES,
     MASK_IS,
     MODES,
     PENALTIES,
     REGIONS,
     SHAPES,
     SIZES,
+    SOME_MODES,
     composite_formula,
     dilated,
     region_cases,
@@ -95,11 +97,14 @@ def test_the_whole_image_needs_no_mask(backend: Backend, penalty: str, mode: str
     mask=SHAPES,
     layout=("contiguous", "channels_last"),
     kind=KINDS,
+    expanded=(False, True),
 )
-def test_mask_shapes(backend: Backend, mode: str, mask: str, layout: str, kind: str) -> None:
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    check_kind(backend, kind, pair, make_mask(mask, SIZE), mode)
-    check_kind(backend, kind, pair, make_mask(mask, SIZE).expand(SIZE), mode, "l2")
+def test_mask_shapes(backend: Backend, mode: str, mask: str, layout: str, kind: str, expanded: bool) -> None:
+    pair, weights = image_pair(SIZE, layouts=f"{layout}/{layout}"), make_mask(mask, SIZE)
+    if expanded:
+        check_kind(backend, kind, pair, weights.expand(SIZE), mode, "l2")
+    else:
+        check_kind(backend, kind, pair, weights, mode)
 
 
 @grid(mask=("n1hw", "hw", "nchw"), mask_layout=LAYOUTS, layout=("contiguous", "channels_last"), kind=KINDS)
@@ -108,19 +113,24 @@ def test_mask_layouts(backend: Backend, mask: str, mask_layout: str, layout: str
     check_kind(backend, kind, image_pair(SIZE, layouts=f"{layout}/{layout}"), weights)
 
 
-@grid(image_layout=LAYOUTS, target_layout=LAYOUTS)
-def test_layouts(backend: Backend, image_layout: str, target_layout: str) -> None:
-    for penalty in PENALTIES:
-        pair = image_pair(SIZE, layouts=f"{image_layout}/{target_layout}")
-        check(backend, *pair, make_mask("n1hw", SIZE), "dilated_hole-default", penalty)
+@grid(image_layout=LAYOUTS, target_layout=LAYOUTS, penalty=PENALTIES)
+def test_layouts(backend: Backend, image_layout: str, target_layout: str, penalty: str) -> None:
+    pair = image_pair(SIZE, layouts=f"{image_layout}/{target_layout}")
+    check(backend, *pair, make_mask("n1hw", SIZE), "dilated_hole-default", penalty)
 
 
-@grid(penalty=PENALTIES, target_dtype=DTYPES, image_dtype=DTYPES, mode=("image-default", "hole-mask"))
-def test_dtypes(backend: Backend, penalty: str, target_dtype: str, image_dtype: str, mode: str) -> None:
+@grid(
+    penalty=PENALTIES,
+    target_dtype=DTYPES,
+    image_dtype=DTYPES,
+    mode=("image-default", "hole-mask"),
+    kind=KINDS,
+)
+def test_dtypes(
+    backend: Backend, penalty: str, target_dtype: str, image_dtype: str, mode: str, kind: str
+) -> None:
     pair = image_pair(SIZE, f"{image_dtype}/{target_dtype}")
-    mask = region_mask("n1hw", SIZE)
-    check(backend, *pair, mask, mode, penalty)
-    check(backend, pair[0], None, mask, mode, penalty)
+    check_kind(backend, kind, pair, region_mask("n1hw", SIZE), mode, penalty)
 
 
 @grid(
@@ -134,17 +144,20 @@ def test_mask_dtypes(
     check_kind(backend, kind, pair, region_mask(mask, SIZE, dtype), mode, "l1", mask_is)
 
 
-@grid(size=SIZES, layout=("contiguous", "channels_last"), mode=("image-default", "dilated_hole-mask"))
-def test_sizes(backend: Backend, size: str, layout: str, mode: str) -> None:
+@grid(
+    size=SIZES,
+    layout=("contiguous", "channels_last"),
+    mode=("image-default", "dilated_hole-mask"),
+    kind=KINDS,
+)
+def test_sizes(backend: Backend, size: str, layout: str, mode: str, kind: str) -> None:
     """Both penalties, for their backwards are different kernels: one reads signs, the other three rows."""
     pair = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
-    mask = make_mask("n1hw", SIZES[size])
     for penalty in PENALTIES:
-        for kind in KINDS:
-            check_kind(backend, kind, pair, mask, mode, penalty)
+        check_kind(backend, kind, pair, make_mask("n1hw", SIZES[size]), mode, penalty)
 
 
-@grid(size=SIZES, mask=SHAPES, layout=("contiguous", "channels_last"))
+@grid(size=BINARY_SIZES, mask=SHAPES, layout=("contiguous", "channels_last"))
 def test_masks_of_zeros_and_ones(backend: Backend, size: str, mask: str, layout: str) -> None:
     """Which a backend may keep as bits; one fraction, in the last place, must undo that."""
     image, target = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
@@ -163,12 +176,10 @@ def test_large_sizes(kernel: Backend, size: str, layout: str, penalty: str, dtyp
     check(kernel, *pair, region_mask("n1hw", GPU_SIZES[size]), "dilated_hole-mask", penalty)
 
 
-@grid(values=("zeros", "ones", "binary"), mode=MODES, kind=KINDS)
-def test_all_hole_and_all_valid(backend: Backend, values: str, mode: str, kind: str) -> None:
+@grid(values=("zeros", "ones", "binary"), mode=SOME_MODES, kind=KINDS, penalty=PENALTIES)
+def test_all_hole_and_all_valid(backend: Backend, values: str, mode: str, kind: str, penalty: str) -> None:
     """An empty region gives 0 with zero gradient, never 0/0."""
-    for penalty in PENALTIES:
-        mask = make_mask("n1hw", SIZE, values=values)
-        check_kind(backend, kind, image_pair(SIZE), mask, mode, penalty)
+    check_kind(backend, kind, image_pair(SIZE), make_mask("n1hw", SIZE, values=values), mode, penalty)
 
 
 @grid(mode=("hole-mask", "dilated_hole-image"), kind=KINDS, layout=("contiguous", "channels_last"))
@@ -201,12 +212,11 @@ def test_no_gradient_between_equal_pixels(backend: Backend, mode: str, kind: str
     assert not any(gradient.any() for gradient in gradients)
 
 
-@grid(mode=MODES, kind=KINDS, dtypes=("f16/f16", "f16/f32"))
-def test_extremes_do_not_overflow(backend: Backend, mode: str, kind: str, dtypes: str) -> None:
+@grid(mode=SOME_MODES, kind=KINDS, dtypes=("f16/f16", "f16/f32"), penalty=PENALTIES)
+def test_extremes_do_not_overflow(backend: Backend, mode: str, kind: str, dtypes: str, penalty: str) -> None:
     image, target = image_pair(SIZE, dtypes)
     image[0, 0, 0], image[0, 0, 1] = 65504, -65504
-    for penalty in PENALTIES:
-        check_kind(backend, kind, (image, target), region_mask("n1hw", SIZE), mode, penalty)
+    check_kind(backend, kind, (image, target), region_mask("n1hw", SIZE), mode, penalty)
 
 
 def untouched(mask: Tensor, region: str, mask_is: str) -> Tensor:
@@ -271,17 +281,20 @@ def test_specials_the_composite_does_not_take(
         assert got.isfinite().all()
 
 
-@grid(penalty=PENALTIES, layout=("contiguous", "channels_last"), kind=KINDS)
-def test_nan_reaches_its_neighbours_only(backend: Backend, penalty: str, layout: str, kind: str) -> None:
-    image, target = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    image[1, 2, 4, 7] = torch.nan
-    mask = make_mask("n1hw", SIZE, values="zeros")
-    inputs = on_device(backend, image, target if kind == "composite" else None, mask)
-    call = total_variation_call(backend, mode="hole-default", penalty=penalty)
-    (loss,), (gradient, *_), _ = evaluate(call, inputs, (0,))
+@grid(penalty=PENALTIES, layout=("contiguous", "channels_last"), of=("image", "pred", "target"))
+def test_nan_reaches_its_neighbours_only(backend: Backend, penalty: str, layout: str, of: str) -> None:
+    """And of the images of a composite that alone which is seen there."""
+    pair, index = image_pair(SIZE, layouts=f"{layout}/{layout}"), int(of == "target")
+    pair[index][1, 2, 4, 7] = torch.nan
+    mask = make_mask("n1hw", SIZE, values="ones" if of == "target" else "zeros")
+    inputs = on_device(backend, pair[0], None if of == "image" else pair[1], mask)
+    mode = "image-default" if of == "target" else "hole-default"
+    call = total_variation_call(backend, mode=mode, penalty=penalty)
+    (loss,), gradients, _ = evaluate(call, inputs, (0,) if of == "image" else (0, 1))
     assert loss.isnan()
     # l1 as torch.sign: 0 for a NaN. l2: the pixel and its four neighbours.
-    assert int((~gradient.isfinite()).sum()) == (0 if penalty == "l1" else 5)
+    assert int((~gradients[index].isfinite()).sum()) == (0 if penalty == "l1" else 5)
+    assert of == "image" or not gradients[1 - index].any()
 
 
 @given(case=region_cases(), mode=st.sampled_from(list(MODES)), penalty=st.sampled_from(PENALTIES))

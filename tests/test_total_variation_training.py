@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, evaluate, grid, laid_out, poisoned_allocations, same_bits
 from pairs_cases import MODES, PENALTIES, SIZES, total_variation_call, total_variation_formula
 from pixel_cases import image_pair, make_mask, on_device, skip_without_memory
 from torch import Tensor
@@ -70,6 +70,17 @@ def test_two_runs_give_the_same_bits(
 
     # PyTorch's own sums, which the reference uses, depend on the number of threads.
     check_deterministic(run, threads=(1,) if backend.name == "reference" else (1, 2, 3))
+
+
+@grid(size=("17", "c17"), layout=("contiguous", "channels_last"))
+def test_every_byte_of_the_signs_is_written(kernel: Backend, size: str, layout: str) -> None:
+    """Also where it belongs to no pixel: an output may not differ from run to run."""
+    (image,) = on_device(kernel, laid_out(torch.full(SIZES[size], 0.3), layout))
+    op = getattr(torch.ops.inpaint_kernels, f"total_variation_{kernel.name}")
+    with poisoned_allocations():
+        signs = op(image, None, None, "image", "l1", "pairs", False, True)[2]
+    # Equal pixels, and no pixels, as `ops/_pairs.py` packs them.
+    assert (signs == (0b01010101 if kernel.name == "cuda" else 0)).all()
 
 
 OPCHECK_CASES = (
