@@ -103,6 +103,8 @@ class Trainer:
         self.held_out: list[tuple[int, float]] = []
         self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
         self.memory = PeakMemory(world.device)
+        # A heap fills with gaps over hundreds of steps: peaks are compared over the same ones.
+        self.watch_memory_until = settings.steps
         self.saved_step: int | None = None
         # False once the newest checkpoint in the output folder belongs to this run.
         self.new_run = True
@@ -167,7 +169,7 @@ class Trainer:
             if out is not None and self.step == 0:
                 self.validate()
             for batch in batches:
-                with self.memory:
+                with self.memory if self.step < self.watch_memory_until else contextlib.nullcontext():
                     self._one_step(network, batch)
                 self.step += 1
                 bar.update()

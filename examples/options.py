@@ -20,8 +20,8 @@ CPU_CHUNK = 2
 # losses takes a tenth of one, almost all of them in VGG16.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "pconv": {
-        "steps": 180,
-        "compare_steps": 25,
+        "steps": 160,
+        "compare_steps": 20,
         "batch": 4,
         "perceptual": PERCEPTUAL_WEIGHT,
         "style": STYLE_WEIGHT,

@@ -130,14 +130,15 @@ class Job:
             f"(by {photographs.held_out_by}) from {photographs.source}"
         )
         start = self.trainer.state()
+        last = args.steps
+        if args.compare_steps:
+            last = min(last, int(start["step"]) + args.compare_steps)
+        self.trainer.watch_memory_until = last
         self.trainer.train("fused loss", args.out)
         self.trained = True
         self._write_pictures(self.trainer, photographs.held_out_by)
         trainers = {"fused": self.trainer}
         if args.compare_steps != 0:
-            last = args.steps
-            if args.compare_steps is not None:
-                last = min(last, int(start["step"]) + args.compare_steps)
             trainers["eager"] = self._make_trainer(replace(settings, steps=last), "eager")
             trainers["eager"].restore(start)
             trainers["eager"].train("eager loss", None)
