@@ -148,7 +148,7 @@ def test_masks_of_zeros_and_ones(backend: Backend, size: str, mask: str, layout:
 @grid(size=GPU_SIZES, layout=("contiguous", "channels_last"), dtype=("f32", "bf16"))
 def test_large_sizes(kernel: Backend, size: str, layout: str, dtype: str) -> None:
     if kernel.device != "cuda":
-        pytest.skip("the work of a CPU thread does not depend on the size")
+        pytest.skip("what a size changes on the CPU is in test_cpu_streaming.py")
     pair = image_pair(GPU_SIZES[size], f"{dtype}/{dtype}", f"{layout}/{layout}")
     check(kernel, *pair, region_mask("n1hw", GPU_SIZES[size]), "mask")
 

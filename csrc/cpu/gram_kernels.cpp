@@ -267,6 +267,7 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
     }
     product_of_pixels(call, panels.get(), sample, begin, end, scratch.get());
   }
+  end_stream(call.stream);
 }
 
 }  // namespace

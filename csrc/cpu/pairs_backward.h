@@ -210,9 +210,7 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
       }
     }
   }
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (call.stream) _mm_sfence();
-#endif
+  end_stream(call.stream);
 }
 
 }  // namespace

@@ -309,9 +309,7 @@ void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_e
       });
     });
   }
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (call.stream) _mm_sfence();
-#endif
+  end_stream(call.stream);
 }
 
 template <typename T>

@@ -22,6 +22,15 @@ IK_INLINE void prefetch(const S* p) {
 // For stores around the cache of whole vectors.
 IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
 
+// Orders them before whatever tells other threads that the work is done.
+IK_INLINE void end_stream(bool stream) {
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+  if (stream) _mm_sfence();
+#else
+  (void)stream;
+#endif
+}
+
 IK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 64-byte aligned scratch memory of one kernel call.

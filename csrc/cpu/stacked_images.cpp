@@ -86,6 +86,10 @@ std::tuple<Tensor, Tensor> stacked_images_backward(const Tensor& grad, const std
                                                    const std::vector<int64_t>& parts,
                                                    const std::vector<double>& scale, bool swap,
                                                    bool mask_is_hole, bool need_pred, bool need_target) {
+  STD_TORCH_CHECK(
+      grad.dim() == 4 && size.size() == 4 &&
+          grad.numel() == static_cast<int64_t>(parts.size()) * grad.size(1) * size[0] * size[2] * size[3],
+      "grad: expected the shape of the stacked batch");
   StackedTensors t(size, channels_last, pred_dtype, target_dtype, mask, parts, grad.size(1), scale, {}, swap,
                    mask_is_hole);
   StackedCall& call = t.call;

@@ -260,21 +260,13 @@ class Worker {
   Scratch<T> converted_;
 };
 
-IK_INLINE void end_stream(const StackedCall& call) {
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if (call.stream) _mm_sfence();
-#else
-  (void)call;
-#endif
-}
-
 template <typename T>
 void forward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_end) {
   Worker<T> worker(call);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.forward(run, at); });
   }
-  end_stream(call);
+  end_stream(call.stream);
 }
 
 template <typename T>
@@ -283,7 +275,7 @@ void backward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_en
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.backward(run, at); });
   }
-  end_stream(call);
+  end_stream(call.stream);
 }
 
 }  // namespace
