@@ -126,7 +126,7 @@ class Worker {
     const bool stream = call_.stream && aligned(to_pred) && aligned(to_target) && to_pred != buffer(3) &&
                         to_target != buffer(4);
     const V one(T(1)), zero(T(0));
-    for_each_vector<V>(run.n, [&](int64_t i, int n) {
+    for_each_vector<V>(run.n, [&](int64_t i, int n) __attribute__((always_inline)) {
       V hole(zero), valid(zero);
       if (run.mask != nullptr)
         split_regions(load_part<V>(run.mask + i, n), one, call_.mask_is_hole, hole, valid);
@@ -196,7 +196,7 @@ class Worker {
   template <typename F>
   IK_MEMBER void write_values(const Share<T>& share, const Run<T>& run, T* out, bool stream,
                               F&& value) const {
-    for_each_vector<V>(run.n, [&](int64_t i, int count) {
+    for_each_vector<V>(run.n, [&](int64_t i, int count) __attribute__((always_inline)) {
       const V shift = run.scales ? load_part<V>(run.shifts + i, count) : V(share.shift);
       const V x = value(i, count) * scale(share, run, i, count) + shift;
       stream&& count == V::lanes ? x.stream(out + i) : store_part(x, out + i, count);
@@ -208,17 +208,18 @@ class Worker {
     const bool of_pred = share.part == Part::raw || share.part == Part::hole_raw;
     const T* image = of_pred ? pred : target;
     if (share.part == Part::raw || share.part == Part::target) {
-      return write_values(share, run, out, stream,
-                          [&](int64_t i, int count) { return load_part<V>(image + i, count); });
+      return write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
+        return load_part<V>(image + i, count);
+      });
     }
     if (share.part != Part::composite) {
-      return write_values(share, run, out, stream, [&](int64_t i, int count) {
+      return write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
         V hole, valid;
         weights(run, i, count, hole, valid);
         return select_zero_(hole, hole * load_part<V>(image + i, count));
       });
     }
-    write_values(share, run, out, stream, [&](int64_t i, int count) {
+    write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
       V hole, valid;
       weights(run, i, count, hole, valid);
       return select_zero_(hole, hole * load_part<V>(pred + i, count)) +
