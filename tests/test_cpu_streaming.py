@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from harness import Backend, backends_under_test, evaluate, poisoned_allocations, same_bits
 from pairs_cases import (
     SCALE,
@@ -16,6 +17,8 @@ from pairs_cases import (
     total_variation_call,
 )
 from pixel_cases import hole_valid_call, image_pair, masked_call
+
+import inpaint_kernels as ik
 
 CPU = Backend("cpu", "cpu")
 pytestmark = pytest.mark.skipif(CPU not in backends_under_test(), reason="is about the CPU kernels")
@@ -51,3 +54,24 @@ def test_samples_alone_give_the_same_bits(name: str, layout: str) -> None:
         expected = [t for t in alone if t.ndim == 4] + list(gradients_alone)
         for got, want in zip((*images, *gradients), expected, strict=True):
             assert same_bits(got[rows], want)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("channels", "width"), [(16, 528), (40, 224)])
+def test_gram_products_of_samples_alone_give_the_same_bits(
+    channels: int, width: int, layout: torch.memory_format
+) -> None:
+    """Whole aligned tiles are streamed, the others are not: rows and columns of either are left over."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(2, channels, 272, width, generator=generator)
+    upstream = torch.rand(2, channels, channels, generator=generator)
+
+    def gradient(x: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=layout).requires_grad_()
+        with poisoned_allocations():
+            return torch.autograd.grad(ik.gram_matrix(x, backend="cpu"), x, sent)[0]
+
+    together = gradient(features, upstream)
+    assert together.nbytes > 16 << 20 > together[0].nbytes
+    for n in range(2):
+        assert same_bits(together[n : n + 1], gradient(features[n : n + 1], upstream[n : n + 1]))

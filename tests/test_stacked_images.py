@@ -377,6 +377,27 @@ def test_operator_checks_what_would_crash(parts: list[int], scale: list[float], 
         torch.ops.inpaint_kernels.stacked_images_cpu(image, image, None, parts, scale, [], False, False)
 
 
+def test_operator_checks_the_shape_of_the_gradient() -> None:
+    if Backend("cpu", "cpu") not in backends_under_test():
+        pytest.skip("is about the CPU operator")
+    backward, f32 = torch.ops.inpaint_kernels.stacked_images_backward_cpu, torch.float32
+    with pytest.raises(RuntimeError, match="shape of the stacked batch"):
+        backward(
+            torch.zeros(3, 3, 4, 5),
+            None,
+            [2, 3, 4, 5],
+            False,
+            f32,
+            f32,
+            [0, 2],
+            [],
+            False,
+            False,
+            True,
+            False,
+        )
+
+
 @given(
     case=region_cases(),
     parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=6),

@@ -150,13 +150,23 @@ int64_t panel_count(int64_t channels) {
   return panels < 2 ? 2 : least(panels, 15);
 }
 
-// Copies a finished tile to the output, dropping what lies outside it and converting the type.
+// A tile of the product at element `index` of the output, whose rows are `stride` apart; of it `height` rows
+// and `width` columns lie inside. `stream`: whole tiles are aligned and go around the cache.
 template <typename T>
-void store_tile(const T* tile, int64_t tile_stride, int64_t rows, int64_t cols,
-                const SymmetricProductCall& call, int64_t index, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
+IK_INLINE void product_tile(const SymmetricProductCall& call, const T* const* rows, const T* panel,
+                            int64_t index, int64_t stride, int64_t height, int64_t width, bool stream) {
+  constexpr int64_t cols = kOuterCols<T>;
+  const int64_t C = call.map.channels;
+  if (call.map.dtype == kNative<T> && height >= kOuterRows && width >= cols) {
+    T* out = static_cast<T*>(call.out) + index;
+    return stream ? outer_tile<Store::stream>(rows, 1, panel, C, out, stride)
+                  : outer_tile<Store::set>(rows, 1, panel, C, out, stride);
+  }
+  alignas(64) T tile[kOuterRows * cols];
+  outer_tile<Store::set>(rows, 1, panel, C, tile, cols);
+  for (int64_t r = 0; r < least(kOuterRows, height); ++r) {
     char* at = static_cast<char*>(call.out) + (index + r * stride) * dtype_bytes(call.map.dtype);
-    convert_from(call.map.dtype, tile + r * tile_stride, cols, at);
+    convert_from(call.map.dtype, tile + r * cols, least(cols, width), at);
   }
 }
 
@@ -172,7 +182,6 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
   const int64_t stride = SymmetricProductCall::padded_cols(C);
   const bool native = map.dtype == kNative<T>;
   const bool stream = call.stream && aligned(call.out) && M * sizeof(T) % 64 == 0;
-  alignas(64) T tile[kOuterRows * cols];
   for (int64_t m = begin; m < end; m += panel_count<T>(C) * cols) {
     const int64_t width = least(panel_count<T>(C) * cols, end - m);
     T* converted = scratch + panel_count<T>(C) * C * cols;
@@ -187,17 +196,9 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
     for (int64_t p = 0; p < width; p += cols) {
       for (int64_t c = 0; c < C; c += kOuterRows) {
         const int64_t index = (sample * C + c) * M + m + p;
-        const bool whole = native && c + kOuterRows <= C && p + cols <= width;
-        T* out = whole ? static_cast<T*>(call.out) + index : tile;
         const T* rows[kOuterRows];
         for (int r = 0; r < kOuterRows; ++r) rows[r] = factor + least(c + r, C - 1) * stride;
-        const T* panel = scratch + p * C;
-        if (whole && stream) {
-          outer_tile<Store::stream>(rows, 1, panel, C, out, M);
-          continue;
-        }
-        outer_tile<Store::set>(rows, 1, panel, C, out, whole ? M : cols);
-        if (!whole) store_tile(tile, cols, least(kOuterRows, C - c), least(cols, width - p), call, index, M);
+        product_tile(call, rows, scratch + p * C, index, M, C - c, width - p, stream);
       }
     }
   }
@@ -213,7 +214,6 @@ void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_
   const int64_t M = map.pixels;
   const bool native = map.dtype == kNative<T>;
   const bool stream = call.stream && aligned(call.out) && C * sizeof(T) % 64 == 0;
-  alignas(64) T tile[kOuterRows * cols];
   for (int64_t m = begin; m < end; m += kPixelRows) {
     const int64_t height = least(kPixelRows, end - m);
     const char* pixels = element(map, (sample * M + m) * C);
@@ -222,17 +222,9 @@ void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_
     for (int64_t c = 0; c < C; c += cols) {
       for (int64_t r = 0; r < height; r += kOuterRows) {
         const int64_t index = (sample * M + m + r) * C + c;
-        const bool whole = native && c + cols <= C && r + kOuterRows <= height;
-        T* out = whole ? static_cast<T*>(call.out) + index : tile;
         const T* rows[kOuterRows];
         for (int i = 0; i < kOuterRows; ++i) rows[i] = x + least(r + i, height - 1) * C;
-        const T* panel = panels + c * C;
-        if (whole && stream) {
-          outer_tile<Store::stream>(rows, 1, panel, C, out, C);
-          continue;
-        }
-        outer_tile<Store::set>(rows, 1, panel, C, out, whole ? C : cols);
-        if (!whole) store_tile(tile, cols, least(kOuterRows, height - r), least(cols, C - c), call, index, C);
+        product_tile(call, rows, panels + c * C, index, C, height - r, C - c, stream);
       }
     }
   }

@@ -28,6 +28,11 @@ enum class Terms : int { image, composite, losses };
 template <Terms kTerms>
 constexpr int kSignKinds = kTerms == Terms::losses ? 3 : 2;
 
+// The backward of the squared composite holds three rows of two images: it spills with 168.
+template <Terms kTerms, int kChannels, bool kSquare>
+constexpr int kPairBackwardBlocks =
+    kTerms == Terms::composite && kChannels == 3 && kSquare ? 2 : kPairBlocks<kChannels>;
+
 enum class ElementType : int { f32, f16, bf16 };
 
 // How a call is cut into chunks.

@@ -143,8 +143,7 @@ IK_DEVICE float pair_gradient(float coefficient, float slope) {
 }
 
 template <Terms kTerms, int kChannels, bool kSquare>
-__global__ void __launch_bounds__(kThreads,
-                                  (kSquare && kTerms == Terms::composite ? 2 : kPairBlocks<kChannels>))
+__global__ void __launch_bounds__(kThreads, (kPairBackwardBlocks<kTerms, kChannels, kSquare>))
     pairs_backward(const PairBackwardArgs args) {
   constexpr bool kLosses = kTerms == Terms::losses;
   static_assert(!kLosses || !kSquare, "inpainting_pixel makes its l2 of two ops");

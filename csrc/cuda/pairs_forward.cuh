@@ -199,8 +199,9 @@ struct PairFinalArgs {
 
 // One block. `lanes` (power of two) threads add the blocks of one sample.
 template <bool kLosses>
-__global__ void __launch_bounds__(kFinalThreads, 1) pairs_finalize(const PairFinalArgs args, int lanes) {
+__global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalArgs args, int lanes) {
   double sum[kSums] = {};  // over this thread's samples
+  [[maybe_unused]] double scaled[2] = {};
   sum_samples<kSums>(
       args.samples, args.blocks, lanes,
       [&](int64_t index, double (&value)[kSums]) {
@@ -209,21 +210,18 @@ __global__ void __launch_bounds__(kFinalThreads, 1) pairs_finalize(const PairFin
         for (int i = 0; i < kSums; ++i) value[i] += partial.sum[i];
       },
       [&](int64_t sample, const double (&value)[kSums]) {
-        double scale[kSums];
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) scale[i] = 1.0;
+        for (int i = 0; i < kSums; ++i) sum[i] += value[i];
         if constexpr (kLosses) {
-          if (args.normalize == Normalize::sample) {
+          if (args.normalize != Normalize::sample) return;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              scale[kHole + r] = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
+          for (int r = 0; r < 2; ++r) {
+            const double scale = sample_scale(args.normalize, value[kHoleWeight + r], 0.0, args.numel,
                                               static_cast<double>(args.samples));
-              args.scale[2 * sample + r] = static_cast<float>(scale[kHole + r]);
-            }
+            scaled[r] += scale * value[kHole + r];
+            args.scale[2 * sample + r] = static_cast<float>(scale);
           }
         }
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sum[i] += scale[i] * value[i];
       });
   double scales[2];
   pair_scales(args.pair_normalize, args.pairs_down, args.pairs_across, args.numel, block_sum(sum[kRegion]),
@@ -233,11 +231,13 @@ __global__ void __launch_bounds__(kFinalThreads, 1) pairs_finalize(const PairFin
   if constexpr (kLosses) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      double loss = block_sum(sum[kHole + r]);
-      if (args.normalize != Normalize::sample) {
+      double loss = 0.0;
+      if (args.normalize == Normalize::sample) {
+        loss = block_sum(scaled[r]);
+      } else {
         const double scale = sample_scale(args.normalize, 0.0, block_sum(sum[kHoleWeight + r]), args.numel,
                                           static_cast<double>(args.samples));
-        loss *= scale;
+        loss = block_sum(sum[kHole + r]) * scale;
         for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
           args.scale[2 * n + r] = static_cast<float>(scale);
         }
