@@ -36,13 +36,15 @@ test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton throug
 	$(PYTEST) -n 2 tests $(ARGS)
 	$(MAKE) test-interpreter
 
-# In a process of its own: interpreted and compiled kernels cannot live side by side. SHARED=n: one test in n.
+# In a process of its own: interpreted and compiled kernels cannot live side by side. SHARED=n: one test in n, the
+# others with another SHARE=k.
 SHARED ?= 1
+SHARE ?= 0
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
 TRITON_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py))
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  set -x; TRITON_INTERPRET=1 TEST_SHARE=0/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
+	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
 	    $(TRITON_TESTS) $(ARGS); \
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
 

@@ -6,8 +6,8 @@ stands, launch logic included. Alignment of vector accesses is checked; races an
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def _sources() -> list[Path]:
 
 
 def build() -> Path:
-    """The library, compiled if the sources changed: about ten seconds on one core."""
+    """The library, compiled if the sources changed: about a minute on one core."""
     compiler = shutil.which("g++")
     if compiler is None or not (ROOT / "csrc/cuda").is_dir():
         pytest.skip("needs g++ and the sources")
@@ -40,12 +40,18 @@ def build() -> Path:
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(f.read_bytes() for f in files))
     folder = ROOT / "build/emulation"
     library = folder / f"cuda_{digest.hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # The other test workers wait for the first one.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.is_file():
+            _compile(compiler, folder, library)
+    return library
+
+
+def _compile(compiler: str, folder: Path, library: Path) -> None:
     includes = [f"-I{ROOT}/tests/csrc/emulation", f"-I{ROOT}/csrc", "-isystem", f"{TORCH}/include"]
-    # A name of this process: several test workers may be here at once.
-    objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in _sources()]
+    objects = [folder / f"{source.stem}.o" for source in _sources()]
     runs = [
         subprocess.Popen(
             [compiler, *FLAGS, STABLE_ABI, *includes, "-x", "c++", "-c", str(source), "-o", str(obj)]
@@ -55,13 +61,12 @@ def build() -> Path:
     codes = [run.wait() for run in runs]
     if any(codes):
         raise RuntimeError("the CUDA sources do not compile as C++")
-    built = library.with_suffix(f".{os.getpid()}")
+    built = library.with_suffix(".new")
     libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run([compiler, "-shared", "-o", str(built), *map(str, objects), *libraries], check=True)
     for obj in objects:
         obj.unlink()
     built.replace(library)
-    return library
 
 
 @contextmanager

@@ -56,13 +56,20 @@ def backends_under_test() -> list[Backend]:
 
 
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrize over the product of the axes; the interpreter, too slow for that, sees every value about twice."""
-    values = [list(axis) for axis in axes.values()]
-    rows = list(itertools.product(*values))
-    if INTERPRETING:
-        rows = spread(rows, 2 * max(map(len, values)))
+    """Parametrize over the product of the axes, or `covering` under the interpreter, which is too slow for that."""
+    return covering(**axes) if INTERPRETING else _parametrize(axes, list(itertools.product(*axes.values())))
+
+
+def covering(**axes: Iterable[object]) -> pytest.MarkDecorator:
+    """Parametrize over those rows of the product that see every value about twice: for what is slow everywhere."""
+    lists = {name: list(axis) for name, axis in axes.items()}
+    longest = max(map(len, lists.values()))
+    return _parametrize(axes, spread(list(itertools.product(*lists.values())), 2 * longest))
+
+
+def _parametrize(names: Iterable[str], rows: Sequence[tuple[object, ...]]) -> pytest.MarkDecorator:
     params = [pytest.param(*row, id="-".join(map(str, row))) for row in rows]
-    return pytest.mark.parametrize(list(axes), params)
+    return pytest.mark.parametrize(list(names), params)
 
 
 def spread(rows: Sequence[tuple[object, ...]], count: int) -> list[tuple[object, ...]]:

@@ -1,34 +1,83 @@
-"""What the tests of process_group= share: gloo processes, and a network for DDP to wrap."""
+"""Other processes for tests: a fresh interpreter for code, gloo ranks, and a network for DDP to wrap.
+
+They are forked from a server that has imported torch once, which costs each of them seconds of its own otherwise.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 from torch import nn
 
 WORLD = 2
 
 Worker = Callable[[int], dict[Any, Any]]
 
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch"])
+
+
+def run_code(code: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Like `python -c code` in this environment: whatever is read at import is read anew, but for torch itself."""
+    here, there = _context.Pipe(duplex=False)
+    process = _context.Process(target=_execute, args=(code, dict(environment), there))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(300):
+            raise TimeoutError("no answer in 300 s")
+        status, out, err = here.recv()
+    except EOFError:
+        process.join()
+        status, out, err = process.exitcode, "", "the process died"
+    finally:
+        process.kill()
+        process.join()
+    return subprocess.CompletedProcess(code, status, out, err)
+
+
+def _execute(code: str, environment: dict[str, str], connection: Connection) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    connection.send((status, out.getvalue(), err.getvalue()))
+
 
 def run(worker: Worker, folder: Path) -> list[dict[Any, Any]]:
     """What `worker(rank)` returned in each of WORLD processes."""
     if not dist.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
-    # Without a route to the host's own name gloo would not find an address.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_process, (worker, str(folder / "store"), str(folder / "found")), nprocs=WORLD)
+    arguments = (worker, str(folder / "store"), str(folder / "found"))
+    torch.multiprocessing.start_processes(_process, arguments, nprocs=WORLD, start_method="forkserver")
     return [torch.load(f"{folder / 'found'}.{rank}") for rank in range(WORLD)]
 
 
 def _process(rank: int, worker: Worker, store: str, results: str) -> None:
+    # Without a route to the host's own name gloo would not find an address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.save(worker(rank), f"{results}.{rank}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import INTERPRETING, Backend, backends_under_test
 from pixel_cases import image_pair, make_mask, on_device
+from processes import run_code
 from training_checks import ops_called
 
 import inpaint_kernels as ik
@@ -32,14 +33,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("INPAINT_KERNELS_", "TRITON_"))}
     package = str(Path(ik.__file__).parent.parent)
     clean["PYTHONPATH"] = os.pathsep.join(filter(None, (package, clean.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return run_code(PRELUDE + code, {**clean, **environment})
 
 
 def answer(code: str, **environment: str) -> object:
@@ -95,15 +89,14 @@ def test_unknown_backend_is_named_with_the_allowed_ones() -> None:
 
 RAN = """
 import inpaint_kernels as ik
-from torch.utils._python_dispatch import TorchDispatchMode
-ran = []
-class Log(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        ran.append(str(func))
-        return func(*args, **(kwargs or {}))
-with Log():
-    ik.masked_l1_loss(*images, None CALL)
-print(json.dumps([op.split(".")[1] for op in ran if op.startswith("inpaint_kernels.")]))
+from inpaint_kernels import _library
+ran, call = [], _library.Op.__call__
+def logged(op, backend, *rest):
+    ran.append(f"{op.name}_{backend}")
+    return call(op, backend, *rest)
+_library.Op.__call__ = logged
+ik.masked_l1_loss(*images, None CALL)
+print(json.dumps(ran))
 """
 
 
@@ -190,9 +183,12 @@ def test_core_cases_on_every_instruction_set(isa: str) -> None:
     code = "from inpaint_kernels import _extension; print(json.dumps(_extension.cpu_isa()))"
     assert answer(code, **environment) == isa
     tests = [f"{TESTS / name}::{test}" for name in CORE_FILES for test in CORE_TESTS]
+    # One in four; tools/asan.sh runs every test of every op on every instruction set.
+    plugin = ["-p", "pytest_share"]
+    share = {"TEST_SHARE": "0/4", "PYTHONPATH": str(TESTS.parent / "tools")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
-        env={**os.environ, **environment, "INPAINT_KERNELS_TEST_BACKENDS": "cpu"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *plugin, *tests],
+        env={**os.environ, **environment, **share, "INPAINT_KERNELS_TEST_BACKENDS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

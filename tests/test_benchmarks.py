@@ -193,7 +193,9 @@ def test_heavy_op_has_variants_and_no_bandwidth_and_may_be_without_compiled_prov
 
 @pytest.mark.parametrize("benchmark", run.discover().values(), ids=lambda b: b.op)
 def test_formulas_of_every_benchmark_pass_its_gate(benchmark):
-    for case in {c.variant + c.dtype_name: c for c in benchmark.cases}.values():
+    # Half precision of a whole trunk takes a CPU without such arithmetic a minute.
+    cases = [c for c in benchmark.cases if not benchmark.heavy or "cpu" in c.devices]
+    for case in {c.variant + c.dtype_name: c for c in cases}.values():
         # Enough pixels that features at a kink, and entries of Gram matrices at a tie, stay rare.
         side = 64 if benchmark.heavy else 256
         of_images = case.options.get("vgg16") or benchmark.heavy

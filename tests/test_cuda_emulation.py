@@ -15,8 +15,8 @@ from harness import (
     LAYOUTS,
     Backend,
     check_against_truth,
+    covering,
     evaluate,
-    grid,
     laid_out,
     poisoned_allocations,
     same_bits,
@@ -91,7 +91,7 @@ def check_hole_valid(
     )
 
 
-@grid(size=SIZES, layout=BOTH, dtype=("f32", "bf16"))
+@covering(size=SIZES, layout=BOTH, dtype=("f32", "bf16"))
 def test_sizes(size: str, layout: str, dtype: str) -> None:
     pair = image_pair(SIZES[size], f"{dtype}/{dtype}", f"{layout}/{layout}")
     for kind in ("n1hw", "nomask", "nchw"):
@@ -104,7 +104,7 @@ def test_sizes(size: str, layout: str, dtype: str) -> None:
             check_hole_valid(*pair, mask, "charbonnier", mask_is="hole")
 
 
-@grid(size=LARGE, dtype=("f32", "bf16"))
+@covering(size=LARGE, dtype=("f32", "bf16"))
 def test_large_sizes(size: str, dtype: str) -> None:
     pair = image_pair(LARGE[size], f"{dtype}/{dtype}")
     mask = make_mask("n1hw", LARGE[size])
@@ -112,13 +112,13 @@ def test_large_sizes(size: str, dtype: str) -> None:
     check_hole_valid(*pair, mask, "l1", normalize="sample")
 
 
-@grid(penalty=PENALTIES, mode=MODES, layout=BOTH)
+@covering(penalty=PENALTIES, mode=MODES, layout=BOTH)
 def test_penalties(penalty: str, mode: str, layout: str) -> None:
     size = SIZES["odd"]
     check_masked(*image_pair(size, layouts=f"{layout}/{layout}"), make_mask("n1hw", size), penalty, mode)
 
 
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS, mask_is=("hole", "valid"))
+@covering(penalty=PENALTIES, normalize=NORMALIZATIONS, mask_is=("hole", "valid"))
 def test_regions(penalty: str, normalize: str, mask_is: str) -> None:
     size = SIZES["vectors"]
     check_hole_valid(
@@ -126,7 +126,7 @@ def test_regions(penalty: str, normalize: str, mask_is: str) -> None:
     )
 
 
-@grid(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("halves", "vectors"))
+@covering(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("halves", "vectors"))
 def test_dtypes(pred: str, target: str, size: str) -> None:
     pair, mask = image_pair(SIZES[size], f"{pred}/{target}"), make_mask("n1hw", SIZES[size])
     for penalty in ("l1", "l2"):
@@ -135,7 +135,7 @@ def test_dtypes(pred: str, target: str, size: str) -> None:
         check_hole_valid(*pair, mask, penalty)
 
 
-@grid(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH, images=("f32", "f16"))
+@covering(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH, images=("f32", "f16"))
 def test_mask_dtypes(dtype: str, kind: str, layout: str, images: str) -> None:
     for size in (SIZES["odd"], SIZES["vectors"]):
         pair, mask = (
@@ -158,7 +158,7 @@ def test_bool_from_bytes() -> None:
         assert same_bits(call(*images, mask), call(*images, other))
 
 
-@grid(mask=MASK_SHAPES, layout=BOTH, mask_layout=LAYOUTS)
+@covering(mask=MASK_SHAPES, layout=BOTH, mask_layout=LAYOUTS)
 def test_mask_shapes(mask: str, layout: str, mask_layout: str) -> None:
     size = (2, 3, 8, 12)
     weights = make_mask(mask, size)
@@ -166,7 +166,7 @@ def test_mask_shapes(mask: str, layout: str, mask_layout: str) -> None:
     check_masked(*image_pair(size, layouts=f"{layout}/{layout}"), weights)
 
 
-@grid(mask_dtype=("f32", "u8"), images=("f32", "bf16"), kind=("n1hw", "nchw"))
+@covering(mask_dtype=("f32", "u8"), images=("f32", "bf16"), kind=("n1hw", "nchw"))
 def test_odd_strides(mask_dtype: str, images: str, kind: str) -> None:
     """Dense planes of whole vectors that start at odd addresses: those of a mask and of a map's gradient."""
     size = SIZES["vectors"]
@@ -179,7 +179,7 @@ def test_odd_strides(mask_dtype: str, images: str, kind: str) -> None:
     check_masked(*image_pair(size, f"{images}/{images}"), view, "l2", "none")
 
 
-@grid(pred=LAYOUTS, target=LAYOUTS, dtype=("f32", "f16"))
+@covering(pred=LAYOUTS, target=LAYOUTS, dtype=("f32", "f16"))
 def test_layouts(pred: str, target: str, dtype: str) -> None:
     size = (2, 3, 8, 12)
     pair = image_pair(size, f"{dtype}/{dtype}", f"{pred}/{target}")
@@ -201,7 +201,7 @@ def spread(values: Tensor, how: str) -> Tensor:
     return (values * laid_out(coefficients, how)).sum()
 
 
-@grid(
+@covering(
     how=("expanded", "by_sample", "by_channel", "by_column", *LAYOUTS),
     layout=BOTH,
     size=("odd", "vectors", "c17"),
@@ -217,7 +217,7 @@ def test_map_gradients(how: str, layout: str, size: str) -> None:
         )
 
 
-@grid(penalty=PENALTIES, layout=BOTH, size=("odd", "vectors"))
+@covering(penalty=PENALTIES, layout=BOTH, size=("odd", "vectors"))
 def test_specials(penalty: str, layout: str, size: str) -> None:
     """NaN and Inf where nothing is counted change no bit; where they are counted they show."""
     mask = make_mask("n1hw", SIZES[size], values="binary")
@@ -235,7 +235,7 @@ def test_specials(penalty: str, layout: str, size: str) -> None:
         check_masked(laid_out(marked, layout), target, mask, penalty, mode)
 
 
-@grid(size=SIZES, layout=BOTH)
+@covering(size=SIZES, layout=BOTH)
 def test_signs_are_all_written(size: str, layout: str) -> None:
     """Also the bytes that channels_last does not need: an op must not return what the memory held before."""
     pred, target = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
@@ -263,7 +263,7 @@ def test_signs_are_all_written(size: str, layout: str) -> None:
         assert not s[words.numel() :].any()
 
 
-@grid(region=("hole", "valid"), penalty=("l1", "l2"))
+@covering(region=("hole", "valid"), penalty=("l1", "l2"))
 def test_one_region_alone(region: str, penalty: str) -> None:
     """The other region gets no gradient, not a zero that NaN could spoil."""
     size = SIZES["vectors"]
@@ -283,7 +283,7 @@ def test_one_region_alone(region: str, penalty: str) -> None:
     )
 
 
-@grid(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)), mode=MODES, layout=BOTH)
+@covering(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)), mode=MODES, layout=BOTH)
 def test_empty(size: tuple[int, ...], mode: str, layout: str) -> None:
     pair = image_pair(size, layouts=f"{layout}/{layout}")
     check_masked(*pair, make_mask("n1hw", size), "l1", mode)
@@ -291,7 +291,7 @@ def test_empty(size: tuple[int, ...], mode: str, layout: str) -> None:
         check_hole_valid(*pair, make_mask("n1hw", size), normalize=mode)
 
 
-@grid(values=("zeros", "ones"), mode=MODES, dtype=DTYPES)
+@covering(values=("zeros", "ones"), mode=MODES, dtype=DTYPES)
 def test_whole_and_empty_masks(values: str, mode: str, dtype: str) -> None:
     size = SIZES["odd"]
     mask = make_mask("n1hw", size, dtype, values)

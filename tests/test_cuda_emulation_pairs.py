@@ -13,9 +13,9 @@ from harness import (
     LAYOUTS,
     Backend,
     check_against_truth,
+    covering,
     evaluate,
     gradient_of,
-    grid,
     laid_out,
     poisoned_allocations,
     same_bits,
@@ -105,7 +105,7 @@ def check_inpainting_pixel(
     )
 
 
-@grid(size=SIZES, layout=BOTH, region=REGIONS)
+@covering(size=SIZES, layout=BOTH, region=REGIONS)
 def test_sizes(size: str, layout: str, region: str) -> None:
     pair = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
     mask = region_mask("n1hw", SIZES[size])
@@ -116,7 +116,7 @@ def test_sizes(size: str, layout: str, region: str) -> None:
         check_total_variation(pair[0], None, None if region == "image" else mask, mode, penalty)
 
 
-@grid(size=LARGE, dtype=("f32", "bf16"))
+@covering(size=LARGE, dtype=("f32", "bf16"))
 def test_large_sizes(size: str, dtype: str) -> None:
     pair = image_pair(LARGE[size], f"{dtype}/{dtype}")
     mask = region_mask("n1hw", LARGE[size])
@@ -124,7 +124,7 @@ def test_large_sizes(size: str, dtype: str) -> None:
     check_total_variation(*pair, mask, "hole-mask", "l2")
 
 
-@grid(mode=MODES, mask_is=MASK_IS)
+@covering(mode=MODES, mask_is=MASK_IS)
 def test_modes(mode: str, mask_is: str) -> None:
     size = SIZES["odd"]
     pair, mask = image_pair(size), region_mask("n1hw", size)
@@ -134,7 +134,7 @@ def test_modes(mode: str, mask_is: str) -> None:
         check_total_variation(*pair, mask, mode, penalty, mask_is)
 
 
-@grid(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("odd", "vectors"), layout=BOTH)
+@covering(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("odd", "vectors"), layout=BOTH)
 def test_dtypes(pred: str, target: str, size: str, layout: str) -> None:
     pair = image_pair(SIZES[size], f"{pred}/{target}", f"{layout}/{layout}")
     mask = region_mask("n1hw", SIZES[size])
@@ -142,14 +142,14 @@ def test_dtypes(pred: str, target: str, size: str, layout: str) -> None:
     check_total_variation(*pair, mask, "hole-default", "l2")
 
 
-@grid(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH)
+@covering(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH)
 def test_mask_dtypes(dtype: str, kind: str, layout: str) -> None:
     for size in (SIZES["odd"], SIZES["vectors"]):
         pair, mask = image_pair(size, layouts=f"{layout}/{layout}"), region_mask(kind, size, dtype)
         check_inpainting_pixel(*pair, mask, "dilated_hole-mask", "mask")
 
 
-@grid(mask=SHAPES, layout=BOTH)
+@covering(mask=SHAPES, layout=BOTH)
 def test_mask_shapes(mask: str, layout: str) -> None:
     size = (2, 3, 8, 12)
     pair = image_pair(size, layouts=f"{layout}/{layout}")
@@ -157,7 +157,7 @@ def test_mask_shapes(mask: str, layout: str) -> None:
         check_inpainting_pixel(*pair, laid_out(region_mask(mask, size), mask_layout), "dilated_hole-mask")
 
 
-@grid(pred=LAYOUTS, target=LAYOUTS)
+@covering(pred=LAYOUTS, target=LAYOUTS)
 def test_layouts(pred: str, target: str) -> None:
     size = (2, 3, 8, 12)
     pair = image_pair(size, "f32/f16", f"{pred}/{target}")
@@ -178,7 +178,7 @@ def test_bool_and_bytes_as_weights() -> None:
         check_inpainting_pixel(*images, bytes_255, "dilated_hole-mask", "mask")
 
 
-@grid(size=SIZES, layout=BOTH, mask_is=MASK_IS)
+@covering(size=SIZES, layout=BOTH, mask_is=MASK_IS)
 def test_ties(size: str, layout: str, mask_is: str) -> None:
     """A third of the differences is 0, also as -0."""
     pred, target = (laid_out(x, layout) for x in tied_pair(SIZES[size]))
@@ -199,7 +199,7 @@ def test_equal_pixels_of_a_mixed_composite_are_a_tie() -> None:
         assert loss.item() == 0 and not torch.autograd.grad(loss, pred)[0].any()
 
 
-@grid(size=("odd", "strips", "chunks"), layout=BOTH, kind=("hole", "valid"))
+@covering(size=("odd", "strips", "chunks"), layout=BOTH, kind=("hole", "valid"))
 def test_specials(size: str, layout: str, kind: str) -> None:
     """NaN and Inf where nothing is counted change no bit; where they are counted they show."""
     shape = {**SIZES, **LARGE}[size]
@@ -228,7 +228,7 @@ def test_specials(size: str, layout: str, kind: str) -> None:
     )
 
 
-@grid(size=SIZES, layout=BOTH)
+@covering(size=SIZES, layout=BOTH)
 def test_signs_are_all_written(size: str, layout: str) -> None:
     """And are those of the differences: what a second derivative unpacks."""
     n, c, h, w = SIZES[size]
@@ -258,7 +258,7 @@ def test_signs_are_all_written(size: str, layout: str) -> None:
             assert not unpacked[..., h:, :].any() and not unpacked[..., w:].any()
 
 
-@grid(mode=("dilated_hole-default", "image-default"), layout=BOTH)
+@covering(mode=("dilated_hole-default", "image-default"), layout=BOTH)
 def test_second_derivatives(mode: str, layout: str) -> None:
     size = SIZES["odd"]
     pair, mask = image_pair(size, layouts=f"{layout}/{layout}"), region_mask("n1hw", size)
@@ -273,7 +273,7 @@ def test_second_derivatives(mode: str, layout: str) -> None:
         )
 
 
-@grid(
+@covering(
     size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 5, 0)),
     layout=BOTH,
     mode=("image-pairs", "hole-mask"),
@@ -285,7 +285,7 @@ def test_empty(size: tuple[int, int, int, int], layout: str, mode: str) -> None:
     check_total_variation(*pair, mask, mode)
 
 
-@grid(values=("zeros", "ones"), mask_is=MASK_IS, mode=("dilated_hole-mask", "first_pixel-pairs"))
+@covering(values=("zeros", "ones"), mask_is=MASK_IS, mode=("dilated_hole-mask", "first_pixel-pairs"))
 def test_whole_and_empty_masks(values: str, mask_is: str, mode: str) -> None:
     size = SIZES["odd"]
     mask = region_mask("n1hw", size, values=values)
@@ -293,7 +293,7 @@ def test_whole_and_empty_masks(values: str, mask_is: str, mode: str) -> None:
         check_inpainting_pixel(*image_pair(size), mask, mode, normalize, mask_is)
 
 
-@grid(term=range(4), needs=((True, False), (False, True)))
+@covering(term=range(4), needs=((True, False), (False, True)))
 def test_one_gradient_alone(term: int, needs: tuple[bool, bool]) -> None:
     size = SIZES["odd"]
     settings = {"mode": "dilated_hole-default", "normalize": "sample"}

@@ -14,8 +14,8 @@ from harness import (
     DTYPES,
     INTERPRETING,
     assert_within_budget,
+    covering,
     generator,
-    grid,
     poisoned_allocations,
     same_bits,
 )
@@ -163,7 +163,7 @@ def check_both(
     check_backward(source, planes, to, activation, BIASES[how], layout, dtype)
 
 
-@grid(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
+@covering(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
 def test_finish(size: str, layout: str, dtype: str) -> None:
     planes = planes_for(SIZES[size])
     for activation, how in (("none", "weighed"), ("leaky_relu", "plain"), ("relu", "scaled")):
@@ -178,7 +178,7 @@ def test_many_channels() -> None:
     check_mask(x, mask_of((1, 1, 1, 3), "f32"), empty(x, "nhwc", "f32"))
 
 
-@grid(activation=ACTIVATIONS, how=BIASES, layout=("nchw", "nhwc", "nchw+1"), dtype=("f32", "bf16"))
+@covering(activation=ACTIVATIONS, how=BIASES, layout=("nchw", "nhwc", "nchw+1"), dtype=("f32", "bf16"))
 def test_settings(activation: str, how: str, layout: str, dtype: str) -> None:
     size = SIZES["vectors"]
     check_both(size, planes_for(size), dtype, layout, activation, how)
@@ -189,14 +189,14 @@ def test_settings(activation: str, how: str, layout: str, dtype: str) -> None:
     check_backward(source, planes_for(size), to, activation, BIASES[how], layout, dtype, need_bias=False)
 
 
-@grid(groups=(1, 2, 4, 8, 16), batch=(1, 2), layout=("nchw", "nhwc", "nhwc+1"), dtype=("f32", "bf16"))
+@covering(groups=(1, 2, 4, 8, 16), batch=(1, 2), layout=("nchw", "nhwc", "nhwc+1"), dtype=("f32", "bf16"))
 def test_groups(groups: int, batch: int, layout: str, dtype: str) -> None:
     for size in ((2, 16, 4, 6), (2, 16, 3, 5), (2, 48, 2, 2, 2)):
         check_both(size, planes_for(size, groups, batch), dtype, layout)
 
 
 # More than 2048 tiles, so that a block goes over its share in several rounds.
-@grid(
+@covering(
     case=(
         ("nchw", (700, 1030, 2, 2)),  # a vector a plane
         ("nchw", (700, 9, 10, 26)),  # four warps a plane
@@ -222,7 +222,9 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
         torch.testing.assert_close(out, raw * ratio, rtol=1e-6, atol=0)
 
 
-@grid(source=LAYOUTS[:3], output=LAYOUTS[:2], out=LAYOUTS[:2], size=("vectors", "any_tiles", "volume", "c24"))
+@covering(
+    source=LAYOUTS[:3], output=LAYOUTS[:2], out=LAYOUTS[:2], size=("vectors", "any_tiles", "volume", "c24")
+)
 def test_two_layouts(source: str, output: str, out: str, size: str) -> None:
     planes = planes_for(SIZES[size])
     x = image(SIZES[size], "f32", source)
@@ -230,7 +232,7 @@ def test_two_layouts(source: str, output: str, out: str, size: str) -> None:
     check_backward(x, planes, empty(x, out, "f32"), "leaky_relu", output_layout=output)
 
 
-@grid(source=FLOATS, output=FLOATS, out=FLOATS)
+@covering(source=FLOATS, output=FLOATS, out=FLOATS)
 def test_mixed_dtypes(source: str, output: str, out: str) -> None:
     size = SIZES["vectors"]
     planes = planes_for(size, 2)
@@ -241,7 +243,7 @@ def test_mixed_dtypes(source: str, output: str, out: str) -> None:
     check_mask(x, mask, empty(x, "nchw", out))
 
 
-@grid(bias=("f64", "bf16", "strided"), layout=LAYOUTS)
+@covering(bias=("f64", "bf16", "strided"), layout=LAYOUTS)
 def test_biases(bias: str, layout: str) -> None:
     size = SIZES["vectors"]
     values = torch.randn(32, generator=generator(5), dtype=DTYPES.get(bias, torch.float32))
@@ -250,7 +252,7 @@ def test_biases(bias: str, layout: str) -> None:
     check_finish(source, planes_for(size), given, empty(source, layout, "f16"))
 
 
-@grid(layout=LAYOUTS, dtype=("f32", "f16"), size=("odd", "vectors"))
+@covering(layout=LAYOUTS, dtype=("f32", "f16"), size=("odd", "vectors"))
 def test_in_place(layout: str, dtype: str, size: str) -> None:
     """The result may overwrite the source, bit for bit as elsewhere."""
     planes = planes_for(SIZES[size])
@@ -274,7 +276,7 @@ def test_in_place(layout: str, dtype: str, size: str) -> None:
         assert same_bits(out, same)
 
 
-@grid(layout=LAYOUTS, dtype=FLOATS, how=BIASES, activation=("none", "leaky_relu"))
+@covering(layout=LAYOUTS, dtype=FLOATS, how=BIASES, activation=("none", "leaky_relu"))
 def test_specials(layout: str, dtype: str, how: str, activation: str) -> None:
     """NaN and Inf where nothing was seen change no bit; elsewhere they show."""
     size = SIZES["vectors"]
@@ -329,7 +331,7 @@ def mask_shapes(size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     }
 
 
-@grid(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
+@covering(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
 def test_mask_input(size: str, layout: str, dtype: str) -> None:
     x = image(SIZES[size], dtype, layout)
     check_mask(x, None, empty(x, layout, dtype))
@@ -338,7 +340,9 @@ def test_mask_input(size: str, layout: str, dtype: str) -> None:
         check_mask(dense(x.masked_fill(mask == 0, torch.nan), layout), mask, empty(x, layout, dtype))
 
 
-@grid(mask_dtype=MASK_DTYPES, kind=("n1", "11", "nc", "1c"), layout=("nchw", "nhwc"), dtype=("f32", "bf16"))
+@covering(
+    mask_dtype=MASK_DTYPES, kind=("n1", "11", "nc", "1c"), layout=("nchw", "nhwc"), dtype=("f32", "bf16")
+)
 def test_mask_dtypes(mask_dtype: str, kind: str, layout: str, dtype: str) -> None:
     for size in (SIZES["vectors"], SIZES["wide"], SIZES["odd"]):
         x = image(size, dtype, layout)
@@ -347,7 +351,7 @@ def test_mask_dtypes(mask_dtype: str, kind: str, layout: str, dtype: str) -> Non
             check_mask(x, mask, empty(x, layout, dtype))
 
 
-@grid(
+@covering(
     source=LAYOUTS[:2],
     mask=LAYOUTS,
     out=LAYOUTS[:2],
@@ -414,7 +418,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@grid(windows=WINDOWS, update=("clamp", "binary", "proportional"), channels=(1, 6), groups=(1, 3))
+@covering(windows=WINDOWS, update=("clamp", "binary", "proportional"), channels=(1, 6), groups=(1, 3))
 def test_windows(windows: str, update: str, channels: int, groups: int) -> None:
     settings = {**WINDOWS[windows], "update": update, "groups": groups}
     settings["multiplicity"] = 1 if channels > 1 else 4
@@ -425,7 +429,7 @@ def test_windows(windows: str, update: str, channels: int, groups: int) -> None:
     check_windows(mask_of(size, "f32") * 1e-39, **settings)
 
 
-@grid(update=("clamp", "proportional"), channels=(1, 4), groups=(1, 2, 4))
+@covering(update=("clamp", "proportional"), channels=(1, 4), groups=(1, 2, 4))
 def test_windows_of_volumes(update: str, channels: int, groups: int) -> None:
     mask = mask_of((2, channels, 4, 5, 6), "f32")
     settings = {"update": update, "groups": groups, "kernel": (2, 3, 3), "padding": (1, 0, 1)}
@@ -451,7 +455,7 @@ STRIDES = {
 }
 
 
-@grid(strides=STRIDES, dtype=MASK_DTYPES, channels=(1, 3, 32, 80))
+@covering(strides=STRIDES, dtype=MASK_DTYPES, channels=(1, 3, 32, 80))
 def test_window_strides(strides: str, dtype: str, channels: int) -> None:
     """Sums over channels by vectors, by elements, along pixels and along channels."""
     for batch, height, width in ((2, 4, 8), (1, 5, 7)):
@@ -467,7 +471,7 @@ def test_larger_windows() -> None:
         check_windows(mask, padding=(1, 1), stride=(1, 1))
 
 
-@grid(
+@covering(
     dtype=FLOATS,
     layout=("nchw", "nhwc"),
     mask=("none", "hw", "n1", "nc"),
@@ -485,7 +489,7 @@ def test_whole_op(dtype: str, layout: str, mask: str, groups: int, settings: str
     check_op((2, 8, 7, 8), dtype, layout, mask, groups, extra)
 
 
-@grid(dtype=("f32", "bf16"), layout=("nchw", "nhwc"), mask=("none", "n1", "nc"))
+@covering(dtype=("f32", "bf16"), layout=("nchw", "nhwc"), mask=("none", "n1", "nc"))
 def test_whole_op_of_volumes(dtype: str, layout: str, mask: str) -> None:
     check_op((2, 4, 3, 5, 4), dtype, layout, mask, 2, {"activation": "relu"})
 
@@ -518,7 +522,7 @@ def check_op(
     assert torch.equal(found[0][1].double(), found[2][1]) or extra.get("mask_update") == "proportional"
 
 
-@grid(size=((0, 8, 4, 4), (2, 0, 4, 4), (2, 8, 0, 4), (0, 3, 2, 2, 2)))
+@covering(size=((0, 8, 4, 4), (2, 0, 4, 4), (2, 8, 0, 4), (0, 3, 2, 2, 2)))
 def test_empty(size: tuple[int, ...]) -> None:
     ratio, new_mask = planes_for(size)
     for layout in ("nchw", "nhwc"):

@@ -15,8 +15,8 @@ from harness import (
     LAYOUTS,
     Backend,
     check_against_truth,
+    covering,
     evaluate,
-    grid,
     laid_out,
     poisoned_allocations,
     same_bits,
@@ -85,7 +85,7 @@ def by_channel(channels: int) -> dict[str, Any]:
     }
 
 
-@grid(size=SIZES, layout=BOTH, dtype=("f32", "bf16"))
+@covering(size=SIZES, layout=BOTH, dtype=("f32", "bf16"))
 def test_sizes(size: str, layout: str, dtype: str) -> None:
     pair = image_pair(SIZES[size], f"{dtype}/{dtype}", f"{layout}/{layout}")
     for kind in ("n1hw", "nchw"):
@@ -102,7 +102,7 @@ def test_rounds() -> None:
             check(*image_pair(size, f"{dtype}/{dtype}"), make_mask(kind, size), parts=TRAINING, **NORMALIZED)
 
 
-@grid(size=((2, 1, 9, 13), (1, 1, 48, 56)), dtypes=("f32/f32", "bf16/bf16"), swap=(False, True))
+@covering(size=((2, 1, 9, 13), (1, 1, 48, 56)), dtypes=("f32/f32", "bf16/bf16"), swap=(False, True))
 def test_one_channel_becomes_several(size: tuple[int, int, int, int], dtypes: str, swap: bool) -> None:
     pair, mask = image_pair(size, dtypes), make_mask("n1hw", size)
     for constants in (NORMALIZED, {"scale": 0.7, "shift": SHIFT}, {"scale": SCALE}, by_channel(MOST_ON_GPU)):
@@ -111,7 +111,7 @@ def test_one_channel_becomes_several(size: tuple[int, int, int, int], dtypes: st
     check(*pair, mask, parts=TRAINING, swap_channels=swap, **NORMALIZED)
 
 
-@grid(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("halves", "vectors"), layout=BOTH)
+@covering(pred=("f32", "f16", "bf16"), target=("f32", "f16", "bf16"), size=("halves", "vectors"), layout=BOTH)
 def test_dtypes(pred: str, target: str, size: str, layout: str) -> None:
     """Both gradients, and each alone: kernels of their own."""
     pair = image_pair(SIZES[size], f"{pred}/{target}", f"{layout}/{layout}")
@@ -126,7 +126,9 @@ def test_dtypes(pred: str, target: str, size: str, layout: str) -> None:
         )
 
 
-@grid(parts=(*((part,) for part in PARTS), TRAINING, PARTS[::-1], ("raw", "raw", "target")), wanted=(0, 1))
+@covering(
+    parts=(*((part,) for part in PARTS), TRAINING, PARTS[::-1], ("raw", "raw", "target")), wanted=(0, 1)
+)
 def test_parts(parts: tuple[str, ...], wanted: int) -> None:
     """The gradient to one image, of parts that show it and of parts that do not."""
     inputs = [*image_pair(SIZES["vectors"]), make_mask("n1hw", SIZES["vectors"])]
@@ -141,14 +143,14 @@ def test_parts(parts: tuple[str, ...], wanted: int) -> None:
     assert not leaves[wanted].grad.any()
 
 
-@grid(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH, images=("f32", "f16"))
+@covering(dtype=MASK_DTYPES, kind=("n1hw", "nchw", "hw"), layout=BOTH, images=("f32", "f16"))
 def test_mask_dtypes(dtype: str, kind: str, layout: str, images: str) -> None:
     for size in (SIZES["odd"], SIZES["vectors"]):
         pair = image_pair(size, f"{images}/{images}", f"{layout}/{layout}")
         check(*pair, make_mask(kind, size, dtype), parts=TRAINING, mask_is="hole")
 
 
-@grid(mask=[kind for kind in MASK_SHAPES if kind != "nomask"], layout=BOTH, swap=(False, True))
+@covering(mask=[kind for kind in MASK_SHAPES if kind != "nomask"], layout=BOTH, swap=(False, True))
 def test_mask_shapes(mask: str, layout: str, swap: bool) -> None:
     """Also where the mask's channels have to be read in reverse with those of the images."""
     size = (2, 3, 8, 12)
@@ -160,7 +162,7 @@ def test_mask_shapes(mask: str, layout: str, swap: bool) -> None:
             )
 
 
-@grid(pred=LAYOUTS, target=LAYOUTS, dtype=("f32", "f16"))
+@covering(pred=LAYOUTS, target=LAYOUTS, dtype=("f32", "f16"))
 def test_layouts(pred: str, target: str, dtype: str) -> None:
     size = SIZES["vectors"]
     pair = image_pair(size, f"{dtype}/{dtype}", f"{pred}/{target}")
@@ -168,7 +170,7 @@ def test_layouts(pred: str, target: str, dtype: str) -> None:
         check(*pair, make_mask("n1hw", size), swap_channels=swap, **NORMALIZED)
 
 
-@grid(upstream=LAYOUTS, layout=BOTH)
+@covering(upstream=LAYOUTS, layout=BOTH)
 def test_upstream_layouts(upstream: str, layout: str) -> None:
     size = SIZES["vectors"]
     inputs = [*image_pair(size, layouts=f"{layout}/{layout}"), make_mask("n1hw", size)]
@@ -180,7 +182,7 @@ def test_upstream_layouts(upstream: str, layout: str) -> None:
         assert all(map(same_bits, got, want))
 
 
-@grid(layout=BOTH, swap=(False, True), mask_is=MASK_IS, size=("odd", "vectors"))
+@covering(layout=BOTH, swap=(False, True), mask_is=MASK_IS, size=("odd", "vectors"))
 def test_specials(layout: str, swap: bool, mask_is: str, size: str) -> None:
     """NaN and Inf where a part does not look change no bit of it, nor of any gradient."""
     mask = make_mask("nchw", SIZES[size], values="binary")
@@ -198,7 +200,7 @@ def test_specials(layout: str, swap: bool, mask_is: str, size: str) -> None:
         assert all(map(same_bits, (*outputs, *gradients), (*clean[0], *clean[1])))
 
 
-@grid(layout=BOTH, mask_is=MASK_IS)
+@covering(layout=BOTH, mask_is=MASK_IS)
 def test_special_gradients(layout: str, mask_is: str) -> None:
     """What a trunk sends into a part stays with the image it shows there, even NaN."""
     size = SIZES["vectors"]
@@ -217,9 +219,9 @@ def test_special_gradients(layout: str, mask_is: str) -> None:
         assert torch.equal(gradient, weight)
 
 
-@grid(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)), layout=BOTH, constants=({}, {"scale": 0.7}))
-def test_empty(size: tuple[int, ...], layout: str, constants: dict[str, Any]) -> None:
-    check(*image_pair(size, layouts=f"{layout}/{layout}"), make_mask("n1hw", size), **constants)
+@covering(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)), layout=BOTH, scale=(None, 0.7))
+def test_empty(size: tuple[int, ...], layout: str, scale: float | None) -> None:
+    check(*image_pair(size, layouts=f"{layout}/{layout}"), make_mask("n1hw", size), scale=scale)
 
 
 def test_as_many_parts_as_a_launch_takes() -> None:

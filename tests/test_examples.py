@@ -383,7 +383,11 @@ def test_unusable_options(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
 # -- several processes ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[*PIXEL, "--normalize", "mask"], ["--objective", "pconv"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--objective", "pconv"], pytest.param([*PIXEL, "--normalize", "mask"], marks=pytest.mark.slow)],
+    ids=["pconv", "pixel"],
+)
 def test_two_processes_train_what_one_does(
     run: Run, tmp_path: Path, photos: Path, options: list[str]
 ) -> None:

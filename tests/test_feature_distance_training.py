@@ -16,7 +16,7 @@ from feature_cases import (
     distance_settings,
     distance_sizes,
 )
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, same_bits
 from pixel_cases import PARAMS, make_mask, on_device, skip_without_memory
 from torch import Tensor
 from training_checks import (
@@ -24,6 +24,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -88,7 +89,7 @@ def test_two_runs_give_the_same_bits(backend: Backend, penalty: str, layout: str
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(
+@covering(
     size=OPCHECK_SIZES,
     layout=("contiguous", "channels_last", "transposed"),
     penalty=("l1", "charbonnier"),
@@ -130,15 +131,15 @@ COMPILED_SIZES = (((2, 3, 9, 14), (2, 5, 8, 7)), ((3, 4, 16, 10), (3, 7, 5, 11))
 
 
 @pytest.mark.parametrize(
-    ("penalty", "layout", "masked"),
+    ("penalty", "layout", "masked", "compiler"),
     [
-        ("l1", "contiguous", True),
-        ("l1", "channels_last", False),
-        ("l2", "contiguous", False),
-        ("charbonnier", "channels_last", True),
+        ("l1", "contiguous", True, "inductor"),
+        ("l1", "channels_last", False, "aot_eager"),
+        ("l2", "contiguous", False, "aot_eager"),
+        ("charbonnier", "channels_last", True, "aot_eager"),
     ],
 )
-def test_compile(backend: Backend, penalty: str, layout: str, masked: bool) -> None:
+def test_compile(backend: Backend, penalty: str, layout: str, masked: bool, compiler: str) -> None:
     settings = distance_settings(penalty, weights=(0.5, 2.0))
     check_compiles(
         distance_call(backend, 2, settings),
@@ -146,7 +147,7 @@ def test_compile(backend: Backend, penalty: str, layout: str, masked: bool) -> N
         [layers(backend, masked, sizes, layouts=f"{layout}/{layout}") for sizes in COMPILED_SIZES],
         wanted=(0, 1, 2, 3),
         sizes=partial(distance_sizes, layers=2, **settings),
-        compiler="aot_eager",
+        compiler=compiler_for(backend, compiler),
     )
 
 

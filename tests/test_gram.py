@@ -19,16 +19,7 @@ from feature_cases import (
     gram_formula,
     gram_sizes,
 )
-from harness import (
-    DTYPES,
-    INTERPRETING,
-    LAYOUTS,
-    Backend,
-    evaluate,
-    gradient_of,
-    grid,
-    laid_out,
-)
+from harness import DTYPES, INTERPRETING, LAYOUTS, Backend, covering, evaluate, gradient_of, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 from pixel_cases import on_device, skip_unsupported, skip_without_memory
@@ -246,7 +237,7 @@ def test_two_runs_give_the_same_bits(backend: Backend, layout: str, channels: in
     check_deterministic(run, threads=(1,) if backend.name == "reference" else (1, 2, 3))
 
 
-@grid(
+@covering(
     layout=("contiguous", "channels_last", "transposed"),
     size=((2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (0, 3, 4, 5)),
     gradient=("plain", "gradient"),

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, same_bits
 from pairs_cases import (
     MODES,
     PENALTIES,
@@ -23,6 +23,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -76,7 +77,7 @@ OPCHECK_CASES = (
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(case=OPCHECK_CASES, gradient=("plain", "gradient"))
+@covering(case=OPCHECK_CASES, gradient=("plain", "gradient"))
 def test_opcheck(kernel: Backend, case: str, gradient: str) -> None:
     size, layout = case.split("-")
     shape, needs_grad = OPCHECK_SIZES[size], gradient == "gradient"
@@ -123,7 +124,7 @@ def test_compile(
             on_device(backend, *image_pair(size, layouts=f"{layout}/{layout}"), make_mask(mask, size))
             for size in COMPILED_SIZES
         ],
-        compiler="aot_eager" if INTERPRETING else compiler,
+        compiler=compiler_for(backend, compiler),
         magnitudes={0: None, 1: None},
     )
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, same_bits
 from pixel_cases import (
     MODES,
     PARAMS,
@@ -26,6 +26,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -85,7 +86,7 @@ OPCHECK_CASES = (
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(
+@covering(
     case=OPCHECK_CASES,
     penalty=("l1", "huber"),
     reduction=("mean", "none"),
@@ -130,7 +131,7 @@ def test_compile(backend: Backend, penalty: str, mode: str, mask: str, layout: s
             on_device(backend, *image_pair(size, layouts=f"{layout}/{layout}"), make_mask(mask, size))
             for size in COMPILED_SIZES
         ],
-        compiler="aot_eager" if INTERPRETING else compiler,
+        compiler=compiler_for(backend, compiler),
     )
 
 

@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import pytest
+from processes import run_code
 
 import inpaint_kernels as ik
 from inpaint_kernels import __main__ as command_line
@@ -39,16 +40,21 @@ MAY_IMPORT = {
 PLUMBING = {"_library", "_backend", "_extension"}
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+# As `python -m inpaint_kernels doctor`.
+DOCTOR = (
+    "import runpy, sys; sys.argv[1:] = ['doctor']; runpy.run_module('inpaint_kernels', run_name='__main__')"
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """Settings of this test run must not colour what a fresh process says."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    variables = {**os.environ, "PYTHONPATH": path, **environment}
-    # Settings of this test run must not colour what a fresh process says.
-    for name in ("INPAINT_KERNELS_BACKEND", "TRITON_INTERPRET"):
-        if name not in environment:
-            variables.pop(name, None)
-    return subprocess.run(
-        [sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=300
-    )
+    dropped = ("INPAINT_KERNELS_BACKEND", "TRITON_INTERPRET")
+    return {**{k: v for k, v in os.environ.items() if k not in dropped}, "PYTHONPATH": path}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_code(code, {**clean_environment(), **environment})
 
 
 def layer(module: Path) -> str:
@@ -103,7 +109,11 @@ import inpaint_kernels
 assert not torch.cuda.is_initialized()
 print(sorted({m.split(".")[0] for m in set(sys.modules) - before} - sys.stdlib_module_names))
 """
-    run = python("-W", "error::UserWarning:inpaint_kernels", "-c", code)
+    # An interpreter of its own, not one forked from a process that has imported torch.
+    arguments = ["-W", "error::UserWarning:inpaint_kernels", "-c", code]
+    run = subprocess.run(
+        [sys.executable, *arguments], env=clean_environment(), capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "['inpaint_kernels']"
 
@@ -159,7 +169,7 @@ def test_examples_in_readme() -> None:
 
 
 def test_doctor_tells_about_every_op() -> None:
-    run = python("-m", "inpaint_kernels", "doctor")
+    run = python(DOCTOR)
     assert run.returncode == 0, run.stdout + run.stderr
     for text in (
         ik.__version__,
@@ -176,12 +186,12 @@ def test_doctor_tells_about_every_op() -> None:
 def test_doctor_reports_a_broken_library(tmp_path: Path) -> None:
     """And the package still works, on the formulas."""
     (tmp_path / "_C.so").write_bytes(b"not a library")
-    run = python("-m", "inpaint_kernels", "doctor", INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
+    run = python(DOCTOR, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert run.returncode == 1, run.stdout + run.stderr
     assert "_C.so is broken" in run.stdout
     assert "cpu tensors: reference" in run.stdout
     code = "import torch, inpaint_kernels as ik; print(float(ik.masked_l1_loss(*torch.ones(2, 1, 1, 2, 2))))"
-    run = python("-c", code, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
+    run = python(code, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert run.stdout.strip() == "0.0", run.stderr
 
 
@@ -192,7 +202,7 @@ def test_doctor_reports_a_library_of_other_sources(tmp_path: Path) -> None:
     source = tmp_path / "old.cpp"
     source.write_text('extern "C" const char* inpaint_kernels_cpu_isa() { return "generic"; }\n')
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "_C.so")], check=True)
-    run = python("-m", "inpaint_kernels", "doctor", INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
+    run = python(DOCTOR, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert run.returncode == 1, run.stdout + run.stderr
     assert "_C.so lacks " in run.stdout
     operators = [kernel["cpu"] for kernels in _library.KERNELS.values() for kernel in kernels]
@@ -202,7 +212,7 @@ def test_doctor_reports_a_library_of_other_sources(tmp_path: Path) -> None:
 
 def test_doctor_reports_a_triton_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: cannot open shared object file')\n")
-    run = python("-m", "inpaint_kernels", "doctor", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    run = python(DOCTOR, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert run.returncode == 1, run.stdout + run.stderr
     assert "triton is installed and cannot be imported" in run.stdout
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import generator
+from harness import covering, generator
 from perceptual_cases import LOSSES, TAPS, N, counted_ops, gradient, images, net, relative, total
 from torch import Tensor, nn
 from training_checks import check_no_host_sync, kept_bytes, ops_called
@@ -122,9 +122,7 @@ def scaled_gradient(chunk: int | None, half_images: bool, name: str) -> tuple[Te
     return leaf.grad, gradient(make(exact, None), pred.double(), target.double())[1]
 
 
-@pytest.mark.parametrize("name", ["perceptual", "style"])
-@pytest.mark.parametrize("half_images", [False, True])
-@pytest.mark.parametrize("chunk", [1, 2])
+@covering(name=("perceptual", "style"), half_images=(False, True), chunk=(1, 2))
 def test_grad_scaler_in_float16(name: str, half_images: bool, chunk: int) -> None:
     """Gradients too small for float16 survive: the scale must reach the trunk before they are rounded."""
     plain, want = scaled_gradient(None, half_images, name)
@@ -239,12 +237,11 @@ def test_results_may_be_changed_in_place() -> None:
         assert relative(pred.grad, 2 * want) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["perceptual", "both"])
-def test_streamed_path_under_compile(name: str) -> None:
+def test_streamed_path_under_compile() -> None:
     """Right, around a graph break."""
     torch._dynamo.reset()
     pred, target = images(2)
-    want = gradient(LOSSES[name](chunk=2), pred, target)
-    found = gradient(torch.compile(LOSSES[name](chunk=2), backend="aot_eager"), pred, target)
+    want = gradient(LOSSES["both"](chunk=2), pred, target)
+    found = gradient(torch.compile(LOSSES["both"](chunk=2), backend="aot_eager"), pred, target)
     assert relative(found[0], want[0]) < 1e-5
     assert relative(found[1], want[1]) < 1e-5

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, same_bits
 from pairs_cases import PARTS, SCALE, SHIFT, SIZES, stacked_images_call, stacked_images_formula
 from pixel_cases import image_pair, make_mask, on_device, skip_without_memory
 from torch import Tensor
@@ -17,6 +17,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -70,7 +71,7 @@ OPCHECK_CASES = (
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(case=OPCHECK_CASES, parts=("all", "without a mask"))
+@covering(case=OPCHECK_CASES, parts=("all", "without a mask"))
 def test_opcheck(kernel: Backend, case: str, parts: str) -> None:
     size, layout = case.split("-")
     shape = OPCHECK_SIZES[size]
@@ -112,7 +113,7 @@ def test_compile(backend: Backend, options: dict[str, Any], mask: str, layout: s
             on_device(backend, *image_pair(size, layouts=f"{layout}/{layout}"), make_mask(mask, size))
             for size in COMPILED_SIZES
         ],
-        compiler="aot_eager" if INTERPRETING else compiler,
+        compiler=compiler_for(backend, compiler),
     )
 
 

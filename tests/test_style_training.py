@@ -19,7 +19,7 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import INTERPRETING, Backend, evaluate, grid, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, same_bits
 from pixel_cases import on_device, skip_without_memory
 from torch import Tensor
 from training_checks import (
@@ -27,6 +27,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -74,7 +75,7 @@ def test_two_runs_give_the_same_bits(backend: Backend, style: str, layout: str, 
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(
+@covering(
     size=OPCHECK_SIZES,
     layout=("contiguous", "channels_last", "transposed"),
     style=("chw-l1", "gatys"),
@@ -133,7 +134,7 @@ def test_compile(backend: Backend, style: str, layout: str, cached: bool, compil
         cases,
         wanted=(0, 1) if cached else (0, 1, 2, 3),
         sizes=partial(style_sizes, **settings),
-        compiler="aot_eager" if backend.name == "reference" else compiler,
+        compiler=compiler_for(backend, compiler),
     )
 
 

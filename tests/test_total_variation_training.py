@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, evaluate, grid, laid_out, poisoned_allocations, same_bits
+from harness import INTERPRETING, Backend, covering, evaluate, grid, laid_out, poisoned_allocations, same_bits
 from pairs_cases import MODES, PENALTIES, SIZES, total_variation_call, total_variation_formula
 from pixel_cases import image_pair, make_mask, on_device, skip_without_memory
 from torch import Tensor
@@ -16,6 +16,7 @@ from training_checks import (
     check_deterministic,
     check_no_host_sync,
     check_opcheck,
+    compiler_for,
     kept_bytes,
     ops_called,
 )
@@ -95,7 +96,7 @@ OPCHECK_CASES = (
 OPCHECK_SIZES = {"image": (2, 3, 4, 5), "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 
 
-@grid(case=OPCHECK_CASES, penalty=PENALTIES, kind=("whole", "composite"))
+@covering(case=OPCHECK_CASES, penalty=PENALTIES, kind=("whole", "composite"))
 def test_opcheck(kernel: Backend, case: str, penalty: str, kind: str) -> None:
     size, layout = case.split("-")
     shape = OPCHECK_SIZES[size]
@@ -143,7 +144,7 @@ def test_compile(
         total_variation_call(backend, mode=mode, penalty=penalty),
         partial(total_variation_formula, mode=mode, penalty=penalty),
         cases,
-        compiler="aot_eager" if INTERPRETING else compiler,
+        compiler=compiler_for(backend, compiler),
         wanted=(0, 1) if kind == "composite" else (0,),
         magnitudes={0: None, 1: None},
     )

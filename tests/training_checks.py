@@ -10,8 +10,9 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
-from harness import INTERPRETING, Call, as_tuple, check_against_truth, evaluate, same_bits
+from harness import INTERPRETING, Backend, Call, as_tuple, check_against_truth, evaluate, same_bits
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +47,13 @@ def check_compiles(
         if number == 0:
             frames = counter.frame_count
     assert counter.frame_count == frames, "another size was compiled again"
+
+
+def compiler_for(backend: Backend, compiler: str) -> str:
+    """Inductor does not see Triton's interpreter. The formulas, torch's own operators, are traced in one case."""
+    if backend.name == "reference" and compiler != "inductor":
+        pytest.skip("slow to trace; once is enough")
+    return "aot_eager" if INTERPRETING or backend.name == "reference" else compiler
 
 
 def check_deterministic(run: Callable[[], Sequence[Tensor]], threads: Sequence[int] = (1, 2, 3)) -> None:

@@ -33,9 +33,6 @@ _finish_backward = _library.define_kernel(
 )
 
 
-_convolution = torch.ops.aten.convolution.default
-
-
 def channels_last_format(ndim: int) -> torch.memory_format:
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
 
@@ -173,14 +170,15 @@ def _forward(
     update: str,
 ) -> Tensor:
     dtype, layout, _ = _inner(input, weight)
+    outer = _result_layout(input, weight)
     zeros = [0] * len(stride)
     used: list[Any] = []
     x = _operand(backend, used, input, _kernel_mask(mask, mask_input, input), layout, dtype)
-    raw = _convolution(x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups)
+    weight = weight if weight.dtype == dtype else weight.to(dtype)
+    raw = torch.convolution(x, weight, None, stride, padding, dilation, False, zeros, groups)
     give_back(used)
     del x
     raw = _dense(raw)
-    outer = _result_layout(input, weight)
     out = raw
     if dtype != input.dtype or not raw.is_contiguous(memory_format=outer):
         out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=outer)
