@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ class _Route:
         if op.implement is not None:
             run_forward, run_backward = (functools.partial(f, backend) for f in op.implement)
 
-        has_tensors = ["Tensor" in str(argument.type) for argument in forward_op._schema.arguments]
-        self.tensors = sum(has_tensors)
-        assert all(has_tensors[: self.tensors]), f"{op.name}: tensors lead every schema"
+        nothing = (None,) * len(forward_op._schema.arguments)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
@@ -54,7 +52,7 @@ class _Route:
                 return found + tuple(
                     [None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :]
                 )
-            return found + (None,) * (len(needs) - len(found))
+            return found + nothing[len(found) :]
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)
@@ -65,21 +63,17 @@ class _Route:
 
         torch.library.register_autograd(forward_op._schema.name, backward, setup_context=setup, lib=_library)
 
-        def run(ctx: Any, args: Sequence[Any]) -> Any:
-            direct = op.implement is not None and _is_plain(args[: self.tensors])
-            with _below_autograd():
-                output = _as_tuple((run_forward if direct else forward_op)(*args))
-            ctx.set_materialize_grads(False)
-            ctx.backend = backend
-            op.save(ctx, args, output)
-            return output[0] if op.outputs == 1 else output[: op.outputs]
-
         class Function(torch.autograd.Function):
-            # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us). What
-            # is no tensor comes as one argument: autograd looks at each (+1 us).
+            # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                return run(ctx, (*args[:-1], *args[-1]))
+                direct = op.implement is not None and _is_plain(args)
+                with _below_autograd():
+                    output = _as_tuple((run_forward if direct else forward_op)(*args))
+                ctx.set_materialize_grads(False)
+                ctx.backend = backend
+                op.save(ctx, args, output)
+                return output[0] if op.outputs == 1 else output[: op.outputs]
 
         Function.backward = staticmethod(backward)  # type: ignore[method-assign]
 
@@ -88,7 +82,7 @@ class _Route:
             @staticmethod
             def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
                 ctx.lengths = lengths
-                return run(ctx, _unflatten(lengths, flat))
+                return Function.forward(ctx, *_unflatten(lengths, flat))
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -100,10 +94,8 @@ class _Route:
         self.function = Function
         self.list_function = ListFunction
 
-    def differentiable(self, lists: bool, args: tuple[Any, ...]) -> Any:
-        """The differentiable outputs, connected to the graph; `lists`: of an op with list arguments."""
-        if not lists:
-            return self.function.apply(*args[: self.tensors], args[self.tensors :])
+    def differentiable(self, *args: Any) -> Any:
+        """The differentiable outputs of an op with list arguments, connected to the graph."""
         lengths, flat = _flatten(args)
         return self.list_function.apply(lengths, *flat)
 
@@ -198,7 +190,7 @@ class Op:
         if torch.compiler.is_compiling():
             output = route.forward(*args)
         elif needs_grad:
-            return route.differentiable(self.lists, args)
+            return route.differentiable(*args) if self.lists else route.function.apply(*args)
         else:
             with _below_autograd():
                 output = route.forward(*args)

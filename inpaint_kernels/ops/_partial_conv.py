@@ -174,8 +174,7 @@ def _forward(
     zeros = [0] * len(stride)
     used: list[Any] = []
     x = _operand(backend, used, input, _kernel_mask(mask, mask_input, input), layout, dtype)
-    weight = weight if weight.dtype == dtype else weight.to(dtype)
-    raw = torch.convolution(x, weight, None, stride, padding, dilation, False, zeros, groups)
+    raw = torch.convolution(x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups)
     give_back(used)
     del x
     raw = _dense(raw)
