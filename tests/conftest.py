@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +46,13 @@ def thin_reference(config: pytest.Config, items: list[pytest.Item]) -> None:
     if len(backends_under_test()) == 1:
         return
 
-    def on_reference(item: pytest.Item) -> bool:
-        return str(getattr(item, "callspec", None) and item.callspec.params.get("backend")) == "reference"
-
-    cases = Counter(item.location[0] + item.originalname for item in items if on_reference(item))
-    dropped = {
-        item
-        for item in items
-        if on_reference(item)
-        and cases[item.location[0] + item.originalname] > 16
-        and zlib.crc32(item.nodeid.encode()) % 4
-    }
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        options = item.callspec.params if hasattr(item, "callspec") else {}
+        if str(options.get("backend")) == "reference":
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    many = [item for found in cases.values() if len(found) > 16 for item in found]
+    dropped = {item for item in many if zlib.crc32(item.nodeid.encode()) % 4}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 

@@ -59,7 +59,7 @@ def _execute(code: str, environment: dict[str, str], connection: Connection) -> 
         try:
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         except SystemExit as stop:
-            status = int(stop.code or 0)
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
             traceback.print_exc()
             status = 1

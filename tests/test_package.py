@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -277,3 +278,31 @@ def test_build_mode_is_checked(tmp_path: Path) -> None:
     error = build_info(tmp_path, INPAINT_KERNELS_BUILD="gpu")
     assert isinstance(error, str)
     assert "allowed are auto, none, cpu, cuda" in error
+
+
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("9.0", ["arch=compute_90,code=[compute_90,sm_90]"]),
+        ("12.0;8.0, 9.0", ["arch=compute_80,code=[compute_80,sm_80,sm_90,sm_120]"]),
+        (
+            "8.0 9.0a 10.0+PTX",
+            [
+                "arch=compute_80,code=[compute_80,sm_80,sm_100]",
+                "arch=compute_90a,code=sm_90a",
+                "arch=compute_100,code=compute_100",
+            ],
+        ),
+    ],
+)
+def test_architectures_share_the_ptx_of_the_oldest(
+    monkeypatch: pytest.MonkeyPatch, archs: str, flags: list[str]
+) -> None:
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("not a checkout")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    found = runpy.run_path(str(ROOT / "setup.py"))
+    assert found["parse_archs"](archs) == [f"-gencode={flag}" for flag in flags]
+    with pytest.raises(found["SetupError"], match="cannot read"):
+        found["parse_archs"]("sm_90")
