@@ -222,13 +222,15 @@ def define_kernel(
     schema: str,
     *,
     fake: Callable[..., Any] | None = None,
+    backends: tuple[str, ...] = BACKENDS,
 ) -> dict[str, Any]:
     """One kernel of an op that is composed of several: the operators `<op>_<part>_<backend>` by backend.
 
     No autograd of its own. `fake` is needed where a graph holds the kernel itself instead of the op around it.
     """
-    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in BACKENDS}
-    _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
+    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in backends}
+    if "triton" in backends:
+        _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
     KERNELS.setdefault(op, []).append(found)
     return found
 

@@ -75,12 +75,32 @@ static inline std::vector<double> channel_constants(const std::vector<double>& v
   return std::vector<double>(static_cast<size_t>(channels), values.empty() ? otherwise : values[0]);
 }
 
-// Same answer as Tensor.is_contiguous(memory_format=channels_last), which the stable ABI does not offer.
+// Strides of a dense tensor (N, C, ...): contiguous, or channels_last with the channels innermost.
+static inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& size, bool channels_last) {
+  std::vector<int64_t> strides(size.size(), 1);
+  int64_t step = channels_last ? size[1] : 1;
+  for (size_t dim = size.size(); dim-- > 0;) {
+    if (channels_last && dim == 1) continue;
+    strides[dim] = step;
+    step *= size[dim];
+  }
+  return strides;
+}
+
+static inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+// Same answer as Tensor.is_contiguous(memory_format=channels_last or channels_last_3d), which the stable ABI
+// does not offer.
 static inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
+  const size_t dims = sizes.size();
   int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
+  for (size_t i = 0; i < dims; ++i) {
+    const size_t dim = i == 0 ? 1 : i + 1 == dims ? 0 : dims - i;
     if (sizes[dim] == 1) continue;
     if (strides[dim] != expected) return false;
     expected *= sizes[dim];
@@ -117,10 +137,9 @@ static inline Tensor empty_scalar(const Tensor& like, ScalarType dtype) {
   return empty_strided(like, {}, {}, dtype);
 }
 
-static inline Tensor empty_image(const Tensor& like, const std::vector<int64_t>& s, bool channels_last,
+static inline Tensor empty_image(const Tensor& like, const std::vector<int64_t>& size, bool channels_last,
                                  ScalarType dtype) {
-  if (channels_last) return empty_strided(like, s, {s[1] * s[2] * s[3], 1, s[1] * s[3], s[1]}, dtype);
-  return empty_strided(like, s, {s[1] * s[2] * s[3], s[2] * s[3], s[3], 1}, dtype);
+  return empty_strided(like, size, dense_strides(size, channels_last), dtype);
 }
 
 static inline PixelShape pixel_shape(const std::vector<int64_t>& size, bool channels_last) {

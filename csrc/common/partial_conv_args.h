@@ -53,14 +53,7 @@ static inline DenseLayout dense_layout(const Tensor& t, const char* name) {
   layout.channels = t.size(1);
   for (int64_t i = 2; i < dims; ++i) layout.pixels *= t.size(i);
   layout.interleaved = !t.is_contiguous();
-  if (!layout.interleaved) return layout;
-  int64_t expected = 1;
-  for (int64_t i = 0; i < dims; ++i) {
-    const int64_t dim = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;
-    STD_TORCH_CHECK(t.size(dim) <= 1 || t.stride(dim) == expected, name,
-                    " must be contiguous or channels_last");
-    expected *= t.size(dim);
-  }
+  STD_TORCH_CHECK(!layout.interleaved || is_channels_last(t), name, " must be contiguous or channels_last");
   return layout;
 }
 

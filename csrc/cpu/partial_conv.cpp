@@ -10,10 +10,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common/partial_conv_args.h"
 #include "cpu/convert.h"
 #include "cpu/output.h"
 #include "cpu/partial_conv_kernels.h"
+#include "cpu/partial_conv_op.h"
 #include "cpu/torch_dtype.h"
 
 namespace ik {
@@ -87,7 +87,9 @@ void run(const PartialConvCall& call, Kernel kernel) {
 
 bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 
-void mask_input(const Tensor& input, const std::optional<Tensor>& mask, Tensor out) {
+}  // namespace
+
+void partial_conv_mask_input(const Tensor& input, const std::optional<Tensor>& mask, Tensor out) {
   PartialConvCall call = make_call(input, out, "input");
   const bool wide = is_double(input) || is_double(out);
   std::vector<char> plane;
@@ -111,6 +113,8 @@ void mask_input(const Tensor& input, const std::optional<Tensor>& mask, Tensor o
   run(call, kernels_for(wide).mask_input);
 }
 
+namespace {
+
 void set_finish(PartialConvCall& call, const Tensor& ratio, const Tensor& new_mask, bool weigh_bias,
                 bool scale_bias, const std::string& activation, double slope) {
   call.ratio = planes_of(ratio, call, "ratio");
@@ -119,9 +123,11 @@ void set_finish(PartialConvCall& call, const Tensor& ratio, const Tensor& new_ma
   call.slope = call.how.activation == Activation::relu ? 0.0 : slope;
 }
 
-void finish_conv(const Tensor& raw, const Tensor& ratio, const Tensor& new_mask,
-                 const std::optional<Tensor>& bias, bool weigh_bias, bool scale_bias,
-                 const std::string& activation, double slope, Tensor out) {
+}  // namespace
+
+void partial_conv_finish(const Tensor& raw, const Tensor& ratio, const Tensor& new_mask,
+                         const std::optional<Tensor>& bias, bool weigh_bias, bool scale_bias,
+                         const std::string& activation, double slope, Tensor out) {
   PartialConvCall call = make_call(raw, out, "raw");
   set_finish(call, ratio, new_mask, weigh_bias, scale_bias, activation, slope);
   const bool wide = is_double(ratio);
@@ -135,6 +141,8 @@ void finish_conv(const Tensor& raw, const Tensor& ratio, const Tensor& new_mask,
   call.bias = values.data();
   run(call, kernels_for(wide).finish);
 }
+
+namespace {
 
 template <typename T>
 void add_units(const std::vector<T>& sums, int64_t channels, Tensor& out) {
@@ -152,9 +160,12 @@ void differentiate(PartialConvCall& call, bool need_bias, Tensor& bias_grad) {
   if (need_bias) add_units(sums, call.channels, bias_grad);
 }
 
-Tensor finish_backward(const Tensor& grad, const std::optional<Tensor>& output, const Tensor& ratio,
-                       const Tensor& new_mask, bool weigh_bias, bool scale_bias,
-                       const std::string& activation, double slope, bool need_bias, Tensor out) {
+}  // namespace
+
+Tensor partial_conv_finish_backward(const Tensor& grad, const std::optional<Tensor>& output,
+                                    const Tensor& ratio, const Tensor& new_mask, bool weigh_bias,
+                                    bool scale_bias, const std::string& activation, double slope,
+                                    bool need_bias, Tensor out) {
   PartialConvCall call = make_call(grad, out, "grad");
   set_finish(call, ratio, new_mask, weigh_bias, scale_bias, activation, slope);
   if (call.how.activation != Activation::none) {
@@ -166,6 +177,8 @@ Tensor finish_backward(const Tensor& grad, const std::optional<Tensor>& output, 
                    : differentiate<float>(call, need_bias, bias_grad);
   return bias_grad;
 }
+
+namespace {
 
 template <typename Call, typename Kernel>
 void run_rows(const Call& call, int64_t count, int64_t elements, Kernel kernel) {
@@ -223,9 +236,9 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t groups, int64_t mu
 
 STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("partial_conv_window_cpu", TORCH_BOX(&ik::window));
-  m.impl("partial_conv_mask_input_cpu", TORCH_BOX(&ik::mask_input));
-  m.impl("partial_conv_finish_cpu", TORCH_BOX(&ik::finish_conv));
-  m.impl("partial_conv_finish_backward_cpu", TORCH_BOX(&ik::finish_backward));
+  m.impl("partial_conv_mask_input_cpu", TORCH_BOX(&ik::partial_conv_mask_input));
+  m.impl("partial_conv_finish_cpu", TORCH_BOX(&ik::partial_conv_finish));
+  m.impl("partial_conv_finish_backward_cpu", TORCH_BOX(&ik::partial_conv_finish_backward));
 }
 
 #endif

@@ -12,7 +12,6 @@ from .. import _library
 from ..reference import partial_conv as reference
 from . import _checks, _mask_planes
 from ._mask_planes import Geometry
-from ._scratch import give_back, temporary
 
 # Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
 # `out` may be one tensor. Each tensor is dense in NCHW or channels_last of its own.
@@ -33,38 +32,57 @@ _finish_backward = _library.define_kernel(
 )
 
 
-def channels_last_format(ndim: int) -> torch.memory_format:
+# The CPU takes both passes in one call each: its library runs torch's convolution between its kernels.
+_layer = _library.define_kernel(
+    "partial_conv",
+    "layer",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? mask, Tensor ratio, Tensor new_mask, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, int groups, bool weigh_bias, bool scale_bias, str activation, float slope, "
+    "ScalarType dtype, bool channels_last, bool output_channels_last) -> Tensor",
+    backends=("cpu",),
+)
+_layer_backward = _library.define_kernel(
+    "partial_conv",
+    "layer_backward",
+    "(Tensor grad, Tensor? input, Tensor? weight, Tensor? mask, Tensor? output, Tensor ratio, Tensor new_mask, "
+    "SymInt[] input_size, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, "
+    "bool weigh_bias, bool scale_bias, str activation, float slope, bool need_bias, ScalarType dtype, "
+    "bool channels_last, bool weight_channels_last, ScalarType input_dtype, bool input_channels_last, "
+    "ScalarType weight_dtype, bool grad_weight_channels_last) -> (Tensor, Tensor, Tensor)",
+    backends=("cpu",),
+)
+
+
+def _format(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
 
 
-def _layout(t: Tensor) -> torch.memory_format | None:
-    """How a tensor is dense: contiguous first, where it is both; None where it is neither."""
-    if t.is_contiguous():
-        return torch.contiguous_format
-    last = channels_last_format(t.ndim)
-    return last if t.is_contiguous(memory_format=last) else None
+def _is_last(t: Tensor) -> bool:
+    """Whether a tensor is channels_last; one that is contiguous as well is not."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=_format(t.ndim, True))
 
 
 def _dense(t: Tensor) -> Tensor:
-    return t.contiguous() if _layout(t) is None else t
-
-
-def _result_layout(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last if either is, as in torch's convolution."""
-    last = channels_last_format(input.ndim)
-    return last if last in (_layout(input), _layout(weight)) else torch.contiguous_format
+    return t if t.is_contiguous() or _is_last(t) else t.contiguous()
 
 
 class _Inner(NamedTuple):
     """Dtype of the library convolution, and the layout of all it reads and writes, by what it computes."""
 
     dtype: torch.dtype
-    layout: torch.memory_format  # output, gradient to the input
-    weight_layout: torch.memory_format  # gradient to the weight
+    last: bool  # channels_last: output, gradient to the input
+    weight_last: bool  # gradient to the weight
 
 
-def _inner(input: Tensor, weight: Tensor) -> _Inner:
+@functools.lru_cache(maxsize=4096)
+def _inner(
+    device_type: str, dtype: torch.dtype, last: bool, dims: int, channels_out: int, channels_in: int
+) -> _Inner:
     """The fastest of what the library offers; the kernels before and after it touch every element anyway.
+
+    `last`: input or weight are channels_last. `channels_in` of a group.
 
     On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
     two threads of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow
@@ -73,42 +91,33 @@ def _inner(input: Tensor, weight: Tensor) -> _Inner:
     Half types the CPU has no arithmetic for are computed in float32: of that size a float16 convolution took 6.9 s
     forward, a bfloat16 one 8.3 s without AVX-512, float32 40 ms.
     """
-    layout = _result_layout(input, weight)
-    if input.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return _Inner(input.dtype, layout, layout)
-    dtype = input.dtype
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _Inner(dtype, last, last)
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16()):
         dtype = torch.float32
-    if input.ndim != 4 or dtype == torch.float64:
-        return _Inner(dtype, layout, layout)
-    if min(weight.shape[0], weight.shape[1]) < 16:
-        return _Inner(dtype, torch.channels_last, torch.channels_last)
-    return _Inner(dtype, layout, torch.contiguous_format if _has_only_avx2() else layout)
+    if dims != 2 or dtype == torch.float64:
+        return _Inner(dtype, last, last)
+    if min(channels_out, channels_in) < 16:
+        return _Inner(dtype, True, True)
+    return _Inner(dtype, last, last and not _has_only_avx2())
 
 
-@functools.cache
 def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@functools.cache
 def _has_only_avx2() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _operand(
-    backend: str,
-    used: list[Any],
-    input: Tensor,
-    mask: Tensor | None,
-    layout: torch.memory_format,
-    dtype: torch.dtype,
+    backend: str, input: Tensor, mask: Tensor | None, memory_format: torch.memory_format, dtype: torch.dtype
 ) -> Tensor:
     """What is convolved: the masked input in the library's layout and dtype."""
     input = _dense(input)
-    if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=layout):
+    if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=memory_format):
         return input
-    out = temporary(used, input.device, input.shape, dtype, layout)
+    out = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
     _mask_input[backend](input, mask, out)
     return out
 
@@ -135,7 +144,7 @@ def _convolution_backward(
     if not any(wanted):
         return grad, grad
     # Of an operand that is not read the shape counts, and a dense layout: another one would be copied.
-    layout = _layout(grad) or torch.contiguous_format
+    layout = _format(grad.ndim, _is_last(grad))
     x = (
         torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
         if input is None
@@ -169,19 +178,25 @@ def _forward(
     numerator: str,
     update: str,
 ) -> Tensor:
-    dtype, layout, _ = _inner(input, weight)
-    outer = _result_layout(input, weight)
-    zeros = [0] * len(stride)
-    used: list[Any] = []
-    x = _operand(backend, used, input, _kernel_mask(mask, mask_input, input), layout, dtype)
-    raw = torch.convolution(x, weight.to(dtype), None, stride, padding, dilation, False, zeros, groups)
-    give_back(used)
-    del x
-    raw = _dense(raw)
-    out = raw
-    if dtype != input.dtype or not raw.is_contiguous(memory_format=outer):
-        out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=outer)
+    outer = _is_last(input) or _is_last(weight)
+    inner = _inner(input.device.type, input.dtype, outer, len(stride), weight.shape[0], weight.shape[1])
     weigh = reference.weighs_bias(bias is not None, update, scale_bias)
+    mask = _kernel_mask(mask, mask_input, input)
+    if backend == "cpu":
+        return _layer["cpu"](
+            input, weight, bias, mask, ratio, new_mask, stride, padding, dilation, groups, weigh, scale_bias,
+            activation, slope, inner.dtype, inner.last, outer,
+        )  # fmt: skip
+    x = _operand(backend, input, mask, _format(input.ndim, inner.last), inner.dtype)
+    zeros = [0] * len(stride)
+    raw = torch.convolution(
+        x, weight.to(inner.dtype), None, stride, padding, dilation, False, zeros, groups
+    )
+    del x
+    out = raw = _dense(raw)
+    memory_format = _format(input.ndim, outer)
+    if inner.dtype != input.dtype or not raw.is_contiguous(memory_format=memory_format):
+        out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=memory_format)
     _finish[backend](raw, ratio, new_mask, bias, weigh, scale_bias, activation, slope, out)
     return out
 
@@ -210,29 +225,39 @@ def _backward_kernels(
     slope: float,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = _dense(grad)
-    last = channels_last_format(grad.ndim)
-    input_layout, weight_format = (last if flag else torch.contiguous_format for flag in channels_last)
     input_dtype, weight_dtype = (_checks.FLOATS[i] for i in dtypes)
-    like = grad if input is None else input
-    dtype, layout, weight_layout = _inner(like, like if weight is None else weight)
-    kernel_mask = _kernel_mask(mask, mask_input, grad)
-    used: list[Any] = []
-    first = layout if input is None else weight_layout
-    raw_grad = temporary(used, grad.device, grad.shape, dtype, first)
+    inner = _inner(
+        grad.device.type, input_dtype, any(channels_last), len(stride), weight_size[0], weight_size[1]
+    )
+    mask = _kernel_mask(mask, mask_input, grad)
+    if backend == "cpu":
+        return _layer_backward["cpu"](
+            grad, input, weight, mask, output, ratio, new_mask, input_size, weight_size, stride, padding, dilation,
+            groups, weigh_bias, scale_bias, activation, slope, need_bias, *inner, input_dtype, channels_last[0],
+            weight_dtype, channels_last[1],
+        )  # fmt: skip
+    grad = _dense(grad)
+    layout, weight_layout, input_format, weight_format = (
+        _format(grad.ndim, last) for last in (inner.last, inner.weight_last, *channels_last)
+    )
+    raw_grad = torch.empty(
+        grad.shape,
+        dtype=inner.dtype,
+        device=grad.device,
+        memory_format=layout if input is None else weight_layout,
+    )
     bias_grad = _finish_backward[backend](
         grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
     )
-    x = None if input is None else _operand(backend, used, input, kernel_mask, weight_layout, dtype)
-    w = None if weight is None else weight.to(dtype)
+    x = None if input is None else _operand(backend, input, mask, weight_layout, inner.dtype)
+    w = None if weight is None else weight.to(inner.dtype)
     geometry = (input_size, weight_size, stride, padding, dilation, groups)
     if x is None or w is None or layout == weight_layout:
         raw, grad_weight = _convolution_backward(raw_grad, x, w, *geometry)
     else:
         _, grad_weight = _convolution_backward(raw_grad, x, None, *geometry)
-        raw_grad = _operand(backend, used, raw_grad, None, layout, dtype)
+        raw_grad = _operand(backend, raw_grad, None, layout, inner.dtype)
         raw, _ = _convolution_backward(raw_grad, None, w, *geometry)
-    give_back(used)
     del raw_grad, x
     if input is None:
         grad_weight = grad.new_empty(0, dtype=weight_dtype)
@@ -241,10 +266,10 @@ def _backward_kernels(
     if weight is None:
         return grad.new_empty(0, dtype=input_dtype), grad_weight, bias_grad
     grad_input = raw = _dense(raw)
-    if raw.dtype != input_dtype or not raw.is_contiguous(memory_format=input_layout):
-        grad_input = torch.empty(raw.shape, dtype=input_dtype, device=raw.device, memory_format=input_layout)
-    if kernel_mask is not None or grad_input is not raw:
-        _mask_input[backend](raw, kernel_mask, grad_input)
+    if raw.dtype != input_dtype or not raw.is_contiguous(memory_format=input_format):
+        grad_input = torch.empty(raw.shape, dtype=input_dtype, device=raw.device, memory_format=input_format)
+    if mask is not None or grad_input is not raw:
+        _mask_input[backend](raw, mask, grad_input)
     return grad_input, grad_weight, bias_grad
 
 
@@ -252,7 +277,10 @@ def _fake(backend: str, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     ratio = rest[2]
     size = (input.shape[0], weight.shape[0], *ratio.shape[2:])
     return torch.empty(
-        size, dtype=input.dtype, device=input.device, memory_format=_result_layout(input, weight)
+        size,
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=_format(input.ndim, _is_last(input) or _is_last(weight)),
     )
 
 
@@ -270,8 +298,7 @@ def _backward_fake(
     dtypes: list[int],
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = channels_last_format(grad.ndim)
-    formats = [last if flag else torch.contiguous_format for flag in channels_last]
+    formats = [_format(grad.ndim, last) for last in channels_last]
     found = [
         grad.new_empty(0, dtype=_checks.FLOATS[code])
         if other is None
@@ -296,8 +323,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     )
     ctx.settings = inputs[6:]
     ctx.sizes = (tuple(input.shape), tuple(weight.shape))
-    last = channels_last_format(input.ndim)
-    ctx.channels_last = [_layout(t) == last for t in (input, weight)]
+    ctx.channels_last = [_is_last(input), _is_last(weight)]
     ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype, ratio.dtype)
 
 
