@@ -41,7 +41,9 @@ def _gpus() -> list[str]:
 
 def _missing_kernels(name: str) -> list[str]:
     """Operators the loaded library `name` should implement and does not: it is older than its sources."""
-    operators = [kernel[name] for kernels in _library.KERNELS.values() for kernel in kernels if name in kernel]
+    operators = [
+        kernel[name] for kernels in _library.KERNELS.values() for kernel in kernels if name in kernel
+    ]
     for op in _library.OPS.values():
         if name in op.routes:
             operators += [op.routes[name].forward, op.routes[name].backward]

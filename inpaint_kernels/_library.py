@@ -24,7 +24,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # A registered autograd rule costs about 7 us a call even without a gradient. Calls that need no rule, or whose
 # rule is `_Route.function`, go below it. Should the private name go away, they are slower and still right.
-_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
 class _Route:
@@ -38,15 +38,16 @@ class _Route:
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
         # Without the detour over the dispatcher, which converts a score of arguments twice.
-        run_forward, run_backward = forward_op, backward_op
+        self.run_forward, run_backward = forward_op, backward_op
         if op.implement is not None:
-            run_forward, run_backward = (functools.partial(f, backend) for f in op.implement)
+            self.run_forward, run_backward = (functools.partial(f, backend) for f in op.implement)
+        run_forward = self.run_forward
 
         nothing = (None,) * len(forward_op._schema.arguments)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
-            direct = op.implement is not None and _is_plain(grads)
+            direct = op.implement is not None and is_plain(grads)
             found = op.backward(ctx, run_backward if direct else backward_op, needs, *grads[: op.outputs])
             if op.lists:
                 return found + tuple(
@@ -67,9 +68,8 @@ class _Route:
             # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                direct = op.implement is not None and _is_plain(args)
-                with _below_autograd():
-                    output = _as_tuple((run_forward if direct else forward_op)(*args))
+                with below_autograd():
+                    output = _as_tuple((run_forward if is_plain(args) else forward_op)(*args))
                 ctx.set_materialize_grads(False)
                 ctx.backend = backend
                 op.save(ctx, args, output)
@@ -100,13 +100,23 @@ class _Route:
         return self.list_function.apply(lengths, *flat)
 
 
-def _is_plain(args: tuple[Any, ...]) -> bool:
-    """No subclass and no mode of torch wants to see the operator that is called."""
+_PLAIN = frozenset(
+    (Tensor, Parameter, type(None), bool, int, float, str, list, tuple, torch.Size, torch.dtype)
+)
+
+
+def is_watched() -> bool:
+    """A compiler, a trace or a mode of torch wants to see the operators that are called."""
     return (
-        _python_dispatch._get_current_dispatch_mode() is None
-        and not torch.compiler.is_compiling()
-        and all(type(arg) in (Tensor, Parameter) for arg in args if isinstance(arg, Tensor))
+        torch.compiler.is_compiling()
+        or _python_dispatch._get_current_dispatch_mode() is not None
+        or torch._C._get_tracing_state() is not None
     )
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Nobody watches, and no argument is of a subclass that wants to see what it is given to."""
+    return not is_watched() and _PLAIN.issuperset(map(type, args))
 
 
 def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:
@@ -192,8 +202,8 @@ class Op:
         elif needs_grad:
             return route.differentiable(*args) if self.lists else route.function.apply(*args)
         else:
-            with _below_autograd():
-                output = route.forward(*args)
+            with below_autograd():
+                output = (route.run_forward if is_plain(args) else route.forward)(*args)
         output = _as_tuple(output)
         return output[0] if self.outputs == 1 else output[: self.outputs]
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
 from .. import _library
 from ..reference import partial_conv as reference
@@ -113,7 +112,7 @@ def compute(
     return ratio, new_mask
 
 
-@dataclass
+@dataclass(slots=True)
 class _Planes:
     """`views`: the new mask as callers got it, and its version. The same object every time, so that the next layer
     finds it too."""
@@ -121,21 +120,19 @@ class _Planes:
     ratio: Tensor
     new_mask: Tensor
     version: int
+    bytes: int
     views: dict[tuple[int, ...], tuple[Tensor, int]]
 
     @property
     def untouched(self) -> bool:
         """Nobody wrote into a new mask that was returned, or made a parameter of it."""
-        return self.new_mask._version == self.version and not any(
-            view._version != version or view.requires_grad for view, version in self.views.values()
-        )
-
-    @property
-    def bytes(self) -> int:
-        return self.ratio.nbytes + self.new_mask.nbytes
+        for view, version in self.views.values():
+            if view._version != version or view.requires_grad:
+                return False
+        return self.new_mask._version == self.version
 
 
-@dataclass
+@dataclass(slots=True)
 class _Owner:
     """A mask in the cache: dead or changed, it owns nothing any more."""
 
@@ -146,7 +143,10 @@ class _Owner:
 
     @property
     def bytes(self) -> int:
-        return sum(planes.bytes for planes in self.planes.values())
+        found = 0
+        for planes in self.planes.values():
+            found += planes.bytes
+        return found
 
 
 class _Cache:
@@ -201,7 +201,9 @@ class _Cache:
                 owner = self._owners[name] = _Owner(dead, version, address, {})
             owner.planes[key] = planes
             self._owners.move_to_end(name)
-            total = sum(o.bytes for o in self._owners.values())
+            total = 0
+            for each in self._owners.values():
+                total += each.bytes
             while total > self.limit and len(self._owners) > 1:
                 total -= self._owners.popitem(last=False)[1].bytes
             if total > self.limit:
@@ -231,12 +233,7 @@ cache = _Cache(CACHE_BYTES)
 
 def _may_remember(mask: Tensor | None, device: torch.device) -> bool:
     """Only where an object stands for the same values until its version counter says otherwise."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch.is_inference_mode_enabled()
-        or _python_dispatch._get_current_dispatch_mode() is not None
-    ):
+    if torch.is_inference_mode_enabled():
         return False
     if mask is not None and (type(mask) is not Tensor or mask.is_inference()):
         return False
@@ -251,11 +248,14 @@ def find(
     device: torch.device,
     geometry: Geometry,
     dtype: torch.dtype,
+    plain: bool,
     view: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ratio, new_mask, new mask expanded to (batch, channels) `view`), from the cache where that is possible."""
-    remember = _may_remember(mask, device)
-    if remember:
+    """(ratio, new_mask, new mask expanded to (batch, channels) `view`), from the cache where that is possible.
+
+    `plain`: no mode or subclass of torch watches.
+    """
+    if plain and _may_remember(mask, device):
         # Another stream would read planes that are still being written.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (backend, geometry, dtype, stream)
@@ -263,9 +263,9 @@ def find(
         found = cache.find(name, mask, key)
         if found is None:
             version = 0 if mask is None else mask._version
-            with torch.no_grad():
+            with torch.no_grad() if backend == "reference" else _library.below_autograd():
                 ratio, new_mask = compute(backend, mask, spatial, device, geometry, dtype)
-            found = _Planes(ratio, new_mask, new_mask._version, {})
+            found = _Planes(ratio, new_mask, new_mask._version, ratio.nbytes + new_mask.nbytes, {})
             cache.keep(name, mask, version, key, found)
         if not view:
             return found.ratio, found.new_mask, found.new_mask

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import partial_conv as reference
-from . import _checks, _mask_planes
+from . import _mask_planes
 from ._mask_planes import Geometry
 
 # Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
@@ -189,9 +189,7 @@ def _forward(
         )  # fmt: skip
     x = _operand(backend, input, mask, _format(input.ndim, inner.last), inner.dtype)
     zeros = [0] * len(stride)
-    raw = torch.convolution(
-        x, weight.to(inner.dtype), None, stride, padding, dilation, False, zeros, groups
-    )
+    raw = torch.convolution(x, weight.to(inner.dtype), None, stride, padding, dilation, False, zeros, groups)
     del x
     out = raw = _dense(raw)
     memory_format = _format(input.ndim, outer)
@@ -213,7 +211,8 @@ def _backward_kernels(
     input_size: list[int],
     weight_size: list[int],
     channels_last: list[bool],
-    dtypes: list[int],
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -225,20 +224,20 @@ def _backward_kernels(
     slope: float,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input_dtype, weight_dtype = (_checks.FLOATS[i] for i in dtypes)
+    input_last, weight_last = channels_last
     inner = _inner(
-        grad.device.type, input_dtype, any(channels_last), len(stride), weight_size[0], weight_size[1]
+        grad.device.type, input_dtype, input_last or weight_last, len(stride), weight_size[0], weight_size[1]
     )
     mask = _kernel_mask(mask, mask_input, grad)
     if backend == "cpu":
         return _layer_backward["cpu"](
             grad, input, weight, mask, output, ratio, new_mask, input_size, weight_size, stride, padding, dilation,
-            groups, weigh_bias, scale_bias, activation, slope, need_bias, *inner, input_dtype, channels_last[0],
-            weight_dtype, channels_last[1],
+            groups, weigh_bias, scale_bias, activation, slope, need_bias, *inner, input_dtype, input_last,
+            weight_dtype, weight_last,
         )  # fmt: skip
     grad = _dense(grad)
     layout, weight_layout, input_format, weight_format = (
-        _format(grad.ndim, last) for last in (inner.last, inner.weight_last, *channels_last)
+        _format(grad.ndim, last) for last in (inner.last, inner.weight_last, input_last, weight_last)
     )
     raw_grad = torch.empty(
         grad.shape,
@@ -295,16 +294,17 @@ def _backward_fake(
     input_size: Any,
     weight_size: Any,
     channels_last: list[bool],
-    dtypes: list[int],
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     formats = [_format(grad.ndim, last) for last in channels_last]
     found = [
-        grad.new_empty(0, dtype=_checks.FLOATS[code])
+        grad.new_empty(0, dtype=dtype)
         if other is None
-        else torch.empty(size, dtype=_checks.FLOATS[code], device=grad.device, memory_format=memory_format)
-        for other, size, code, memory_format in zip(
-            (weight, input), (input_size, weight_size), dtypes, formats, strict=True
+        else torch.empty(size, dtype=dtype, device=grad.device, memory_format=memory_format)
+        for other, size, dtype, memory_format in zip(
+            (weight, input), (input_size, weight_size), (input_dtype, weight_dtype), formats, strict=True
         )
     ]
     return found[0], found[1], ratio.new_empty(grad.shape[1] if rest[-1] else 0)
@@ -348,7 +348,10 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         update,
     )
     weigh_bias = reference.weighs_bias(bias_dtype is not None, update, scale_bias)
-    ratio, new_mask, _ = _mask_planes.find(ctx.backend, mask, input_size[2:], grad.device, geometry, dtype)
+    plain = _library.is_plain((grad, mask))
+    ratio, new_mask, _ = _mask_planes.find(
+        ctx.backend, mask, input_size[2:], grad.device, geometry, dtype, plain
+    )
     if torch.is_grad_enabled():
         shaping = (stride, padding, dilation, groups, mask_input, weigh_bias, scale_bias, activation, slope)
         found = _formula(grad, input, weight, mask, output, ratio, new_mask, ctx.sizes, input_dtype, *shaping)
@@ -364,7 +367,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
             input_size,
             weight_size,
             ctx.channels_last,
-            [_checks.FLOATS.index(input_dtype), _checks.FLOATS.index(weight_dtype)],
+            input_dtype,
+            weight_dtype,
             stride,
             padding,
             dilation,
@@ -380,7 +384,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     return (
         grad_input if needs[0] else None,
         grad_weight if needs[1] else None,
-        grad_bias.to(bias_dtype) if needs[2] else None,
+        None if not needs[2] else grad_bias if grad_bias.dtype == bias_dtype else grad_bias.to(bias_dtype),
     )
 
 
@@ -436,9 +440,9 @@ op = _library.Op(
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool multi_channel, bool mask_input, "
     "bool scale_bias, str activation, float slope, str numerator, str update) -> Tensor",
     backward_schema="(Tensor grad, Tensor? input, Tensor? weight, Tensor? mask, Tensor? output, Tensor ratio, "
-    "Tensor new_mask, SymInt[] input_size, SymInt[] weight_size, bool[] channels_last, int[] dtypes, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool mask_input, bool weigh_bias, "
-    "bool scale_bias, str activation, float slope, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "Tensor new_mask, SymInt[] input_size, SymInt[] weight_size, bool[] channels_last, ScalarType input_dtype, "
+    "ScalarType weight_dtype, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool mask_input, "
+    "bool weigh_bias, bool scale_bias, str activation, float slope, bool need_bias) -> (Tensor, Tensor, Tensor)",
     outputs=1,
     fake=_fake,
     backward_fake=_backward_fake,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _library
 from ..reference import partial_conv as reference
-from ..reference.masked_l1 import accumulate_dtype
-from . import _checks, _mask_planes
-from ._mask_planes import Geometry
+from . import _mask_planes, _partial_conv_plan
 from ._partial_conv import op
+from ._partial_conv_plan import ACTIVATIONS as ACTIVATIONS
+from ._partial_conv_plan import NUMERATORS as NUMERATORS
+from ._partial_conv_plan import UPDATES as UPDATES
+from ._partial_conv_plan import Size
 
-NUMERATORS = ("window", "one")
-UPDATES = ("clamp", "binary", "proportional")
-ACTIVATIONS = ("none", "relu", "leaky_relu")
-Size = int | Sequence[int]
+_AUTOCASTS = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
 
 
 class PartialConvOutput(NamedTuple):
@@ -187,61 +186,56 @@ def _partial_conv(
     slope: float,
     backend: str | None,
 ) -> PartialConvOutput:
-    _check_tensors(dims, input, weight, bias, groups)
-    _checks.check_choice("numerator", numerator, NUMERATORS)
-    _checks.check_choice("mask_update", update, UPDATES)
-    _checks.check_choice("activation", activation, ACTIVATIONS)
-    if not 0 <= slope <= 1e18:
-        # The sign of the output has to tell the sign before the activation.
-        raise ValueError(f"negative_slope must be a number from 0 on, got {slope!r}")
-    if mask is not None:
-        multi_channel = _check_mask(mask, input, multi_channel)
-    strides, dilations = _sizes("stride", stride, dims, 1), _sizes("dilation", dilation, dims, 1)
-    kernel = tuple(weight.shape[2:])
-    pads, extra = _paddings(padding, strides, dilations, kernel)
-    if any(extra):
-        # An even kernel with "same": torch pads what is missing at the end.
-        if mask is None:
-            mask = torch.ones((1, 1, *input.shape[2:]), dtype=torch.float32, device=input.device)
-        around = [side for pad in reversed(extra) for side in (0, pad)]
-        input, mask = F.pad(input, around), F.pad(mask, around)
-    geometry = Geometry(
-        kernel, strides, pads, dilations, input.shape[1], groups, bool(multi_channel), numerator, update
-    )
-    if any(size < 1 for size in _mask_planes.output_size(input.shape[2:], kernel, strides, pads, dilations)):
-        raise ValueError(
-            f"weight's windows {kernel} (dilation {dilations}) do not fit into input {tuple(input.shape)} with "
-            f"padding {pads}"
+    tensors = (input, weight, bias, mask)
+    _partial_conv_plan.check_types(*tensors)
+    device = input.device
+    if device.type in _AUTOCASTS and torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
+        input, weight = (
+            t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (input, weight)
         )
-    kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        input, weight = (t if t.dtype == torch.float64 else t.to(low) for t in (input, weight))
-    if input.dtype != weight.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, input has {input.dtype}")
+    plain = _library.is_plain(tensors)
+    make_plan = _partial_conv_plan.remembered_plan if plain else _partial_conv_plan.make_plan
+    plan = make_plan(
+        dims,
+        (input.shape, input.dtype, device),
+        (weight.shape, weight.dtype, weight.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        None if mask is None else (mask.shape, mask.dtype, mask.device),
+        stride if isinstance(stride, (int, tuple)) else tuple(stride),
+        padding if isinstance(padding, (int, tuple, str)) else tuple(padding),
+        dilation if isinstance(dilation, (int, tuple)) else tuple(dilation),
+        groups,
+        multi_channel,
+        numerator,
+        update,
+        activation,
+        slope,
+    )
+    geometry = plan.geometry
+    if plan.around is not None:
+        if mask is None:
+            mask = torch.ones((1, 1, *input.shape[2:]), dtype=torch.float32, device=device)
+        input, mask = F.pad(input, plan.around), F.pad(mask, plan.around)
 
-    dtype = accumulate_dtype(input)
-    weighted = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    grad_mode = torch.is_grad_enabled()
+    weighted = grad_mode and mask is not None and mask.requires_grad
     if weighted and backend is None:
         backend = "reference"
-    chosen = op.choose(backend, input.device, input.dtype)
+    chosen = op.choose(backend, device, input.dtype)
     if weighted and chosen != "reference":
         raise RuntimeError(
             f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     # A graph for other programs holds torch's own operators only.
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state():
+    if not plain and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
         chosen = "reference"
-    channels = weight.shape[0] if multi_channel else 1
-    view = (1 if mask is None or mask.ndim == dims else mask.shape[0], channels)
     if weighted:
-        ratio, planes = _mask_planes.compute(
-            "reference", mask, input.shape[2:], input.device, geometry, dtype
-        )
-        new_mask = _mask_planes.expand(planes, view)
+        ratio, planes = _mask_planes.compute("reference", mask, input.shape[2:], device, geometry, plan.dtype)
+        new_mask = _mask_planes.expand(planes, plan.view)
     else:
         ratio, planes, new_mask = _mask_planes.find(
-            chosen, mask, input.shape[2:], input.device, geometry, dtype, view
+            chosen, mask, input.shape[2:], device, geometry, plan.dtype, plain, plan.view
         )
     if chosen == "reference":
         out = reference.partial_conv(
@@ -251,9 +245,9 @@ def _partial_conv(
             _mask_planes.narrowed(mask, dims) if mask is not None and mask_input else None,
             ratio,
             planes,
-            strides,
-            pads,
-            dilations,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
             groups,
             reference.weighs_bias(bias is not None, update, scale_bias),
             scale_bias,
@@ -261,7 +255,7 @@ def _partial_conv(
             slope,
         )
         return PartialConvOutput(out, new_mask)
-    needs = torch.is_grad_enabled() and (
+    needs = grad_mode and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     out = op(
@@ -273,100 +267,16 @@ def _partial_conv(
         mask,
         ratio,
         planes,
-        strides,
-        pads,
-        dilations,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
         groups,
         geometry.multi_channel,
         mask_input,
         scale_bias,
         activation,
-        float(slope),
+        plan.slope,
         numerator,
         update,
     )
     return PartialConvOutput(out, new_mask)
-
-
-def _check_tensors(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    spatial = "D, H, W" if dims == 3 else "H, W"
-    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if value is None and name == "bias":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.dtype not in _checks.FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
-        if value.device != input.device:
-            raise ValueError(f"{name} is on {value.device}, input is on {input.device}")
-    if input.ndim != dims + 2:
-        raise ValueError(f"input must have shape (N, C, {spatial}), got {tuple(input.shape)}")
-    if weight.ndim != dims + 2:
-        raise ValueError(
-            f"weight must have shape (Cout, Cin / groups, k{spatial.lower().replace(', ', ', k')}), got "
-            f"{tuple(weight.shape)}"
-        )
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be a positive int, got {groups!r}")
-    if weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} with groups={groups} takes {weight.shape[1] * groups} input channels and "
-            f"a multiple of {groups} output channels; input has {input.shape[1]} channels"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
-def _check_mask(mask: Tensor, input: Tensor, multi_channel: bool | None) -> bool:
-    """Whether windows count all channels."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
-    if mask.dtype not in _checks.MASK_DTYPES:
-        raise TypeError(f"mask must be floating, bool or uint8, got {mask.dtype}")
-    if mask.device != input.device:
-        raise ValueError(f"mask is on {mask.device}, input is on {input.device}")
-    shape, full = tuple(mask.shape), tuple(input.shape)
-    # No `shape[0] in (1, full[0])`: torch.compile finds no symbolic size in a tuple.
-    fits = shape == full[2:] or (
-        len(shape) == len(full)
-        and (shape[0] == 1 or shape[0] == full[0])
-        and (shape[1] == 1 or shape[1] == full[1])
-        and shape[2:] == full[2:]
-    )
-    if not fits:
-        spatial = "D, H, W" if len(full) == 5 else "H, W"
-        raise ValueError(
-            f"mask has shape {shape}; for input {full} allowed: (N, 1, {spatial}), (1, 1, {spatial}), ({spatial}), "
-            f"(N, Cin, {spatial})"
-        )
-    channels = shape[1] if len(shape) == len(full) else 1
-    if multi_channel is False and channels > 1:
-        raise ValueError(
-            f"mask has {channels} channels and multi_channel is False: give one channel, or multi_channel=True"
-        )
-    return channels > 1 if multi_channel is None else multi_channel
-
-
-def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
-    """One int for each dimension."""
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(found) != dims or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in found):
-        raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
-    return found
-
-
-def _paddings(
-    padding: Size | str, stride: tuple[int, ...], dilation: tuple[int, ...], kernel: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(padding on both sides, more of it at the end) of each dimension."""
-    none = (0,) * len(kernel)
-    if padding == "valid":
-        return none, none
-    if padding == "same":
-        if any(step != 1 for step in stride):
-            raise ValueError(f"padding='same' needs stride 1, got {stride}")
-        total = [spread * (extent - 1) for spread, extent in zip(dilation, kernel, strict=True)]
-        return tuple(n // 2 for n in total), tuple(n % 2 for n in total)
-    if isinstance(padding, str):
-        raise ValueError(f"padding must be an int, {len(kernel)} ints, 'same' or 'valid', got {padding!r}")
-    return _sizes("padding", padding, len(kernel), 0), none
