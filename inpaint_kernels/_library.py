@@ -37,11 +37,10 @@ class _Route:
         self.backward = backward_op = _define(
             f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
         )
-        # Without the detour over the dispatcher, which converts a score of arguments twice.
-        self.run_forward, run_backward = forward_op, backward_op
+        self.composed: Callable[..., Any] | None = None
+        run_backward: Callable[..., Any] = backward_op
         if op.implement is not None:
-            self.run_forward, run_backward = (functools.partial(f, backend) for f in op.implement)
-        run_forward = self.run_forward
+            self.composed, run_backward = (functools.partial(f, backend) for f in op.implement)
 
         nothing = (None,) * len(forward_op._schema.arguments)
 
@@ -68,8 +67,7 @@ class _Route:
             # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                with below_autograd():
-                    output = _as_tuple((run_forward if is_plain(args) else forward_op)(*args))
+                output = _as_tuple(self.run(args))
                 ctx.set_materialize_grads(False)
                 ctx.backend = backend
                 op.save(ctx, args, output)
@@ -93,6 +91,14 @@ class _Route:
 
         self.function = Function
         self.list_function = ListFunction
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """The forward without autograd; where nobody watches, without the dispatcher, which converts a score of
+        arguments twice."""
+        with below_autograd():
+            if self.composed is not None and is_plain(args):
+                return self.composed(*args)
+            return self.forward(*args)
 
     def differentiable(self, *args: Any) -> Any:
         """The differentiable outputs of an op with list arguments, connected to the graph."""
@@ -202,8 +208,7 @@ class Op:
         elif needs_grad:
             return route.differentiable(*args) if self.lists else route.function.apply(*args)
         else:
-            with below_autograd():
-                output = (route.run_forward if is_plain(args) else route.forward)(*args)
+            output = route.run(args)
         output = _as_tuple(output)
         return output[0] if self.outputs == 1 else output[: self.outputs]
 

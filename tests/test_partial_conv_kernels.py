@@ -3,6 +3,7 @@ choose on some device, the same bits in every run, and more elements than 32 bit
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from harness import (
     INTERPRETING,
     Backend,
     assert_within_budget,
+    covering,
     generator,
     grid,
     laid_out,
@@ -22,6 +24,8 @@ from partial_conv_cases import SLOPE, exact_convolutions, fresh_planes, make_mas
 from pixel_cases import on_device, skip_unsupported, skip_without_memory
 from torch import Tensor
 from training_checks import check_deterministic
+
+from inpaint_kernels.reference import partial_conv as reference
 
 SIZES = {"image": (2, 6, 5, 9), "volume": (2, 6, 3, 4, 5), "odd": (1, 6, 7, 1)}
 if not INTERPRETING:
@@ -36,6 +40,12 @@ FORMS: dict[str, tuple[tuple[bool, bool, str, float], int]] = {
 
 def kernel_of(backend: Backend, part: str) -> Any:
     return getattr(torch.ops.inpaint_kernels, f"partial_conv_{part}_{backend.name}").default
+
+
+def format_of(dims: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if dims == 2 else torch.channels_last_3d
 
 
 def values(size: tuple[int, ...], dtype: str, layout: str, seed: int = 0) -> Tensor:
@@ -163,6 +173,65 @@ def test_the_same_bits_every_time(kernel: Backend, layout: str, size: tuple[int,
         return [out, sums, *window]
 
     check_deterministic(run, threads=(1,) if INTERPRETING else (1, 2, 3))
+
+
+@pytest.mark.skipif(INTERPRETING, reason="kernels of the CPU alone")
+@covering(
+    size=((2, 6, 7, 5), (1, 6, 3, 4, 5), (2, 16, 192, 176)),
+    dtypes=("f32/f32", "f16/f32", "bf16/f32", "f64/f64"),
+    layouts=list(product((False, True), repeat=4)),
+    wanted=("both", "input", "weight", "neither"),
+)
+def test_layer_and_its_backward(
+    size: tuple[int, ...], dtypes: str, layouts: tuple[bool, ...], wanted: str
+) -> None:
+    """The CPU's two passes in one call each, with every choice of layouts, whatever this machine would choose. The
+    largest size has temporaries of over 4 MiB, whose memory is used again."""
+    kernel = Backend("cpu", "cpu")
+    given, computed = (DTYPES[name] for name in dtypes.split("/"))
+    last, weight_last, outer, weight_outer = layouts
+    dims = len(size) - 2
+    rng = generator(11)
+    x, w = (torch.randn(s, generator=rng).to(given) for s in (size, (size[1], size[1] // 2, *[3] * dims)))
+    x, w = (
+        laid_out(t, "channels_last" if flag else "contiguous") for t, flag in ((x, outer), (w, weight_outer))
+    )
+    bias, mask = torch.randn(size[1], generator=rng).to(given), make_mask("n1", size)
+    acc = torch.float64 if given == torch.float64 else torch.float32
+    ratio, new_mask = mask_planes(size, 1, acc == torch.float64)
+    where = ([1] * dims, [1] * dims, [1] * dims, 2)
+    how = (True, False, "relu", 0.0)
+    run = lambda: kernel_of(kernel, "layer")(  # noqa: E731
+        x, w, bias, mask, ratio, new_mask, *where, *how, computed, last, outer
+    )
+    out = run()
+    assert out.dtype == given and out.is_contiguous(memory_format=format_of(dims, outer))
+    truth = [t.double().requires_grad_() for t in (x, w, bias)]
+    expected = reference.partial_conv(*truth, mask.double(), ratio.double(), new_mask.double(), *where, *how)
+    tolerance = {"f32/f32": 1e-5, "f16/f32": 2e-3, "bf16/f32": 2e-2, "f64/f64": 1e-13}[dtypes]
+    close = lambda a, b: torch.testing.assert_close(  # noqa: E731
+        a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.detach().abs().max())
+    )
+    close(out, expected)
+    grad = torch.randn(out.shape, generator=rng).to(given)
+    gradients = torch.autograd.grad(expected, truth, torch.where(out > 0, grad, 0.0).double())
+    need_input, need_weight = wanted in ("both", "input"), wanted in ("both", "weight")
+    for _ in range(2):
+        found = kernel_of(kernel, "layer_backward")(
+            grad, x if need_weight else None, w if need_input else None, mask, out, ratio, new_mask, list(size),
+            list(w.shape), *where, *how, True, computed, last, weight_last, given, outer, given, weight_outer,
+        )  # fmt: skip
+        close(found[2], gradients[2])
+        for got, want, needed, memory in zip(
+            found, gradients, (need_input, need_weight), (outer, weight_outer), strict=False
+        ):
+            assert got.dtype == given
+            if needed:
+                assert got.is_contiguous(memory_format=format_of(dims, memory))
+                close(got, want)
+            else:
+                assert got.numel() == 0
+        assert same_bits(run(), out)
 
 
 @grid(part=("window", "mask_input", "finish", "finish_backward"), size=((0, 3, 4, 5), (2, 0, 4, 5)))

@@ -129,6 +129,15 @@ def ops_called(run: Callable[[], object]) -> set[str]:
     return log.ops
 
 
+def ops_inside(run: Callable[[], object], prefix: str) -> set[str]:
+    """Names, without overload, of the aten operators that operators of this prefix call themselves."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    callers = [event for event in profile.events() if event.name.startswith(prefix)]
+    assert callers, f"no operator {prefix}*"
+    return {inner.name.removeprefix("aten::") for event in callers for inner in event.cpu_children}
+
+
 def check_no_host_sync(run: Callable[[], object]) -> None:
     """No op that waits for the device. The dispatcher shows it on any device, the driver on a GPU."""
     called = ops_called(run)
