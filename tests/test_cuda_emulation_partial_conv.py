@@ -10,10 +10,26 @@ from typing import Any
 import cuda_emulation
 import pytest
 import torch
+from cuda_partial_conv_cases import (
+    ACTIVATIONS,
+    BIASES,
+    FLOATS,
+    LAYOUTS,
+    MASK_DTYPES,
+    OPS,
+    SIZES,
+    SLOPE,
+    dense,
+    empty,
+    image,
+    mask_of,
+    planes_for,
+    run_windows,
+    within,
+)
 from harness import (
     DTYPES,
     INTERPRETING,
-    assert_within_budget,
     covering,
     generator,
     poisoned_allocations,
@@ -26,62 +42,11 @@ from inpaint_kernels.reference import partial_conv as reference
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="has nothing to do with Triton")
 
-OPS = torch.ops.inpaint_kernels
-FLOATS = ("f32", "f16", "bf16")
-MASK_DTYPES = {**DTYPES, "bool": torch.bool, "u8": torch.uint8}
-ACTIVATIONS = ("none", "relu", "leaky_relu")
-BIASES = {"weighed": (True, False), "plain": (False, False), "scaled": (False, True)}
-SLOPE = 0.3
-
-# (N, C, ...) by the path it takes: planar blocks have 128 threads with 16 bytes each, interleaved ones 256.
-SIZES = {
-    "1x1": (2, 5, 1, 1),
-    "odd": (2, 6, 5, 7),  # no whole vectors, in neither layout
-    "vectors": (2, 16, 4, 6),  # whole vectors in both, a few threads a plane
-    "half_block": (2, 8, 8, 32),  # planar: one and two warps a plane
-    "wide": (1, 3, 24, 40),  # planar: four warps a plane, the second tile partial
-    "c24": (2, 24, 3, 4),  # interleaved: 6 or 3 threads a pixel, the last of them idle
-    "any_tiles": (1, 37, 5, 13),  # tiles of 32 x 32, partial both ways
-    "volume": (2, 8, 2, 4, 6),
-    "odd_volume": (1, 3, 3, 3, 5),
-}
-LAYOUTS = ("nchw", "nhwc", "nchw+1", "nhwc+1")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def emulation() -> Iterator[None]:
     with cuda_emulation.install():
         yield
-
-
-def dense(x: Tensor, layout: str) -> Tensor:
-    """The values in a layout, "+1" starting one element past an aligned address."""
-    order = [0, *range(2, x.ndim), 1] if layout.startswith("nhwc") else list(range(x.ndim))
-    values = x.permute(order).contiguous()
-    if layout.endswith("+1"):
-        values = values.new_zeros(values.numel() + 1)[1:].view(values.shape).copy_(values)
-    return values.permute([order.index(i) for i in range(x.ndim)])
-
-
-def empty(like: Tensor, layout: str, dtype: str) -> Tensor:
-    return dense(torch.full(like.shape, torch.nan, dtype=DTYPES[dtype]), layout)
-
-
-def image(size: tuple[int, ...], dtype: str, layout: str = "nchw", seed: int = 0) -> Tensor:
-    return dense(torch.randn(size, generator=generator(seed)).to(DTYPES[dtype]), layout)
-
-
-def planes_for(size: tuple[int, ...], groups: int = 1, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """A third of the windows empty."""
-    shape = (size[0] if batch is None else batch, groups, *size[2:])
-    rng = generator(3)
-    new_mask = (torch.rand(shape, generator=rng) * 1.5 - 0.5).clamp(min=0)
-    ratio = torch.where(new_mask == 0, 0.0, torch.rand(shape, generator=rng) * 8 + 0.5)
-    return ratio, new_mask
-
-
-def within(actual: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: Tensor | None = None) -> None:
-    assert_within_budget(actual, plain, truth, acc=torch.float32, what=what, magnitude=magnitude)
 
 
 def check_finish(
@@ -301,13 +266,6 @@ def test_specials(layout: str, dtype: str, how: str, activation: str) -> None:
     check_finish(seen, planes, bias, empty(seen, layout, dtype), activation, BIASES[how])
 
 
-def mask_of(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
-    rng = generator(7)
-    holes = torch.rand(shape, generator=rng) < 0.4
-    values = torch.rand(shape, generator=rng) * (5 if dtype == "u8" else 1) + (dtype == "u8")
-    return dense(torch.where(holes, 0.0, values).to(MASK_DTYPES[dtype]), layout)
-
-
 def check_mask(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
     keep = x.clone()
     OPS.partial_conv_mask_input_cuda(x, mask, out)
@@ -378,97 +336,6 @@ def test_bool_from_bytes() -> None:
                 OPS.partial_conv_mask_input_cuda(x, mask, out)
                 found.append((out, *run_windows(mask, kernel=(3, 3), padding=(1, 1))))
             assert all(map(same_bits, *found))
-
-
-def run_windows(mask: Tensor, call: Any = None, **settings: Any) -> tuple[Tensor, Tensor]:
-    dims = mask.ndim - 2
-    found = {
-        "groups": 1,
-        "multiplicity": 1,
-        "kernel": (3,) * dims,
-        "stride": (1,) * dims,
-        "padding": (0,) * dims,
-        "dilation": (1,) * dims,
-        "numerator": 9.0,
-        "update": "clamp",
-        "dtype": torch.float32,
-        **settings,
-    }
-    ratio, new_mask = (call or OPS.partial_conv_window_cuda)(mask, *found.values())
-    return ratio, new_mask
-
-
-def check_windows(mask: Tensor, **settings: Any) -> None:
-    with poisoned_allocations():
-        actual = run_windows(mask, **settings)
-    plain = run_windows(mask, reference.window_planes, **settings)
-    truth = run_windows(mask, reference.window_planes, **{**settings, "dtype": torch.float64})
-    for what, got, usual, want in zip(("ratio", "new mask"), actual, plain, truth, strict=True):
-        assert got.is_contiguous() and got.dtype == torch.float32
-        within(got, usual, want.clamp(max=torch.finfo(torch.float32).max), what)
-
-
-WINDOWS: dict[str, dict[str, Any]] = {
-    "1x1": {"kernel": (1, 1)},
-    "3x3": {"kernel": (3, 3), "padding": (1, 1)},
-    "5x2": {"kernel": (5, 2), "padding": (2, 3), "stride": (2, 1)},
-    "dilated": {"kernel": (3, 3), "dilation": (2, 3), "padding": (4, 3), "stride": (1, 2)},
-    "beyond": {"kernel": (7, 7), "padding": (6, 6), "stride": (3, 2)},
-    "whole": {"kernel": (6, 8), "numerator": 1.0},
-}
-
-
-@covering(windows=WINDOWS, update=("clamp", "binary", "proportional"), channels=(1, 6), groups=(1, 3))
-def test_windows(windows: str, update: str, channels: int, groups: int) -> None:
-    settings = {**WINDOWS[windows], "update": update, "groups": groups}
-    settings["multiplicity"] = 1 if channels > 1 else 4
-    size = (2, channels, 6, 8)
-    for dtype in ("f32", "bool"):
-        check_windows(mask_of(size, dtype), **settings)
-    # Subnormal sums: the ratio stays finite.
-    check_windows(mask_of(size, "f32") * 1e-39, **settings)
-
-
-@covering(update=("clamp", "proportional"), channels=(1, 4), groups=(1, 2, 4))
-def test_windows_of_volumes(update: str, channels: int, groups: int) -> None:
-    mask = mask_of((2, channels, 4, 5, 6), "f32")
-    settings = {"update": update, "groups": groups, "kernel": (2, 3, 3), "padding": (1, 0, 1)}
-    for layout in ("nchw", "nhwc"):
-        check_windows(dense(mask, layout), **settings, stride=(1, 2, 1), dilation=(3, 1, 2))
-
-
-STRIDES = {
-    "nchw": lambda m: m,
-    "nhwc": lambda m: dense(m, "nhwc"),
-    "nchw+1": lambda m: dense(m, "nchw+1"),
-    "nhwc+1": lambda m: dense(m, "nhwc+1"),
-    "transposed": lambda m: m.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch_inside": lambda m: m.transpose(0, 1).contiguous().transpose(0, 1),
-    "sliced": lambda m: torch.stack([m, m], -1)[..., 0],
-    "cropped": lambda m: torch.nn.functional.pad(m, (1, 2, 3, 0))[..., 3:, 1:-2],
-    "odd_batches": lambda m: torch.nn.functional.pad(m.flatten(1), (0, 1))[:, :-1].unflatten(1, m.shape[1:]),
-    "odd_channels": lambda m: torch.nn.functional.pad(m.flatten(2), (0, 1))[..., :-1].unflatten(
-        2, m.shape[2:]
-    ),
-    "expanded": lambda m: m[:, :1, :1].expand(m.shape),
-    "channels_apart": lambda m: torch.cat([m, m], 1)[:, ::2],
-}
-
-
-@covering(strides=STRIDES, dtype=MASK_DTYPES, channels=(1, 3, 32, 80))
-def test_window_strides(strides: str, dtype: str, channels: int) -> None:
-    """Sums over channels by vectors, by elements, along pixels and along channels."""
-    for batch, height, width in ((2, 4, 8), (1, 5, 7)):
-        mask = STRIDES[strides](mask_of((batch, channels, height, width), dtype))
-        for groups in (1,) if channels == 1 else (1, channels) if channels == 3 else (1, 2):
-            check_windows(mask, groups=groups, padding=(1, 1), update="proportional")
-
-
-def test_larger_windows() -> None:
-    """Several blocks of outputs, of pixels, and of channels."""
-    for channels, layout in ((1, "nchw"), (40, "nchw"), (40, "nhwc"), (300, "nhwc"), (5, "nhwc")):
-        mask = dense(mask_of((2, channels, 21, 20), "f32"), layout)
-        check_windows(mask, padding=(1, 1), stride=(1, 1))
 
 
 @covering(

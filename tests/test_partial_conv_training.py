@@ -41,7 +41,7 @@ from training_checks import (
 
 import inpaint_kernels as ik
 from inpaint_kernels.ops import _mask_planes
-from inpaint_kernels.ops import _partial_conv as composed
+from inpaint_kernels.ops import _partial_conv_passes as passes
 
 CASE = Case(size=(2, 3, 7, 8), outputs=4)
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype
     where, how = ([1, 1], [1, 1], [1, 1], 1), ("none", 0.01)
 
     def forward() -> Tensor:
-        return composed._forward(
+        return passes.forward(
             kernel.name, x, w, b, known, ratio, new_mask, *where, known is not None, True, False, *how, "window",
             "clamp",
         )  # fmt: skip
@@ -353,7 +353,7 @@ def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype
     grad = torch.ones_like(forward())
 
     def backward() -> Any:
-        return composed._backward_kernels(
+        return passes.backward(
             kernel.name, grad, x, w, known, None, ratio, new_mask, list(x.shape), list(w.shape),
             [layout == "channels_last"] * 2, x.dtype, w.dtype, *where, True, True, False, *how, True,
         )  # fmt: skip
