@@ -112,11 +112,12 @@ _PLAIN = frozenset(
 
 
 def is_watched() -> bool:
-    """A compiler, a trace or a mode of torch wants to see the operators that are called."""
+    """A compiler, a trace, a mode or a transform of torch (vmap) wants to see the operators that are called."""
     return (
         torch.compiler.is_compiling()
         or _python_dispatch._get_current_dispatch_mode() is not None
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -384,6 +384,18 @@ def test_dispatch_modes_see_every_kernel(kernel: Backend, computed: Computed) ->
     assert not isinstance(run(kernel, CASE, given).new_mask, type(fake[0]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_masks_under_vmap(backend: Backend) -> None:
+    """What stands for several masks at once has no memory to be known by."""
+    x, w, b, mask = tensors(backend)
+    masks = torch.stack([mask, 1 - mask])
+    call = lambda m: run(backend, CASE, [x, w, b, m]).output  # noqa: E731
+    with torch.no_grad():
+        found = torch.vmap(call)(masks)
+        assert len(cache) == 0
+        torch.testing.assert_close(found, torch.stack([call(m) for m in masks]), rtol=1e-6, atol=1e-6)
+
+
 def test_copies_are_other_masks(backend: Backend, computed: Computed) -> None:
     given = tensors(backend)
     for mask in (given[3], copy.deepcopy(given[3]), given[3].clone(), given[3].view(given[3].shape)):

@@ -1,6 +1,6 @@
 // A partial convolution and its backward in one call each: torch's convolution between the kernels of
-// partial_conv.cpp. From Python, with an operator for each kernel, the same steps take 150 us more: as long
-// as the kernels themselves at 16 x 64 x 64.
+// partial_conv.cpp. With the same steps in Python and an operator for each kernel, a layer of 1x16x64x64 took
+// 10 % longer.
 #include "cpu/isa.h"
 
 #if defined(IK_ISA_GENERIC)
@@ -29,7 +29,7 @@ struct Windows {
   int64_t groups;
 };
 
-// The shims of the two operators: by name, through the dispatcher's boxed calls, each takes 10 us more.
+// The shims of the two operators: by name, through the dispatcher's boxed calls, each takes 6 us more.
 Tensor convolution(const Tensor& input, const Tensor& weight, const Windows& windows) {
   const Ints zeros(windows.stride.size(), 0);
   const int64_t dims = static_cast<int64_t>(zeros.size());
