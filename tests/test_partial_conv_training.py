@@ -11,6 +11,7 @@ from harness import (
     DTYPES,
     INTERPRETING,
     Backend,
+    covering,
     evaluate,
     grid,
     same_bits,
@@ -336,7 +337,7 @@ def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend) -> None:
     ]
 
 
-@grid(layout=("contiguous", "channels_last"), dtype=("f32", "bf16", "f16"), mask=("none", "nc"))
+@covering(layout=("contiguous", "channels_last"), dtype=("f32", "bf16", "f16"), mask=("none", "nc"))
 def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype: str, mask: str) -> None:
     """No other pass over the data than the library's, no wait for the device; a dispatch mode sees no operator
     inside another, so these are called as they are implemented. Those inside the CPU's own are in a profile."""
