@@ -111,19 +111,16 @@ _PLAIN = frozenset(
 )
 
 
-def is_watched() -> bool:
-    """A compiler, a trace, a mode or a transform of torch (vmap) wants to see the operators that are called."""
-    return (
-        torch.compiler.is_compiling()
-        or _python_dispatch._get_current_dispatch_mode() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def is_plain(args: tuple[Any, ...]) -> bool:
-    """Nobody watches, and no argument is of a subclass that wants to see what it is given to."""
-    return not is_watched() and _PLAIN.issuperset(map(type, args))
+    """No compiler, trace, mode or transform (vmap) of torch, and no subclass among the arguments, wants to see the
+    operators that are called."""
+    return (
+        not torch.compiler.is_compiling()
+        and _python_dispatch._get_current_dispatch_mode() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and _PLAIN.issuperset(map(type, args))
+    )
 
 
 def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:

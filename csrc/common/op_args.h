@@ -108,10 +108,14 @@ static inline bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+static inline bool has_layout(const Tensor& t, bool channels_last) {
+  return channels_last ? is_channels_last(t) : t.is_contiguous();
+}
+
 static inline Tensor in_layout(const Tensor& t, bool channels_last) {
-  const bool ready = channels_last ? is_channels_last(t) : t.is_contiguous();
-  if (ready) return t;
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (has_layout(t, channels_last)) return t;
+  const MemoryFormat last = t.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+  return torch::stable::contiguous(t, channels_last ? last : MemoryFormat::Contiguous);
 }
 
 // Allocation on `like`'s device through the C shim: 0.3 us where aten::empty by name costs 1 us.

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops.partial_conv import ACTIVATIONS, NUMERATORS, UPDATES, partial_conv2d, partial_conv3d
+from ..ops._partial_conv_plan import ACTIVATIONS, NUMERATORS, UPDATES
+from ..ops.partial_conv import partial_conv2d, partial_conv3d
 
 
 class _Options:

