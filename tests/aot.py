@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import triton
+from triton._utils import get_iterable_path
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-}
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 
 class Launch(NamedTuple):
@@ -66,58 +57,61 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Resources:
-    """Compiles for one compute capability; pointers are taken as 16-byte aligned unless told otherwise."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: list[tuple[int, ...]] = []
+    """Compiles for one compute capability what Triton's launcher would compile for these arguments.
 
-    def describe(parameter: Any, value: Any, path: tuple[int, ...]) -> Any:
-        # The launcher of Triton compiles a size of 1 in, and notes which sizes 16 divides.
-        special = type(value) is int and not parameter.is_constexpr and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, tuple):
-            return tuple(describe(parameter, item, (*path, i)) for i, item in enumerate(value))
-        if isinstance(value, torch.Tensor):
-            if aligned:
-                attributes.append(path)
-            return "*" + TYPES[value.dtype]
-        if isinstance(value, float):
-            return "fp32"
-        if special and value % 16 == 0:
-            attributes.append(path)
-        return "i32" if value < 2**31 else "i64"
+    The launcher's own binder decides what is specialised: a size of 1 becomes a constant, a multiple of 16 is noted,
+    also inside tuples. Meta tensors count as 16-byte aligned, unless told otherwise.
+    """
+    backend, bind = _binder(launch.kernel, capability)
+    options = {"num_warps": launch.warps, "debug": False}
+    bound, specialization, rest = bind(**launch.arguments, **options)
+    # As the launcher's cache of compiled kernels: two calls with the same key share one kernel.
+    key = f"{specialization}{aligned}"
+    known = _COMPILED.get((launch.kernel, launch.warps, capability, key))
+    if known is None:
+        packed = launch.kernel._pack_args(backend, options, bound, specialization, rest)
+        known = _compile(launch.kernel, *packed, capability, aligned)
+        _COMPILED[launch.kernel, launch.warps, capability, key] = known
+    return known
 
-    for i, parameter in enumerate(launch.kernel.params):
-        signature[parameter.name] = describe(parameter, launch.arguments[parameter.name], (i,))
-    return _compile(
-        launch.kernel,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple(attributes),
-        launch.warps,
-        capability,
-    )
+
+_COMPILED: dict[tuple[Any, int, int, str], Resources] = {}
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """Names of the kernels that are compiled inside."""
+    before = set(_COMPILED)
+    names: list[str] = []
+    yield names
+    names += [f"{kernel.__name__} {key}" for kernel, _, _, key in _COMPILED.keys() - before]
 
 
 @functools.cache
+def _binder(kernel: Any, capability: int) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def _compile(
     kernel: Any,
-    signature: tuple[tuple[str, Any], ...],
-    constants: tuple[tuple[tuple[int, ...], Any], ...],
-    attributes: tuple[tuple[int, ...], ...],
-    warps: int,
+    options: Any,
+    signature: dict[str, Any],
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
     capability: int,
+    aligned: bool,
 ) -> Resources:
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(signature),
-        constexprs=dict(constants),
-        attrs={position: [["tt.divisibility", 16]] for position in attributes},
-    )
+    if not aligned:
+        types = list(signature.values())
+        attributes = {
+            path: value
+            for path, value in attributes.items()
+            if not str(get_iterable_path(types, path)).startswith("*")
+        }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options.__dict__)
     usage = _resource_usage(compiled.asm["cubin"])
     return Resources(
         registers=usage["REG"],

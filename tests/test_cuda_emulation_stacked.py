@@ -105,7 +105,12 @@ def test_rounds() -> None:
 @covering(size=((2, 1, 9, 13), (1, 1, 48, 56)), dtypes=("f32/f32", "bf16/bf16"), swap=(False, True))
 def test_one_channel_becomes_several(size: tuple[int, int, int, int], dtypes: str, swap: bool) -> None:
     pair, mask = image_pair(size, dtypes), make_mask("n1hw", size)
-    for constants in (NORMALIZED, {"scale": 0.7, "shift": SHIFT}, {"scale": SCALE}, by_channel(MOST_ON_GPU)):
+    for constants in (
+        NORMALIZED,
+        {"scale": 0.7, "shift": SHIFT},
+        {"scale": SCALE},
+        by_channel(MOST_ON_GPU["cuda"]),
+    ):
         check(*pair, mask, swap_channels=swap, **constants)
     # As many parts as channels.
     check(*pair, mask, parts=TRAINING, swap_channels=swap, **NORMALIZED)
@@ -226,20 +231,20 @@ def test_empty(size: tuple[int, ...], layout: str, scale: float | None) -> None:
 
 def test_as_many_parts_as_a_launch_takes() -> None:
     pair, mask = image_pair(SIZES["odd"]), make_mask("n1hw", SIZES["odd"])
-    parts = (PARTS * MOST_ON_GPU)[:MOST_ON_GPU]
+    parts = (PARTS * MOST_ON_GPU["cuda"])[: MOST_ON_GPU["cuda"]]
     check_against_truth(
         stacked_images_call(EMULATED, parts=parts),
         partial(stacked_images_formula, parts=parts),
         [*pair, mask],
         # Sums of so many terms lose accuracy with the largest partial sum.
-        magnitudes={0: torch.tensor(float(MOST_ON_GPU)), 1: torch.tensor(float(MOST_ON_GPU))},
+        magnitudes={0: torch.tensor(float(MOST_ON_GPU["cuda"])), 1: torch.tensor(float(MOST_ON_GPU["cuda"]))},
     )
     with pytest.raises(RuntimeError, match="at most 64 parts"):
         ik.stacked_images(*pair, mask, parts=[*parts, "raw"], backend="cuda")
 
 
 def test_more_constants_than_a_launch_takes() -> None:
-    size = (1, MOST_ON_GPU + 1, 2, 3)
+    size = (1, MOST_ON_GPU["cuda"] + 1, 2, 3)
     with pytest.raises(RuntimeError, match="at most 64 parts, and scale and shift"):
         check(*image_pair(size), make_mask("n1hw", size), **by_channel(size[1]))
     # One for all channels is one.

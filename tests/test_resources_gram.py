@@ -40,6 +40,7 @@ class Case(NamedTuple):
     # The narrowest access to features allowed; TF32 wants the pixels of one operand as neighbours, which a
     # channels_last tile is not: without rounding it is turned on its way to shared memory, number by number.
     width: int = 16
+    size: tuple[int, int, int] | None = None  # N, H, W; by default 8 samples of 8192 / C pixels each way
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "nchw"
@@ -80,13 +81,14 @@ def launches(case: Case) -> list[Launch]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def features(batch: int, dtype: torch.dtype) -> list[Tensor]:
-        side = 8192
+        sides = [case.size[1:] if case.size else (8192 // c, 8192 // c) for c in case.channels]
         return [
-            meta((batch, c, side // c, side // c), dtype).to(memory_format=memory_format)
-            for c in case.channels
+            meta((batch, c, *side), dtype).to(memory_format=memory_format)
+            for c, side in zip(case.channels, sides, strict=True)
         ]
 
-    inputs, targets = features(8 * case.copies, input_dtype), features(8, target_dtype)
+    batch = case.size[0] if case.size else 8
+    inputs, targets = features(batch * case.copies, input_dtype), features(batch, target_dtype)
     matrices = [meta((x.shape[0], x.shape[1], x.shape[1])) for x in inputs]
     weights = [1.0] * len(inputs)
     if case.op == "gram":
@@ -97,7 +99,7 @@ def launches(case: Case) -> list[Launch]:
         if case.backward:
             return record(lambda: style.backward(meta(()), matrices, targets, -1.0))
         return record(lambda: style.forward(inputs, targets, weights, case.penalty, "chw", False, True))
-    masks = [meta((8, 1, *x.shape[2:])) for x in inputs] if case.mask else []
+    masks = [meta((batch, 1, *x.shape[2:])) for x in inputs] if case.mask else []
     l1 = case.penalty == "l1"
     if not case.backward:
         return record(
@@ -111,7 +113,7 @@ def launches(case: Case) -> list[Launch]:
             masks,
             [] if l1 else inputs,
             [] if l1 else targets,
-            [size for x in inputs for size in (*x.shape, 8)],
+            [size for x in inputs for size in (*x.shape, batch)],
             [int(case.channels_last)] * len(inputs),
             [feature_distance.DTYPES.index(input_dtype)] * len(inputs),
             case.penalty,
@@ -151,7 +153,7 @@ def test_no_spills_and_wide_accesses(case: Case, capability: int) -> None:
         elif name in ("forward_kernel", "backward_kernel"):
             # Two bytes of signs for 8 elements, of each layer's steps and predictions.
             tiles = launch.arguments["TILES"]
-            parts = sum(tiles[9 * i + 2] * tiles[9 * i + 7] for i in range(len(case.channels)))
+            parts = sum(tiles[10 * i + 3] * tiles[10 * i + 8] for i in range(len(case.channels)))
             check_widths(resources.loads, 8, 32 * parts)
             check_widths(resources.stores, 8, 32 * parts)
             assert resources.registers <= 128

@@ -47,6 +47,7 @@ from pixel_cases import (
 from torch import Tensor
 
 import inpaint_kernels as ik
+from inpaint_kernels.ops.stacked_images import MOST_ON_GPU
 from inpaint_kernels.reference.stacked_images import stacked_images
 
 SIZE = (2, 3, 9, 14)
@@ -444,3 +445,17 @@ def test_the_packages_reference_is_the_formula() -> None:
                 partial(stacked_images_formula, **options, swap_channels=swap, **NORMALIZED),
                 [*image_pair(SIZE), make_mask("n1hw", SIZE)],
             )
+
+
+@pytest.mark.parametrize("triton", [b for b in backends_under_test() if b.name == "triton"], ids=str)
+def test_triton_takes_few_parts(triton: Backend) -> None:
+    """Each part of each channel is written out in the kernel."""
+    most = MOST_ON_GPU["triton"]
+    pred, target = torch.rand(2, 1, 2, 3, 8, device=triton.device)
+    full = ik.stacked_images(pred, target, parts=["raw"] * most, backend="triton")
+    assert torch.equal(full, torch.cat([pred] * most))
+    with pytest.raises(RuntimeError, match="at most 8 parts, and scale and shift for as many channels"):
+        ik.stacked_images(pred, target, parts=["raw"] * (most + 1), backend="triton")
+    wide = torch.rand(2, 1, most + 1, 2, 3, device=triton.device)
+    with pytest.raises(RuntimeError, match="at most 8 parts"):
+        ik.stacked_images(*wide, parts=["raw"], scale=[1.0] * (most + 1), backend="triton")

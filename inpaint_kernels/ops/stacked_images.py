@@ -16,8 +16,9 @@ from . import _checks, _pixel
 from .masked_l1 import _IMAGE
 
 PARTS = reference.PARTS
-# Of parts, and of channels with constants of their own, for a GPU kernel: they are parameters of its launch.
-MOST_ON_GPU = 64
+# Of parts, and of channels with constants of their own, for a GPU kernel: parameters of the launch in CUDA, written
+# out in Triton.
+MOST_ON_GPU = {"triton": 8, "cuda": 64}
 
 
 def _channels(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> int:
@@ -176,8 +177,8 @@ def stacked_images(
             channels as either has.
         swap_channels: reverse the order of the channels (RGB to BGR and back), before `scale` and `shift`.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda". The last two take up to 64 parts, and
-            lists for up to 64 channels; with None more of them run on "reference".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda". Triton takes up to 8 parts and lists for
+            up to 8 channels, CUDA 64 of each; with None more of them run on "reference".
 
     Returns:
         (len(parts) * N, C, H, W), in the wider dtype of the images and the layout of `pred`, computed in float32
@@ -227,11 +228,11 @@ def stacked_images(
     if mask_grad and backend is None:
         backend = "reference"
     chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
-    if chosen in ("triton", "cuda") and max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU:
+    if max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU.get(chosen, 1 << 30):
         if backend is not None:
             raise RuntimeError(
-                f"backend {chosen!r} takes at most {MOST_ON_GPU} parts, and scale and shift for as many channels; "
-                "use backend=None"
+                f"backend {chosen!r} takes at most {MOST_ON_GPU[chosen]} parts, and scale and shift for as many "
+                "channels; use backend=None"
             )
         chosen = "reference"
     if chosen == "reference":

@@ -29,6 +29,7 @@ from .pixel import (
     penalty_value,
     step_start,
     tile_rows,
+    unpacked,
 )
 
 # The dtypes of `ops/_checks.py`, by their index.
@@ -36,9 +37,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @triton.jit
-def tile_place(program, sizes, BLOCK_C: tl.constexpr, STEPS: tl.constexpr):
+def tile_place(program, tiles, chunks, BLOCK_C: tl.constexpr, STEPS: tl.constexpr):
     """Sample of the target, first channel and tile of a layer's program; chunks change fastest."""
-    _, _, _, tiles, chunks, _ = sizes
     chunk = program % chunks
     tile = (program // chunks) % tiles
     sample = program // chunks // tiles
@@ -52,27 +52,29 @@ def forward_layer(
     target_ptr,  # [samples, channels, length]
     mask_ptr,  # see `load_weight`; None for MASK "none"
     signs_ptr,  # [COPIES * samples, channels, groups] int16, or None
-    sizes,
-    strides,
+    sizes,  # see `plan.Layer`
+    param,
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     TILES: tl.constexpr,
     LAYER: tl.constexpr,
 ):
     """(sum of the weighted penalties, sum of the weights) of one tile of all predictions."""
     # Flat, because Triton 3.7 does not compile the index of a nested constexpr tuple.
-    MASK: tl.constexpr = TILES[9 * LAYER + 0]
-    CHANNELS: tl.constexpr = TILES[9 * LAYER + 1]
-    COPIES: tl.constexpr = TILES[9 * LAYER + 2]
-    SHARED: tl.constexpr = TILES[9 * LAYER + 3]
-    WHOLE: tl.constexpr = TILES[9 * LAYER + 4]
-    BLOCK_C: tl.constexpr = TILES[9 * LAYER + 5]
-    BLOCK_G: tl.constexpr = TILES[9 * LAYER + 6]
-    STEPS: tl.constexpr = TILES[9 * LAYER + 7]
-    WIDTH: tl.constexpr = TILES[9 * LAYER + 8]
-    length, groups, channels, _, _, samples = sizes
-    stride_n, stride_c = strides
-    sample, first, tile = tile_place(program, sizes, BLOCK_C, STEPS)
+    MASK: tl.constexpr = TILES[10 * LAYER + 0]
+    CHANNELS: tl.constexpr = TILES[10 * LAYER + 1]
+    UNIT: tl.constexpr = TILES[10 * LAYER + 2]
+    COPIES: tl.constexpr = TILES[10 * LAYER + 3]
+    SHARED: tl.constexpr = TILES[10 * LAYER + 4]
+    WHOLE: tl.constexpr = TILES[10 * LAYER + 5]
+    BLOCK_C: tl.constexpr = TILES[10 * LAYER + 6]
+    BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
+    STEPS: tl.constexpr = TILES[10 * LAYER + 8]
+    WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
+    length, groups, channels = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
+    tiles, chunks, samples = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
+    # Written as multiples of UNIT, which is how the compiler knows that wide loads are aligned.
+    stride_n, stride_c = unpacked(sizes[6]).to(tl.int64) * UNIT, unpacked(sizes[7]).to(tl.int64) * UNIT
+    sample, first, tile = tile_place(program, tiles, chunks, BLOCK_C, STEPS)
     rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, row_p, row_inside = rows
     loss_sum = tl.zeros(element.shape, tl.float32)
@@ -97,7 +99,7 @@ def forward_layer(
                 weight_sum += tl.where(exists, weight, 0.0)
             group_start, start = step_start(length, groups, channels, at, channel, tile, WHOLE, BLOCK_G)
             d = tl.load(input_ptr + start + element, mask=exists, other=0.0).to(tl.float32) - target
-            value = penalty_value(d, PENALTY, PARAM)
+            value = penalty_value(d, PENALTY, param)
             if MASK == "none":
                 counted = exists
                 loss_sum += tl.where(exists, value, 0.0)
@@ -114,35 +116,34 @@ def forward_layer(
     return tl.sum(loss_sum), tl.sum(weight_sum) * (COPIES if SHARED else 1)
 
 
-@triton.jit(do_not_specialize=["firsts", "sizes", "total"])
+@triton.jit(do_not_specialize=["total"])
 def forward_kernel(
     inputs,  # of each layer
     targets,
     masks,
     signs,
     sums_ptr,  # [2, programs]
-    firsts,  # first program of each layer
-    sizes,
-    strides,  # of the masks; specialised, or the compiler could not tell that they are aligned
+    firsts,  # first program of each layer, see `plan.packed`
+    sizes,  # of each layer, see `plan.Layer`
     total,
+    param,
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
-    TILES: tl.constexpr,  # 9 of each layer, see `plan.Layer`
+    TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
     LAYERS: tl.constexpr,
 ):
     program = tl.program_id(0)
     for layer in tl.static_range(LAYERS):
-        if (program >= firsts[layer]) & (program < firsts[layer + 1]):
+        first = unpacked(firsts[layer])
+        if (program >= first) & (program < unpacked(firsts[layer + 1])):
             loss, weight = forward_layer(
-                program - firsts[layer],
+                program - first,
                 inputs[layer],
                 targets[layer],
                 masks[layer],
                 signs[layer],
                 sizes[layer],
-                strides[layer],
+                param,
                 PENALTY,
-                PARAM,
                 TILES,
                 layer,
             )
@@ -150,13 +151,13 @@ def forward_kernel(
             tl.store(sums_ptr + total + program, weight)
 
 
-@triton.jit(do_not_specialize=["firsts", "counts", "total"])
+@triton.jit(do_not_specialize=["total"])
 def finalise_kernel(
     sums_ptr,  # [2, programs]
     loss_ptr,  # []
     scale_ptr,  # [L]
-    firsts,  # first program of each layer
-    counts,  # elements of each layer
+    firsts,  # first program of each layer, see `plan.packed`
+    counts,  # elements of each layer, likewise
     weights,
     total,
     COUNT: tl.constexpr,  # whether D_l is the number of elements, not the summed mask
@@ -170,13 +171,14 @@ def finalise_kernel(
     for layer in tl.static_range(LAYERS):
         numerator = tl.zeros([COLS], tl.float64)
         weight = tl.zeros([COLS], tl.float64)
-        for first in range(firsts[layer], firsts[layer + 1], COLS):
-            inside = first + col < firsts[layer + 1]
+        end = unpacked(firsts[layer + 1])
+        for first in range(unpacked(firsts[layer]), end, COLS):
+            inside = first + col < end
             numerator += tl.load(sums_ptr + first + col, mask=inside, other=0.0).to(tl.float64)
             if not COUNT:
                 weight += tl.load(sums_ptr + total + first + col, mask=inside, other=0.0).to(tl.float64)
         if COUNT:
-            denominator = counts[layer].to(tl.float64)
+            denominator = unpacked(counts[layer]).to(tl.float64)
         else:
             denominator = tl.sum(weight)
         scale = tl.where(denominator == 0, 0.0, weights[layer] / tl.where(denominator == 0, 1.0, denominator))
@@ -194,26 +196,28 @@ def backward_layer(
     input_ptr,  # [COPIES * samples, channels, length], None for l1
     target_ptr,  # [samples, channels, length], None for l1
     grad_ptr,  # [COPIES * samples, channels, length]
-    sizes,
-    strides,
+    sizes,  # see `plan.Layer`
+    param,
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     TILES: tl.constexpr,
     LAYER: tl.constexpr,
 ):
     # Flat, because Triton 3.7 does not compile the index of a nested constexpr tuple.
-    MASK: tl.constexpr = TILES[9 * LAYER + 0]
-    CHANNELS: tl.constexpr = TILES[9 * LAYER + 1]
-    COPIES: tl.constexpr = TILES[9 * LAYER + 2]
-    SHARED: tl.constexpr = TILES[9 * LAYER + 3]
-    WHOLE: tl.constexpr = TILES[9 * LAYER + 4]
-    BLOCK_C: tl.constexpr = TILES[9 * LAYER + 5]
-    BLOCK_G: tl.constexpr = TILES[9 * LAYER + 6]
-    STEPS: tl.constexpr = TILES[9 * LAYER + 7]
-    WIDTH: tl.constexpr = TILES[9 * LAYER + 8]
-    length, groups, channels, _, _, samples = sizes
-    stride_n, stride_c = strides
-    sample, first, tile = tile_place(program, sizes, BLOCK_C, STEPS)
+    MASK: tl.constexpr = TILES[10 * LAYER + 0]
+    CHANNELS: tl.constexpr = TILES[10 * LAYER + 1]
+    UNIT: tl.constexpr = TILES[10 * LAYER + 2]
+    COPIES: tl.constexpr = TILES[10 * LAYER + 3]
+    SHARED: tl.constexpr = TILES[10 * LAYER + 4]
+    WHOLE: tl.constexpr = TILES[10 * LAYER + 5]
+    BLOCK_C: tl.constexpr = TILES[10 * LAYER + 6]
+    BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
+    STEPS: tl.constexpr = TILES[10 * LAYER + 8]
+    WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
+    length, groups, channels = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
+    tiles, chunks, samples = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
+    # Written as multiples of UNIT, which is how the compiler knows that wide loads are aligned.
+    stride_n, stride_c = unpacked(sizes[6]).to(tl.int64) * UNIT, unpacked(sizes[7]).to(tl.int64) * UNIT
+    sample, first, tile = tile_place(program, tiles, chunks, BLOCK_C, STEPS)
     rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, _, row_inside = rows
     if SHARED and (MASK == "plane" or MASK == "interleaved"):
@@ -242,13 +246,13 @@ def backward_layer(
                 value = apply_signs(word, value)
             else:
                 d = tl.load(input_ptr + start + element, mask=exists, other=0.0).to(tl.float32) - target
-                value *= penalty_grad(d, PENALTY, PARAM)
+                value *= penalty_grad(d, PENALTY, param)
                 if MASK != "none":
                     value = tl.where(weight != 0, value, 0.0)
             tl.store(grad_ptr + start + element, value.to(grad_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["firsts", "sizes"])
+@triton.jit
 def backward_kernel(
     grad_ptr,  # []
     scale_ptr,  # [L]
@@ -257,21 +261,21 @@ def backward_kernel(
     inputs,
     targets,
     grads,
-    firsts,  # first program of each layer
-    sizes,
-    strides,
+    firsts,  # first program of each layer, see `plan.packed`
+    sizes,  # of each layer, see `plan.Layer`
+    param,
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
-    TILES: tl.constexpr,  # 9 of each layer, see `plan.Layer`
+    TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
     NUMBERS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
     program = tl.program_id(0)
     coefficient = tl.load(grad_ptr).to(tl.float32)
     for layer in tl.static_range(LAYERS):
-        if (program >= firsts[layer]) & (program < firsts[layer + 1]):
+        first = unpacked(firsts[layer])
+        if (program >= first) & (program < unpacked(firsts[layer + 1])):
             backward_layer(
-                program - firsts[layer],
+                program - first,
                 coefficient * tl.load(scale_ptr + NUMBERS[layer]),
                 signs[layer],
                 masks[layer],
@@ -279,9 +283,8 @@ def backward_kernel(
                 targets[layer],
                 grads[layer],
                 sizes[layer],
-                strides[layer],
+                param,
                 PENALTY,
-                PARAM,
                 TILES,
                 layer,
             )
@@ -336,12 +339,11 @@ def forward(
             tuple(layer.mask for layer in layers),
             tuple(signs[i].view(torch.int16) if save_signs else None for i in used),
             sums,
-            firsts,
+            plan.packed(firsts),
             tuple(layer.sizes for layer in layers),
-            tuple(layer.strides for layer in layers),
             programs,
-            penalty,
             param,
+            penalty,
             tuple(value for layer in layers for value in layer.tile),
             len(layers),
             num_warps=layers[0].warps,
@@ -350,8 +352,8 @@ def forward(
             sums,
             loss,
             scale,
-            firsts,
-            tuple(x.numel() for x in images),
+            plan.packed(firsts),
+            plan.packed([x.numel() for x in images]),
             tuple(weights[i] for i in used),
             programs,
             normalize == "image" or not mask,
@@ -410,11 +412,10 @@ def backward(
             tuple(None if l1 else plan.in_layout(input[i], bool(channels_last[i])) for i in used),
             tuple(None if l1 else plan.in_layout(target[i], bool(channels_last[i])) for i in used),
             tuple(grads[i] for i in used),
-            firsts,
+            plan.packed(firsts),
             tuple(layer.sizes for layer in layers),
-            tuple(layer.strides for layer in layers),
-            penalty,
             param,
+            penalty,
             tuple(value for layer in layers for value in layer.tile),
             tuple(used),
             len(layers),

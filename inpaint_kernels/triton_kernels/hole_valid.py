@@ -61,8 +61,8 @@ def forward_kernel(
     stride_n,
     stride_c,
     sums_stride,
+    param,  # of the penalty
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     HOLE: tl.constexpr,
     MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -100,7 +100,7 @@ def forward_kernel(
         pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         d = pred - target
-        value = penalty_value(d, PENALTY, PARAM)
+        value = penalty_value(d, PENALTY, param)
         hole_sum += tl.where(exists & (hole != 0), hole * value, 0.0)
         valid_sum += tl.where(exists & (valid != 0), valid * value, 0.0)
         if WEIGHTS:
@@ -143,8 +143,8 @@ def backward_kernel(
     stride_c,
     scale_stride_n,
     scale_stride_region,
+    param,  # of the penalty
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     HOLE: tl.constexpr,
     MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -193,7 +193,7 @@ def backward_kernel(
             pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             # A NaN in a region that sends no gradient must not reach the other one's as 0 * NaN.
-            value = tl.where(counted, coefficient * penalty_grad(pred - target, PENALTY, PARAM), 0.0)
+            value = tl.where(counted, coefficient * penalty_grad(pred - target, PENALTY, param), 0.0)
         if grad_pred_ptr is not None:
             tl.store(
                 grad_pred_ptr + element_start + element, value.to(grad_pred_ptr.dtype.element_ty), mask=exists
@@ -244,8 +244,8 @@ def forward(
             ready.stride_n,
             ready.stride_c,
             work.programs,
-            penalty,
             param,
+            penalty,
             mask_is_hole,
             kind,
             size[1] if kind == "interleaved" else 1,
@@ -305,8 +305,8 @@ def backward(
             ready.stride_c,
             scale.stride(0),
             scale.stride(1),
-            penalty,
             param,
+            penalty,
             mask_is_hole,
             kind,
             size[1] if kind == "interleaved" else 1,

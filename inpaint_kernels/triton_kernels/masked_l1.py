@@ -51,8 +51,8 @@ def forward_kernel(
     stride_n,
     stride_c,
     sums_stride,
+    param,  # of the penalty
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
     MAP: tl.constexpr,
@@ -87,7 +87,7 @@ def forward_kernel(
         pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
         d = pred - target
-        value = penalty_value(d, PENALTY, PARAM)
+        value = penalty_value(d, PENALTY, param)
         if MASK == "none":
             counted = exists
             value = tl.where(exists, value, 0.0)
@@ -133,8 +133,8 @@ def backward_kernel(
     stride_n,
     stride_c,
     scale_stride,
+    param,  # of the penalty
     PENALTY: tl.constexpr,
-    PARAM: tl.constexpr,
     MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
     MAP: tl.constexpr,
@@ -179,7 +179,7 @@ def backward_kernel(
         else:
             pred = tl.load(pred_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
             target = tl.load(target_ptr + element_start + element, mask=exists, other=0.0).to(tl.float32)
-            value *= penalty_grad(pred - target, PENALTY, PARAM)
+            value *= penalty_grad(pred - target, PENALTY, param)
             if MASK != "none":
                 value = tl.where(weight != 0, value, 0.0)
         if grad_pred_ptr is not None:
@@ -243,8 +243,8 @@ def forward(
             ready.stride_n,
             ready.stride_c,
             work.programs,
-            penalty,
             param,
+            penalty,
             kind,
             size[1] if kind == "interleaved" else 1,
             is_map,
@@ -308,8 +308,8 @@ def backward(
             ready.stride_n,
             ready.stride_c,
             scale.stride(0),
-            penalty,
             param,
+            penalty,
             kind,
             size[1] if kind == "interleaved" else 1,
             is_map,

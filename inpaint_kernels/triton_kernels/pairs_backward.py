@@ -21,6 +21,7 @@ from torch import Tensor
 from . import plan
 from .hole_valid import region_weights
 from .pairs_tile import (
+    SIZES,
     after_edge,
     ahead,
     behind,
@@ -56,7 +57,7 @@ def square_gradient(d, weight, coefficient):
     return tl.where(weight != 0, coefficient * weight * penalty_grad(d, "l2", 0.0), 0.0)
 
 
-@triton.jit(do_not_specialize=["sizes", "scale_strides"])
+@triton.jit(do_not_specialize=[*SIZES, "scale_stride_n", "scale_stride_region", "tv_scale_stride"])
 def backward_kernel(
     grad_total_ptr,  # [] or None
     grad_hole_ptr,  # [] or None
@@ -70,9 +71,17 @@ def backward_kernel(
     target_ptr,  # [samples, channels, height, width], None for l1 and where there is no composite
     grad_pred_ptr,  # [samples, channels, height, width] or None
     grad_target_ptr,  # [samples, channels, height, width] or None
-    sizes,  # height, width, groups, channels, blocks, tiles
-    strides,  # of the mask: sample, channel
-    scale_strides,  # of scale: sample, region; of tv_scale
+    height,
+    width,
+    groups,
+    channels,
+    blocks,
+    tiles,
+    stride_n,  # of the mask
+    stride_c,
+    scale_stride_n,
+    scale_stride_region,
+    tv_scale_stride,
     weights,  # of hole, valid and tv in the total
     REGION: tl.constexpr,
     PENALTY: tl.constexpr,
@@ -86,7 +95,7 @@ def backward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2], sizes[3]
+    sizes = (height, width, groups, channels, blocks, tiles)
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
     start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
@@ -96,7 +105,7 @@ def backward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
+        mask_ptr += sample * stride_n + channel * stride_c + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 4 if scale_ptr is None else 6
     if PENALTY == "l1":
         sign_stride = groups.to(tl.int64) * PLANES
@@ -108,12 +117,12 @@ def backward_kernel(
 
     grad_tv = upstream(grad_tv_ptr, grad_total_ptr, weights[2])
     down_factor = grad_tv * tl.load(tv_scale_ptr)
-    across_factor = grad_tv * tl.load(tv_scale_ptr + scale_strides[2])
+    across_factor = grad_tv * tl.load(tv_scale_ptr + tv_scale_stride)
     if scale_ptr is not None:
-        scale_ptr += sample * scale_strides[0]
+        scale_ptr += sample * scale_stride_n
         hole_factor = upstream(grad_hole_ptr, grad_total_ptr, weights[0]) * tl.load(scale_ptr)
         valid_factor = upstream(grad_valid_ptr, grad_total_ptr, weights[1])
-        valid_factor *= tl.load(scale_ptr + scale_strides[1])
+        valid_factor *= tl.load(scale_ptr + scale_stride_region)
 
     zeros = tl.zeros(at.shape, tl.float32)
     # What the row above hands down: its region, its image, and its gradient but for the pairs that begin there.
@@ -251,9 +260,11 @@ def launch_backward(
             target,
             grad_pred if need_pred else None,
             grad_target if need_target else None,
-            work.sizes,
-            (ready.stride_n, 0 if channels_last else ready.stride_c),
-            (*scale_strides, tv_scale.stride(0)),
+            *work.sizes,
+            ready.stride_n,
+            0 if channels_last else ready.stride_c,
+            *scale_strides,
+            tv_scale.stride(0),
             weights,
             region,
             penalty,

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import plan
 from .hole_valid import region_weights
 from .pairs_tile import (
+    SIZES,
     after_edge,
     ahead,
     load_image,
@@ -40,15 +41,21 @@ from .pairs_tile import (
 from .pixel import penalty_value
 
 
-@triton.jit(do_not_specialize=["sizes", "sums_stride"])
+@triton.jit(do_not_specialize=[*SIZES, "sums_stride"])
 def forward_kernel(
     pred_ptr,  # [samples, channels, height, width]
     target_ptr,  # [samples, channels, height, width], or None: no composite
     mask_ptr,  # see `mask_place`, or None
     sums_ptr,  # [sums, samples, blocks, tiles], see `launch_forward`
     signs_ptr,  # [samples, channels, height, planes, groups] uint8, or None
-    sizes,  # height, width, groups, channels, blocks, tiles
-    strides,  # of the mask: sample, channel
+    height,
+    width,
+    groups,
+    channels,
+    blocks,
+    tiles,
+    stride_n,  # of the mask
+    stride_c,
     sums_stride,
     REGION: tl.constexpr,
     PENALTY: tl.constexpr,
@@ -64,7 +71,7 @@ def forward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    height, groups, channels = sizes[0], sizes[2], sizes[3]
+    sizes = (height, width, groups, channels, blocks, tiles)
     sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
     start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
@@ -76,7 +83,7 @@ def forward_kernel(
     mask_at = mask_place(place, STEP, SHARED)
     mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * strides[0] + channel * strides[1] + top * mask_stride + mask_at[0]
+        mask_ptr += sample * stride_n + channel * stride_c + top * mask_stride + mask_at[0]
     PLANES: tl.constexpr = 6 if LOSSES else 4
     if signs_ptr is not None:
         sign_stride = groups.to(tl.int64) * PLANES
@@ -249,8 +256,9 @@ def launch_forward(
         ready.tensor,
         sums,
         signs,
-        work.sizes,
-        (ready.stride_n, 0 if channels_last else ready.stride_c),
+        *work.sizes,
+        ready.stride_n,
+        0 if channels_last else ready.stride_c,
         work.programs,
         region,
         penalty,

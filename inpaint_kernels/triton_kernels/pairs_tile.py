@@ -27,10 +27,13 @@ from .plan import Mask
 # (elements of the call, rows of a strip), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.
 STRIPS = ((1 << 18, 2), (1 << 22, 4), (1 << 63, 8))
 BLOCK = 64
+# Arguments of the kernels: one that is 1 or divisible by 16 must not cost another compilation. Inside a kernel they
+# travel as one tuple; as an argument a tuple would be specialised, whatever its name.
+SIZES = ("height", "width", "groups", "channels", "blocks", "tiles")
 
 
 class StripPlan(NamedTuple):
-    """Work split of one call; the kernels take the sizes as one tuple, the next seven fields in this order."""
+    """Work split of one call; the kernels take the sizes and the next seven fields in this order."""
 
     sizes: tuple[int, ...]  # height, width, groups, channels, blocks, tiles
     STEP: int

@@ -17,32 +17,39 @@ from torch import Tensor
 
 
 @triton.jit
-def penalty_value(d, PENALTY: tl.constexpr, PARAM: tl.constexpr):
+def penalty_value(d, PENALTY: tl.constexpr, param):
+    """`param`: eps of Charbonnier, delta of Huber. A run-time number: one that changes compiles nothing new."""
     if PENALTY == "l1":
         value = tl.abs(d)
     elif PENALTY == "l2":
         value = d * d
     elif PENALTY == "charbonnier":
-        value = tl.sqrt(d * d + PARAM * PARAM)
+        value = tl.sqrt(d * d + param * param)
     else:
         a = tl.abs(d)
         # |d| <= delta: d^2 / 2, else delta * (|d| - delta / 2); a NaN survives in `a`.
-        bounded = tl.minimum(a, PARAM)
+        bounded = tl.minimum(a, param)
         value = bounded * (a - 0.5 * bounded)
     return value
 
 
 @triton.jit
-def penalty_grad(d, PENALTY: tl.constexpr, PARAM: tl.constexpr):
+def penalty_grad(d, PENALTY: tl.constexpr, param):
     """Derivative of the smooth penalties; l1 goes through the packed signs."""
     if PENALTY == "l2":
         value = d + d
     elif PENALTY == "charbonnier":
-        value = d * tl.rsqrt(d * d + PARAM * PARAM)
+        value = d * tl.rsqrt(d * d + param * param)
     else:
         # Comparisons, not minimum and maximum: those would drop a NaN.
-        value = tl.where(d > PARAM, PARAM, tl.where(d < -PARAM, -PARAM, d))
+        value = tl.where(d > param, param, tl.where(d < -param, -param, d))
     return value
+
+
+@triton.jit
+def unpacked(value):
+    """A number of a tuple that `plan.packed` made."""
+    return (value - 3) >> 1
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -161,15 +162,24 @@ def _plan(
     )
 
 
+def packed(values: Iterable[int]) -> tuple[int, ...]:
+    """Non-negative integers as a tuple argument of a kernel, which reads each by `pixel.unpacked`.
+
+    Triton makes a constant of every 1 in a tuple and compiles anew for every set of multiples of 16;
+    `do_not_specialize` does not reach into tuples. 2 v + 3 is never 1 and never even.
+    """
+    return tuple(2 * value + 3 for value in values)
+
+
 class Layer(NamedTuple):
     """What the kernels of feature_distance are told about one layer."""
 
     mask: Tensor | None
     programs: int
     warps: int
-    sizes: tuple[int, ...]  # length, groups, channels, tiles, chunks, samples
-    strides: tuple[int, int]  # of the mask: sample, channel
-    tile: tuple[Any, ...]  # MASK, CHANNELS, COPIES, SHARED, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH
+    # `packed`: length, groups, channels, tiles, chunks, samples; strides of the mask by sample and channel, in UNITs.
+    sizes: tuple[int, ...]
+    tile: tuple[Any, ...]  # MASK, CHANNELS, UNIT, COPIES, SHARED, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH
 
 
 def make_layer(
@@ -188,13 +198,13 @@ def make_layer(
     steps = max(1, MAX_STEPS // copies)
     work, kind = make_plan((batch, *size[1:]), channels_last, ready, signs, False, elements, steps)
     shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or copies == 1
+    unit = 1 if ready.stride_n % 8 or ready.stride_c % 8 else 8
     return Layer(
         ready.tensor,
         work.programs,
         work.warps,
-        (*work[:5], work.samples),
-        (ready.stride_n, ready.stride_c),
-        (kind, size[1] if kind == "interleaved" else 1, copies, shared, *work[5:9], width),
+        packed((*work[:5], work.samples, ready.stride_n // unit, ready.stride_c // unit)),
+        (kind, size[1] if kind == "interleaved" else 1, unit, copies, shared, *work[5:9], width),
     )
 
 

@@ -23,13 +23,20 @@ from torch import Tensor
 from . import plan
 from .pixel import load_weight, program_place, step_start, tile_rows
 
+# Times that the code of one part stands in a kernel, for a channel each: more would take the compiler minutes.
+MAX_WRITTEN_OUT = 24
+
 # A size that happens to be 1 or divisible by 16 must not cost another compilation.
 _SIZES = ["length", "groups", "channels", "tiles", "chunks", "samples"]
 
 
 @triton.jit
-def add_share(total, value, weight, SHARE: tl.constexpr):
-    """Adds what a part shows of an image. The map is linear: backward, what a part's gradient sends to it."""
+def add_share(total, value, weight, SHARES: tl.constexpr, INDEX: tl.constexpr):
+    """Adds what a part shows of an image. The map is linear: backward, what a part's gradient sends to it.
+
+    The tuple and an index: Triton 3.6 cannot pass a string out of a tuple on to a function.
+    """
+    SHARE: tl.constexpr = SHARES[INDEX]
     if SHARE == "all":
         total += value
     elif SHARE != "none":
@@ -170,8 +177,8 @@ def forward_kernel(
             target = tl.load(target_ptr + start + image_element, mask=exists, other=0.0).to(tl.float32)
         for part in tl.static_range(PARTS):
             value = tl.zeros(element.shape, tl.float32)
-            value = add_share(value, pred, weight, SHARES[2 * part])
-            value = add_share(value, target, weight, SHARES[2 * part + 1])
+            value = add_share(value, pred, weight, SHARES, 2 * part)
+            value = add_share(value, target, weight, SHARES, 2 * part + 1)
             for copy in tl.static_range(COPIES):
                 out, start = stacked_start(
                     length,
@@ -267,8 +274,8 @@ def backward_kernel(
                     )
                     grad = tl.load(grad_ptr + start + other, mask=exists, other=0.0).to(tl.float32)
                     grad *= pick(scale, out + place, CONSTANTS)
-                    to_pred = add_share(to_pred, grad, weight, SHARES[2 * part])
-                    to_target = add_share(to_target, grad, weight, SHARES[2 * part + 1])
+                    to_pred = add_share(to_pred, grad, weight, SHARES, 2 * part)
+                    to_target = add_share(to_target, grad, weight, SHARES, 2 * part + 1)
         _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
         if grad_pred_ptr is not None:
             tl.store(grad_pred_ptr + start + element, to_pred.to(grad_pred_ptr.dtype.element_ty), mask=exists)
@@ -304,7 +311,10 @@ def _plan(
     channels = size[1]
     used = mask if "mask" in shares or "rest" in shares else None
     ready = plan.prepare_mask(used, size, channels_last)
-    work, kind = plan.make_plan(size, channels_last, ready, False, True, channels_apart=True)
+    # Every part of every channel of a step is written out.
+    steps = max(1, MAX_WRITTEN_OUT // (len(shares) // 2 * (out_channels // channels)))
+    steps = min(steps, plan.MAX_STEPS)
+    work, kind = plan.make_plan(size, channels_last, ready, False, True, max_steps=steps, channels_apart=True)
     numbers = (*work[:5], work.samples, ready.stride_n, ready.stride_c)
     compiled = (
         shares,

@@ -23,7 +23,8 @@ from .gram import add_splits, second_stage_place, store_both
 from .product import gram_scale, launch_product, style_coefficient
 
 
-@triton.jit(do_not_specialize=["samples", "splits", "target_splits"])
+# The losses of a layer begin where those of the layer before end, aligned or not.
+@triton.jit(do_not_specialize=["losses_ptr", "samples", "splits", "target_splits"])
 def difference_kernel(
     sums_ptr,  # [COPIES * samples, splits, pairs, BLOCK_C, BLOCK_C]
     target_ptr,  # [samples, target_splits, pairs, BLOCK_C, BLOCK_C], IS_GRAM: [samples, C, C]
