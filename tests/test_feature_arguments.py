@@ -88,7 +88,7 @@ BAD_DISTANCE: dict[str, tuple[dict[str, Any], type[Exception] | tuple[type[Excep
     "target-device": ({"target": features(device="meta")}, ValueError, "cpu.*meta"),
     "mask-list": ({"mask": [[1.0]]}, TypeError, "mask.*Tensor.*list"),
     "mask-layers": ({"mask": [torch.ones(8, 8)] * 2}, ValueError, "mask has 2 layers, input has 1"),
-    "mask-dtype": ({"mask": torch.ones(8, 8, dtype=torch.int64)}, TypeError, "mask.*int64"),
+    "mask-dtype": ({"mask": torch.ones(8, 8, dtype=torch.cfloat)}, TypeError, "mask.*complex64"),
     "mask-nhw": ({"mask": torch.ones(4, 8, 8)}, ValueError, r"mask.*\(4, 8, 8\).*\(N, 1, H, W\)"),
     "mask-batch": ({"mask": torch.ones(3, 1, 8, 8)}, ValueError, r"mask.*\(3, 1, 8, 8\)"),
     "mask-channels": ({"mask": torch.ones(4, 2, 8, 8)}, ValueError, r"mask.*\(4, 2, 8, 8\)"),

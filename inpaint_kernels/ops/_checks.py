@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MASK_DTYPES = (*FLOATS, torch.bool, torch.uint8)
+MASK_DTYPES = (*FLOATS, torch.bool)
 PENALTIES = ("l1", "l2", "charbonnier", "huber")
 NORMALIZATIONS = ("mask", "image", "sample")
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,12 +30,28 @@ def check_images(pred: Tensor, target: Tensor, name: str = "pred") -> None:
         raise ValueError(f"target is on {target.device}, {name} is on {pred.device}")
 
 
-def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
-    """The mask, with its last two dimensions expanded to those of pred, an image called `name`."""
+def binary(mask: Tensor) -> Tensor:
+    """The mask as a kernel takes it: floating and bool as they are, integers as bool.
+
+    Nonzero counts as 1, so that masks saved as 0/1 and as 0/255 mean the same.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
-    if mask.dtype not in MASK_DTYPES:
-        raise TypeError(f"mask must be floating, bool or uint8, got {mask.dtype}")
+    if mask.dtype in MASK_DTYPES:
+        return mask
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask must be floating, bool or an integer, got {mask.dtype}")
+    # Broadcast dimensions stay broadcast: only what is in memory is compared.
+    stored = mask
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[dim] > 1:
+            stored = stored.narrow(dim, 0, 1)
+    return (stored != 0).expand(mask.shape)
+
+
+def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
+    """The mask as a kernel takes it, its last two dimensions expanded to those of pred, an image called `name`."""
+    mask = binary(mask)
     if mask.device != pred.device:
         raise ValueError(f"mask is on {mask.device}, {name} is on {pred.device}")
     shape, image = mask.shape, pred.shape

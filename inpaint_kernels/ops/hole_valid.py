@@ -145,7 +145,8 @@ def hole_valid_loss(
             read in place, other strides through a copy.
         target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
         mask: 1 = known, 0 = hole, fractions belong to both in proportion: (N, 1, H, W), (1, 1, H, W), (H, W),
-            (N, C, H, W) or any 4-D shape that broadcasts; floating, bool or uint8 (not divided by 255).
+            (N, C, H, W) or any 4-D shape that broadcasts; floating, bool or an integer
+            (nonzero counts as 1).
         penalty: "l1", "l2", "charbonnier" or "huber".
         normalize: "image", "mask" or "sample", see above.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).

@@ -168,7 +168,7 @@ def masked_l1_loss(
             read in place, other strides through a copy.
         target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
         mask: weights, 1 = counted, 0 = ignored: (N, 1, H, W), (1, 1, H, W), (H, W), (N, C, H, W) or any 4-D shape
-            that broadcasts; floating, bool or uint8 (not divided by 255), expected non-negative. Where it is
+            that broadcasts; floating, bool or an integer (nonzero counts as 1), never negative. Where it is
             exactly 0, NaN and Inf in `pred` and `target` are ignored. None counts everything.
         reduction: "mean"; "sum", the weighted sum whatever `normalize` says; "none", the weighted map.
         normalize: "mask", "image" or "sample", see above.
