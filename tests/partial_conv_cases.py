@@ -32,7 +32,6 @@ from pixel_cases import MASK_DTYPES, on_device, skip_unsupported
 from torch import Tensor
 
 import inpaint_kernels as ik
-from inpaint_kernels.ops import _mask_planes
 
 FUNCTIONS: dict[int, Callable[..., Any]] = {2: ik.partial_conv2d, 3: ik.partial_conv3d}
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
@@ -97,14 +96,6 @@ def exact_convolutions() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.fixture(autouse=True)
-def fresh_planes() -> Iterator[None]:
-    """No test finds what another one left in the cache."""
-    _mask_planes.cache.clear()
-    yield
-    _mask_planes.cache.clear()
 
 
 # ---- layers in the wild ------------------------------------------------------------------------------------------

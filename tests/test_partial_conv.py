@@ -14,7 +14,6 @@ from partial_conv_cases import (
     Case,
     check,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_mask,
     make_tensors,
     mat_layer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from partial_conv_cases import (
     FUNCTIONS,
     Case,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_tensors,
     run,
 )
@@ -78,6 +77,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "stride-0": ({"stride": 0}, ValueError, "stride.*at least 1.*0"),
     "stride-3": ({"stride": (1, 1, 1)}, ValueError, "stride.*2 ints"),
     "stride-float": ({"stride": (1.0, 2)}, ValueError, "stride"),
+    "stride-number": ({"stride": 1.5}, ValueError, "stride.*2 ints.*1.5"),
+    "padding-none": ({"padding": None}, ValueError, "padding.*2 ints.*None"),
     "dilation-0": ({"dilation": (1, 0)}, ValueError, r"dilation.*\(1, 0\)"),
     "dilation-large": ({"dilation": 5}, ValueError, r"dilation \(5, 5\)"),
     "padding-negative": ({"padding": -1}, ValueError, "padding.*at least 0.*-1"),
@@ -103,6 +104,32 @@ def test_bad_input(case: str) -> None:
 
     ran = ops_called(call)
     assert not any(op.startswith("inpaint_kernels.") for op in ran), f"ran {ran} before the check"
+
+
+class Pair(NamedTuple):
+    y: float
+    x: float
+
+
+# (what passes, what equals it and is refused)
+EQUAL: dict[str, tuple[str, object, object]] = {
+    "stride": ("stride", (1, 1), (1.0, 1.0)),
+    "stride-number": ("stride", 1, 1.0),
+    "stride-list": ("stride", [1, 1], [1.0, 1.0]),
+    "stride-pair": ("stride", Pair(1, 1), Pair(1.0, 1.0)),
+    "padding": ("padding", (0, 0), (0.0, 0.0)),
+    "dilation": ("dilation", (1, 1), (1.0, 1)),
+    "groups": ("groups", 1, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_numbers_equal_to_ints_that_went_before(case: str) -> None:
+    """Python takes (1.0, 1.0) and (1, 1) for the same key."""
+    name, good, bad = EQUAL[case]
+    ik.partial_conv2d(**arguments(**{name: good}))
+    with pytest.raises(ValueError, match=name):
+        ik.partial_conv2d(**arguments(**{name: bad}))
 
 
 BAD_VOLUMES: dict[str, tuple[dict[str, Any], str]] = {

@@ -21,7 +21,6 @@ from partial_conv_cases import (
     Case,
     definition,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_mask,
     make_tensors,
     output_of,

@@ -18,7 +18,6 @@ from partial_conv_cases import (
     check,
     definition,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_mask,
     make_tensors,
     output_of,
@@ -27,7 +26,8 @@ from partial_conv_cases import (
 )
 from pixel_cases import MASK_DTYPES, on_device, skip_unsupported, with_specials
 
-from inpaint_kernels.ops import _mask_planes
+from inpaint_kernels.ops._partial_conv import window
+from inpaint_kernels.reference import partial_conv as reference
 
 # ---- what makes a partial convolution ----------------------------------------------------------------------------
 
@@ -282,25 +282,14 @@ def test_window_sums_of_any_geometry(
     known = known if mask.endswith("view") else laid_out(known, layout)
     multi = known.dim() > case.dims and known.shape[1] > 1
     sums, size = window_sums(case, known, multi)
-    geometry = _mask_planes.Geometry(
-        case.kernel,
-        case.stride,
-        case.padding,
-        case.dilation,
-        case.size[1],
-        case.groups,
-        multi,
-        "one",
-        "proportional",
-    )
-    ratio, new_mask = _mask_planes.compute(
-        backend.name,
-        on_device(backend, known)[0],
-        case.size[2:],
-        torch.device(backend.device),
-        geometry,
+    # A plane is one of (1, 1), as the op passes it on.
+    (planes,) = on_device(backend, known if known.dim() > case.dims else known[None, None])
+    kernel = reference.window_planes if backend.name == "reference" else window[backend.name]
+    members = case.size[1] // case.groups if multi else 1
+    ratio, new_mask = kernel(
+        planes, case.groups, members, case.kernel, case.stride, case.padding, case.dilation, 1.0, "proportional",
         torch.float32,
-    )
+    )  # fmt: skip
     assert torch.equal((new_mask.cpu().double() * size).round().expand(sums.shape), sums)
     inverse = torch.where(sums == 0, 0.0, 1 / sums)
     torch.testing.assert_close(ratio.cpu().double().expand(sums.shape), inverse, rtol=5e-7, atol=0)

@@ -20,7 +20,7 @@ from harness import (
     poisoned_allocations,
     same_bits,
 )
-from partial_conv_cases import SLOPE, exact_convolutions, fresh_planes, make_mask  # noqa: F401
+from partial_conv_cases import SLOPE, exact_convolutions, make_mask  # noqa: F401
 from pixel_cases import on_device, skip_unsupported, skip_without_memory
 from torch import Tensor
 from training_checks import check_deterministic

@@ -16,7 +16,6 @@ from partial_conv_cases import (
     Case,
     definition,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_tensors,
 )
 from pixel_cases import on_device

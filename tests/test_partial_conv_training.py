@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,6 @@ from partial_conv_cases import (
     Case,
     definition,
     exact_convolutions,  # noqa: F401
-    fresh_planes,  # noqa: F401
     make_mask,
     make_tensors,
     output_of,
@@ -40,8 +40,7 @@ from training_checks import (
 )
 
 import inpaint_kernels as ik
-from inpaint_kernels.ops import _mask_planes
-from inpaint_kernels.ops import _partial_conv_passes as passes
+from inpaint_kernels.ops import _partial_conv as op_file
 
 CASE = Case(size=(2, 3, 7, 8), outputs=4)
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ CASE = Case(size=(2, 3, 7, 8), outputs=4)
 def test_saved_for_backward(
     kernel: Backend, wanted: tuple[int, ...], mask: str, activation: str, layout: str, dtype: str
 ) -> None:
-    """The operands that the wanted gradients read and the mask; no masked input, no planes."""
+    """The operands that the wanted gradients read, the mask, and two planes; no masked input."""
     case = with_options(CASE, activation=activation)
     x, w, b, known = on_device(kernel, *make_tensors(case, dtype, mask=mask, layouts=f"{layout}/contiguous"))
     leaves = [t.requires_grad_(i in wanted) for i, t in enumerate((x, w, b))]
@@ -68,13 +67,17 @@ def test_saved_for_backward(
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = run(kernel, case, [*leaves, known]).output
-    allowed = [t for t, read in ((x, 1 in wanted), (w, 0 in wanted), (known, True)) if read and t is not None]
-    allowed += [output] if activation != "none" else []
-    assert set(saved) <= {t.untyped_storage().data_ptr() for t in allowed}
-    assert sum(saved.values()) <= sum(t.untyped_storage().nbytes() for t in allowed)
-    # Nor is anything kept outside of what hooks see.
-    assert kept_bytes(output_of(kernel, case, known), *leaves) == 0
+        output, new_mask = run(kernel, case, [*leaves, known])
+    reads_mask = known is not None and bool({0, 1} & set(wanted))
+    kept = [t for t, read in ((x, 1 in wanted), (w, 0 in wanted), (known, reads_mask)) if read]
+    kept += [output] if activation != "none" else []
+    kept += [new_mask]
+    ratio_bytes = new_mask.untyped_storage().nbytes()
+    assert len(saved) == len(kept) + 1
+    assert {t.untyped_storage().data_ptr() for t in kept} <= set(saved)
+    assert sum(saved.values()) == sum(t.untyped_storage().nbytes() for t in kept) + ratio_bytes
+    # Nor is anything kept outside of what hooks see: of memory that nobody else holds, the planes.
+    assert kept_bytes(output_of(kernel, case, known), *leaves) == 2 * ratio_bytes
 
 
 def test_saved_tensors_may_be_packed(kernel: Backend) -> None:
@@ -100,13 +103,17 @@ def test_activation_checkpointing(kernel: Backend) -> None:
 # ---- registration ------------------------------------------------------------------------------------------------
 
 
-def planes(backend: Backend, case: Case, mask: Tensor | None) -> tuple[_mask_planes.Geometry, Tensor, Tensor]:
-    geometry = _mask_planes.Geometry(
-        case.windows, (case.stride,) * case.dims, (case.padding,) * case.dims, (case.dilation,) * case.dims,
-        case.size[1], case.groups, mask is not None and mask.shape[1] > 1, "window", "clamp",
-    )  # fmt: skip
-    device = torch.device(backend.device)
-    return geometry, *_mask_planes.compute(backend.name, mask, case.size[2:], device, geometry, torch.float32)
+def planes(backend: Backend, case: Case, mask: Tensor | None) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Stride, padding and dilation, and the two planes."""
+    where = [[value] * case.dims for value in case.geometry[:3]]
+    if mask is None:
+        mask = torch.ones(1, 1, *case.size[2:], device=backend.device)
+    members = case.size[1] if mask.shape[1] > 1 else 1
+    size = float(members * math.prod(case.windows))
+    ratio, new_mask = op_file.window[backend.name](
+        mask, 1, members, case.windows, *where, size, "clamp", torch.float32
+    )
+    return where, ratio, new_mask
 
 
 # (input, mask, form, layout, positions that get a gradient)
@@ -126,20 +133,19 @@ def test_opcheck(kernel: Backend, case: str) -> None:
     size, mask, form, layout, wanted = OPCHECKS[case]
     call = Case(size=size, outputs=2)
     x, w, b, known = on_device(kernel, *make_tensors(call, mask=mask, layouts=f"{layout}/contiguous"))
-    geometry, ratio, new_mask = planes(kernel, call, known)
-    where = [list(part) for part in (geometry.stride, geometry.padding, geometry.dilation)]
+    where, ratio, new_mask = planes(kernel, call, known)
     mat = form == "mat"
+    known = None if mat else known
     how = [not mat, mat, "leaky_relu" if mat else "none", 0.2]
     forward = getattr(torch.ops.inpaint_kernels, f"partial_conv_{kernel.name}").default
-    arguments = (x, w, b, known, ratio, new_mask, *where, 1, geometry.multi_channel, *how, "window", "clamp")
-    check_opcheck(forward, arguments, wanted)
+    check_opcheck(forward, (x, w, b, known, ratio, new_mask, *where, 1, *how), wanted)
     backward = getattr(torch.ops.inpaint_kernels, f"partial_conv_backward_{kernel.name}").default
     grad = torch.randn(size[0], 2, *ratio.shape[2:], device=kernel.device)
     last = [layout == "channels_last" and not x.is_contiguous(), False]
     operands = (x if 1 in wanted else None, w if 0 in wanted else None, known, grad if mat else None)
     arguments = (
-        grad, *operands, ratio, new_mask, list(x.shape), list(w.shape), last, x.dtype, w.dtype, *where, 1,
-        not mat, not mat, *how[1:], 2 in wanted,
+        grad, *operands, ratio, new_mask, list(x.shape), list(w.shape), last, x.dtype, w.dtype, *where, 1, *how,
+        2 in wanted,
     )  # fmt: skip
     check_opcheck(backward, arguments)
 
@@ -250,7 +256,6 @@ def test_export(multi_channel: bool, strict: bool) -> None:
     """torch's own operators only; right for another mask, and for other sizes."""
     network, cpu = Network(None, multi_channel), Backend("reference", "cpu")
     given = batch(cpu, multi_channel, (2, 3, 12, 14), "contiguous")
-    network(*given)  # planes that could be taken for constants
     sizes = [(2, 3, 12, 14)]
     dynamic = None
     if not strict:
@@ -313,11 +318,9 @@ def test_no_host_sync(backend: Backend, mask: str, form: str) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "n1"])
 def test_cuda_graph(kernel: Backend, mask: str) -> None:
-    """What is captured computes its planes itself, though those of the mask are known."""
     if kernel.device != "cuda":
         pytest.skip("CUDA graphs need tensors on the GPU")
     x, w, b, known = on_device(kernel, *make_tensors(CASE, mask=mask))
-    run(kernel, CASE, [x, w, b, known])
     given = [x, w, b] if known is None else [x, w, b, known]
     check_capturable(lambda *t: run(kernel, CASE, [*t[:3], known and t[3]]).output, given, (0, 1, 2))
 
@@ -345,17 +348,14 @@ def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype
     where, how = ([1, 1], [1, 1], [1, 1], 1), ("none", 0.01)
 
     def forward() -> Tensor:
-        return passes.forward(
-            kernel.name, x, w, b, known, ratio, new_mask, *where, known is not None, True, False, *how, "window",
-            "clamp",
-        )  # fmt: skip
+        return op_file.forward(kernel.name, x, w, b, known, ratio, new_mask, *where, True, False, *how)
 
     grad = torch.ones_like(forward())
 
     def backward() -> Any:
-        return passes.backward(
+        return op_file.backward(
             kernel.name, grad, x, w, known, None, ratio, new_mask, list(x.shape), list(w.shape),
-            [layout == "channels_last"] * 2, x.dtype, w.dtype, *where, True, True, False, *how, True,
+            [layout == "channels_last"] * 2, x.dtype, w.dtype, *where, True, False, *how, True,
         )  # fmt: skip
 
     for call, expected in ((forward, "convolution"), (backward, "convolution_backward")):
@@ -374,3 +374,58 @@ def test_inside_are_kernels_and_convolutions(kernel: Backend, layout: str, dtype
             "convolution", "convolution_backward", "empty", "empty_like", "new_empty", "_to_copy", "clone",
             "slice", "expand", "detach", "alias",
         }  # fmt: skip
+
+
+# ---- modes and transforms ----------------------------------------------------------------------------------------
+
+
+def test_inference_then_training(backend: Backend) -> None:
+    """With one mask: what inference mode made cannot be saved for a backward, and must not come back there."""
+    given = on_device(backend, *make_tensors(CASE))
+    with torch.inference_mode():
+        before = run(backend, CASE, given)
+    leaves = [t.clone().requires_grad_() for t in given[:3]]
+    after = run(backend, CASE, [*leaves, given[3]])
+    after.output.sum().backward()
+    run(backend, CASE, [*leaves, after.new_mask]).output.sum().backward()
+    with torch.inference_mode():
+        again = run(backend, CASE, given)
+    for found in (after, again):
+        assert same_bits(before.output, found.output) and same_bits(before.new_mask, found.new_mask)
+
+
+def test_fake_tensors(kernel: Backend) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = on_device(kernel, *make_tensors(CASE))
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(t) for t in given]
+    with mode:
+        for known in (fake[3], None):
+            found = run(kernel, CASE, [*fake[:3], known])
+            assert found.output.shape == (2, 4, 7, 8)
+            assert found.new_mask.shape == (2 if known is not None else 1, 1, 7, 8)
+    assert type(run(kernel, CASE, given).new_mask) is Tensor
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("mask", ["n1", "channel-view"])
+def test_masks_under_vmap(backend: Backend, mask: str) -> None:
+    x, w, b, known = on_device(backend, *make_tensors(CASE, mask=mask))
+    masks = torch.stack([known, 1 - known])
+    call = lambda m: run(backend, CASE, [x, w, b, m]).output  # noqa: E731
+    with torch.no_grad():
+        found = torch.vmap(call)(masks)
+        torch.testing.assert_close(found, torch.stack([call(m) for m in masks]), rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_code_sees_a_changed_mask(backend: Backend) -> None:
+    torch._dynamo.reset()
+    given = on_device(backend, *make_tensors(CASE))
+    compiled = torch.compile(lambda *t: run(backend, CASE, list(t)), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        want = run(backend, CASE, given)
+        for got, expected in zip(compiled(*given), want, strict=True):
+            assert same_bits(got, expected)
+        given[3].data.zero_()
+    assert not want.output.any()

@@ -1,17 +1,293 @@
-"""The op behind partial_conv2d and partial_conv3d."""
+"""The op behind partial_conv2d and partial_conv3d: torch's convolution between small kernels."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _library
 from ..reference import partial_conv as reference
-from . import _mask_planes
-from . import _partial_conv_passes as passes
-from ._mask_planes import Geometry
+
+
+def output_size(spatial: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    """Spatial size of what these windows give."""
+    return [
+        (size + 2 * pad - spread * (extent - 1) - 1) // step + 1
+        for size, extent, step, pad, spread in zip(spatial, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _window_fake(
+    mask: Tensor,
+    groups: int,
+    multiplicity: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    numerator: float,
+    update: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    planes = 1 if mask.shape[1] == 1 else groups
+    size = [mask.shape[0], planes, *output_size(mask.shape[2:], kernel, stride, padding, dilation)]
+    return mask.new_empty(size, dtype=dtype), mask.new_empty(size, dtype=dtype)
+
+
+window = _library.define_kernel(
+    "partial_conv",
+    "window",
+    "(Tensor mask, int groups, int multiplicity, SymInt[] kernel, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, float numerator, str update, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=_window_fake,
+)
+# Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
+# `out` may be one tensor. Each tensor is dense in NCHW or channels_last of its own.
+_mask_input = _library.define_kernel(
+    "partial_conv", "mask_input", "(Tensor input, Tensor? mask, Tensor(a!) out) -> ()"
+)
+_finish = _library.define_kernel(
+    "partial_conv",
+    "finish",
+    "(Tensor raw, Tensor ratio, Tensor new_mask, Tensor? bias, bool weigh_bias, bool scale_bias, str activation, "
+    "float slope, Tensor(a!) out) -> ()",
+)
+_finish_backward = _library.define_kernel(
+    "partial_conv",
+    "finish_backward",
+    "(Tensor grad, Tensor? output, Tensor ratio, Tensor new_mask, bool weigh_bias, bool scale_bias, str activation, "
+    "float slope, bool need_bias, Tensor(a!) out) -> Tensor",
+)
+# The CPU takes both passes in one call each: its library runs torch's convolution between its kernels.
+_layer = _library.define_kernel(
+    "partial_conv",
+    "layer",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? mask, Tensor ratio, Tensor new_mask, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, int groups, bool weigh_bias, bool scale_bias, str activation, float slope, "
+    "ScalarType dtype, bool channels_last, bool output_channels_last) -> Tensor",
+    backends=("cpu",),
+)
+_layer_backward = _library.define_kernel(
+    "partial_conv",
+    "layer_backward",
+    "(Tensor grad, Tensor? input, Tensor? weight, Tensor? mask, Tensor? output, Tensor ratio, Tensor new_mask, "
+    "SymInt[] input_size, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, "
+    "bool weigh_bias, bool scale_bias, str activation, float slope, bool need_bias, ScalarType dtype, "
+    "bool channels_last, bool weight_channels_last, ScalarType input_dtype, bool input_channels_last, "
+    "ScalarType weight_dtype, bool grad_weight_channels_last) -> (Tensor, Tensor, Tensor)",
+    backends=("cpu",),
+)
+
+
+def dense_format(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+def is_last(t: Tensor) -> bool:
+    """Whether a tensor is channels_last; one that is contiguous as well is not."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=dense_format(t.ndim, True))
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() or is_last(t) else t.contiguous()
+
+
+class _Inner(NamedTuple):
+    """Dtype of the library convolution, and the layout of all it reads and writes, by what it computes."""
+
+    dtype: torch.dtype
+    last: bool  # channels_last: output, gradient to the input
+    weight_last: bool  # gradient to the weight
+
+
+@functools.lru_cache(maxsize=4096)
+def _inner(
+    device_type: str, dtype: torch.dtype, last: bool, dims: int, channels_out: int, channels_in: int
+) -> _Inner:
+    """The fastest of what the library offers; the kernels before and after it touch every element anyway.
+
+    `last`: input or weight are channels_last. `channels_in` of a group.
+
+    On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
+    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow
+    there (64 to 64 at 4x64x128x128: 184 ms, 76 in NCHW), with AVX-512 it is not.
+
+    Half types the CPU has no arithmetic for are computed in float32: of that size a float16 convolution took 6.9 s
+    forward, a bfloat16 one 8.3 s without AVX-512, float32 40 ms.
+    """
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _Inner(dtype, last, last)
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bfloat16()):
+        dtype = torch.float32
+    if dims != 2 or dtype == torch.float64:
+        return _Inner(dtype, last, last)
+    if min(channels_out, channels_in) < 16:
+        return _Inner(dtype, True, True)
+    return _Inner(dtype, last, last and not _has_only_avx2())
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_only_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _operand(
+    backend: str, input: Tensor, mask: Tensor | None, memory_format: torch.memory_format, dtype: torch.dtype
+) -> Tensor:
+    """What is convolved: the masked input in the library's layout and dtype."""
+    input = _dense(input)
+    if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=memory_format):
+        return input
+    out = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
+    _mask_input[backend](input, mask, out)
+    return out
+
+
+def convolution_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    input_size: Any,
+    weight_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the input if the weight is given, to the weight if the input is."""
+    wanted = (weight is not None, input is not None, False)
+    if not any(wanted):
+        return grad, grad
+    # Of an operand that is not read the shape counts, and a dense layout: another one would be copied.
+    layout = dense_format(grad.ndim, is_last(grad))
+    x = (
+        torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        if input is None
+        else input
+    )
+    w = grad.new_empty(weight_size) if weight is None else weight
+    zeros = [0] * len(stride)
+    found = torch.ops.aten.convolution_backward.default(
+        grad, x, w, None, stride, padding, dilation, False, zeros, groups, wanted
+    )
+    return found[0], found[1]
+
+
+def forward(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    weigh_bias: bool,
+    scale_bias: bool,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    outer = is_last(input) or is_last(weight)
+    inner = _inner(input.device.type, input.dtype, outer, len(stride), weight.shape[0], weight.shape[1])
+    mask = None if mask is None else _dense(mask)
+    if backend == "cpu":
+        return _layer["cpu"](
+            input, weight, bias, mask, ratio, new_mask, stride, padding, dilation, groups, weigh_bias, scale_bias,
+            activation, slope, inner.dtype, inner.last, outer,
+        )  # fmt: skip
+    x = _operand(backend, input, mask, dense_format(input.ndim, inner.last), inner.dtype)
+    zeros = [0] * len(stride)
+    raw = torch.convolution(x, weight.to(inner.dtype), None, stride, padding, dilation, False, zeros, groups)
+    del x
+    out = raw = _dense(raw)
+    memory_format = dense_format(input.ndim, outer)
+    if inner.dtype != input.dtype or not raw.is_contiguous(memory_format=memory_format):
+        out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=memory_format)
+    _finish[backend](raw, ratio, new_mask, bias, weigh_bias, scale_bias, activation, slope, out)
+    return out
+
+
+def backward(
+    backend: str,
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    input_size: list[int],
+    weight_size: list[int],
+    channels_last: list[bool],
+    input_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    weigh_bias: bool,
+    scale_bias: bool,
+    activation: str,
+    slope: float,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    input_last, weight_last = channels_last
+    inner = _inner(
+        grad.device.type, input_dtype, input_last or weight_last, len(stride), weight_size[0], weight_size[1]
+    )
+    mask = None if mask is None else _dense(mask)
+    if backend == "cpu":
+        return _layer_backward["cpu"](
+            grad, input, weight, mask, output, ratio, new_mask, input_size, weight_size, stride, padding, dilation,
+            groups, weigh_bias, scale_bias, activation, slope, need_bias, *inner, input_dtype, input_last,
+            weight_dtype, weight_last,
+        )  # fmt: skip
+    grad = _dense(grad)
+    layout, weight_layout, input_format, weight_format = (
+        dense_format(grad.ndim, last) for last in (inner.last, inner.weight_last, input_last, weight_last)
+    )
+    raw_grad = torch.empty(
+        grad.shape,
+        dtype=inner.dtype,
+        device=grad.device,
+        memory_format=layout if input is None else weight_layout,
+    )
+    bias_grad = _finish_backward[backend](
+        grad, output, ratio, new_mask, weigh_bias, scale_bias, activation, slope, need_bias, raw_grad
+    )
+    x = None if input is None else _operand(backend, input, mask, weight_layout, inner.dtype)
+    w = None if weight is None else weight.to(inner.dtype)
+    geometry = (input_size, weight_size, stride, padding, dilation, groups)
+    if x is None or w is None or layout == weight_layout:
+        raw, grad_weight = convolution_backward(raw_grad, x, w, *geometry)
+    else:
+        _, grad_weight = convolution_backward(raw_grad, x, None, *geometry)
+        raw_grad = _operand(backend, raw_grad, None, layout, inner.dtype)
+        raw, _ = convolution_backward(raw_grad, None, w, *geometry)
+    del raw_grad, x
+    if input is None:
+        grad_weight = grad.new_empty(0, dtype=weight_dtype)
+    else:
+        grad_weight = grad_weight.to(weight_dtype).contiguous(memory_format=weight_format)
+    if weight is None:
+        return grad.new_empty(0, dtype=input_dtype), grad_weight, bias_grad
+    grad_input = raw = _dense(raw)
+    if raw.dtype != input_dtype or not raw.is_contiguous(memory_format=input_format):
+        grad_input = torch.empty(raw.shape, dtype=input_dtype, device=raw.device, memory_format=input_format)
+    if mask is not None or grad_input is not raw:
+        _mask_input[backend](raw, mask, grad_input)
+    return grad_input, grad_weight, bias_grad
 
 
 def _fake(backend: str, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -21,7 +297,7 @@ def _fake(backend: str, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         size,
         dtype=input.dtype,
         device=input.device,
-        memory_format=passes.dense_format(input.ndim, passes.is_last(input) or passes.is_last(weight)),
+        memory_format=dense_format(input.ndim, is_last(input) or is_last(weight)),
     )
 
 
@@ -40,7 +316,7 @@ def _backward_fake(
     weight_dtype: torch.dtype,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    formats = [passes.dense_format(grad.ndim, last) for last in channels_last]
+    formats = [dense_format(grad.ndim, last) for last in channels_last]
     found = [
         grad.new_empty(0, dtype=dtype)
         if other is None
@@ -53,75 +329,33 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    """Of the planes nothing: they are found again, or computed again from the mask."""
-    input, weight, bias, mask, ratio = inputs[:5]
-    activation = inputs[13]
+    """The operands that the wanted gradients read, and the two planes, which take as much as two channels."""
+    input, weight, bias, mask, ratio, new_mask = inputs[:6]
     needs = ctx.needs_input_grad
     ctx.save_for_backward(
         input if needs[1] else None,
         weight if needs[0] else None,
-        mask,
-        output[0] if activation != "none" else None,
+        mask if needs[0] or needs[1] else None,
+        output[0] if inputs[12] != "none" else None,
+        ratio,
+        new_mask,
     )
     ctx.settings = inputs[6:]
     ctx.sizes = (tuple(input.shape), tuple(weight.shape))
-    ctx.channels_last = [passes.is_last(input), passes.is_last(weight)]
-    ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype, ratio.dtype)
+    ctx.channels_last = [is_last(input), is_last(weight)]
+    ctx.dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
-    input, weight, mask, output = ctx.saved_tensors
-    stride, padding, dilation, groups, multi, mask_input, scale_bias, activation, slope, numerator, update = (
-        ctx.settings
-    )
-    input_size, weight_size = ctx.sizes
-    input_dtype, weight_dtype, bias_dtype, dtype = ctx.dtypes
-    geometry = Geometry(
-        tuple(weight_size[2:]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        input_size[1],
-        groups,
-        multi,
-        numerator,
-        update,
-    )
-    weigh_bias = reference.weighs_bias(bias_dtype is not None, update, scale_bias)
-    plain = _library.is_plain((grad, mask))
-    ratio, new_mask, _ = _mask_planes.find(
-        ctx.backend, mask, input_size[2:], grad.device, geometry, dtype, plain
-    )
+    input_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    saved = (grad, *ctx.saved_tensors, *ctx.sizes)
     if torch.is_grad_enabled():
-        shaping = (stride, padding, dilation, groups, mask_input, weigh_bias, scale_bias, activation, slope)
-        found = _formula(grad, input, weight, mask, output, ratio, new_mask, ctx.sizes, input_dtype, *shaping)
+        given = (*saved, input_dtype, *ctx.settings)
+        found = _formula(*given)
     else:
-        found = op(
-            grad,
-            input,
-            weight,
-            mask,
-            output,
-            ratio,
-            new_mask,
-            input_size,
-            weight_size,
-            ctx.channels_last,
-            input_dtype,
-            weight_dtype,
-            stride,
-            padding,
-            dilation,
-            groups,
-            mask_input,
-            weigh_bias,
-            scale_bias,
-            activation,
-            slope,
-            needs[2],
-        )
+        found = op(*saved, ctx.channels_last, input_dtype, weight_dtype, *ctx.settings, needs[2])
     grad_input, grad_weight, grad_bias = found
     return (
         grad_input if needs[0] else None,
@@ -138,13 +372,13 @@ def _formula(
     output: Tensor | None,
     ratio: Tensor,
     new_mask: Tensor,
-    sizes: Any,
+    input_size: Any,
+    weight_size: Any,
     dtype: torch.dtype,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
-    mask_input: bool,
     weigh_bias: bool,
     scale_bias: bool,
     activation: str,
@@ -166,29 +400,28 @@ def _formula(
     grad_bias = value.sum(others)
     if not scale_bias:
         value = value * ratio
-    kernel_mask = passes.kernel_mask(mask, mask_input, grad)
-    x = input if input is None or kernel_mask is None else reference.masked_input(input, kernel_mask)
-    grad_input, grad_weight = passes.convolution_backward(
-        value.to(dtype), x, weight, sizes[0], sizes[1], stride, padding, dilation, groups
+    x = input if input is None or mask is None else reference.masked_input(input, mask)
+    grad_input, grad_weight = convolution_backward(
+        value.to(dtype), x, weight, input_size, weight_size, stride, padding, dilation, groups
     )
-    if weight is not None and kernel_mask is not None:
-        grad_input = reference.masked_input(grad_input, kernel_mask)
+    if weight is not None and mask is not None:
+        grad_input = reference.masked_input(grad_input, mask)
     return grad_input, grad_weight, grad_bias
 
 
 op = _library.Op(
     "partial_conv",
     schema="(Tensor input, Tensor weight, Tensor? bias, Tensor? mask, Tensor ratio, Tensor new_mask, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool multi_channel, bool mask_input, "
-    "bool scale_bias, str activation, float slope, str numerator, str update) -> Tensor",
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool weigh_bias, bool scale_bias, "
+    "str activation, float slope) -> Tensor",
     backward_schema="(Tensor grad, Tensor? input, Tensor? weight, Tensor? mask, Tensor? output, Tensor ratio, "
     "Tensor new_mask, SymInt[] input_size, SymInt[] weight_size, bool[] channels_last, ScalarType input_dtype, "
-    "ScalarType weight_dtype, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool mask_input, "
-    "bool weigh_bias, bool scale_bias, str activation, float slope, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "ScalarType weight_dtype, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool weigh_bias, "
+    "bool scale_bias, str activation, float slope, bool need_bias) -> (Tensor, Tensor, Tensor)",
     outputs=1,
     fake=_fake,
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    implement=(passes.forward, passes.backward),
+    implement=(forward, backward),
 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..reference.partial_conv import weighs_bias
 from . import _checks
-from ._mask_planes import Geometry, output_size
+from ._partial_conv import output_size
 
 NUMERATORS = ("window", "one")
 UPDATES = ("clamp", "binary", "proportional")
@@ -23,8 +25,9 @@ Kind = tuple[torch.Size, torch.dtype, torch.device]
 class Plan(NamedTuple):
     """What a call does, whatever the values."""
 
-    geometry: Geometry
-    dtype: torch.dtype  # of the planes
+    window: tuple[Any, ...]  # arguments of the window kernel after the mask
+    where: tuple[Any, ...]  # stride, padding, dilation, groups
+    weigh_bias: bool
     view: tuple[int, int]  # batch and channels of the new mask
     around: list[int] | None  # of F.pad: what "same" adds at the end for an even kernel
     slope: float
@@ -49,6 +52,7 @@ def make_plan(
     multi_channel: bool | None,
     numerator: str,
     update: str,
+    scale_bias: bool,
     activation: str,
     slope: float,
 ) -> Plan:
@@ -75,12 +79,13 @@ def make_plan(
         )
     if input[1] != weight[1]:
         raise TypeError(f"weight has dtype {weight[1]}, input has {input[1]}")
-    geometry = Geometry(
-        kernel, strides, pads, dilations, input[0][1], groups, bool(multi_channel), numerator, update
-    )
+    members = input[0][1] // groups if multi_channel else 1
+    numbers = float(members * math.prod(kernel)) if numerator == "window" else 1.0
+    dtype = torch.float64 if input[1] == torch.float64 else torch.float32
     return Plan(
-        geometry,
-        torch.float64 if input[1] == torch.float64 else torch.float32,
+        (groups, members, kernel, strides, pads, dilations, numbers, update, dtype),
+        (strides, pads, dilations, groups),
+        weighs_bias(bias is not None, update, scale_bias),
         (1 if mask is None or len(mask[0]) == dims else mask[0][0], channels if multi_channel else 1),
         around,
         float(slope),
@@ -88,7 +93,20 @@ def make_plan(
 
 
 # The checks and sizes of a layer took 40 us a call, 100 between convolutions that fill the caches.
-remembered_plan = functools.lru_cache(maxsize=4096)(make_plan)
+_remembered = functools.lru_cache(maxsize=4096, typed=True)(make_plan)
+
+
+def remembered_plan(dims: int, *arguments: Any) -> Plan:
+    """`make_plan`, once for the same arguments. Only for sizes that are ints to the last: (1.0, 1.0) equals (1, 1),
+    and is refused."""
+    sizes = [tuple(value) if isinstance(value, list) else value for value in arguments[4:7]]
+    kinds = {type(n) for value in sizes for n in (value if isinstance(value, tuple) else (value,))}
+    if not kinds <= _HASHED:
+        return make_plan(dims, *arguments)
+    return _remembered(dims, *arguments[:4], *sizes, *arguments[7:])
+
+
+_HASHED = {int, str}
 
 
 def _check_layer(dims: int, input: Kind, weight: Kind, bias: Kind | None, groups: int) -> None:
@@ -148,7 +166,7 @@ def _check_mask(mask: Kind, input: Kind, multi_channel: bool | None) -> bool:
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
     """One int for each dimension."""
-    found = (value,) * dims if isinstance(value, int) else tuple(value)
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(found) != dims or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in found):
         raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
     return found

@@ -208,7 +208,7 @@ def window(
     update: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(ratio, new_mask), each (N, 1 or groups, ...), of `ops/_mask_planes.py`."""
+    """(ratio, new_mask), each (N, 1 or groups, ...), of `ops/_partial_conv.py`."""
     assert dtype == torch.float32
     if mask.shape[1] == 1:
         groups, members = 1, multiplicity
