@@ -236,15 +236,8 @@ def test_expanded_masks(backend: Backend, mask: str, layout: str, dtype: str) ->
 
 @grid(mask=("n1", "plane", "nc", "channel-view"), mask_dtype=MASK_DTYPES, dtype=("f32", "f16", "f64"))
 def test_mask_dtypes(backend: Backend, mask: str, mask_dtype: str, dtype: str) -> None:
-    """bool and uint8 are weights as they are: 0 or 1 here, not 0 or 255."""
     case = Case()
     check(backend, case, make_tensors(case, dtype, mask=make_mask(mask, case.size, mask_dtype)))
-
-
-def test_uint8_is_not_divided(backend: Backend) -> None:
-    case = Case(options={"mask_update": "proportional"})
-    mask = make_mask("n1", case.size, "u8", values="binary") * 3
-    check(backend, case, make_tensors(case, mask=mask))
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -138,8 +138,6 @@ def _check_layer(dims: int, input: Kind, weight: Kind, bias: Kind | None, groups
 
 def _check_mask(mask: Kind, input: Kind, multi_channel: bool | None) -> bool:
     """Whether windows count all channels."""
-    if mask[1] not in _checks.MASK_DTYPES:
-        raise TypeError(f"mask must be floating, bool or uint8, got {mask[1]}")
     if mask[2] != input[2]:
         raise ValueError(f"mask is on {mask[2]}, input is on {input[2]}")
     shape, full = tuple(mask[0]), tuple(input[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import partial_conv as reference
-from . import _partial_conv_plan
+from . import _checks, _partial_conv_plan
 from ._partial_conv import op, window
 from ._partial_conv_plan import Size
 
@@ -61,7 +61,8 @@ def partial_conv2d(
         weight: (Cout, Cin / groups, kh, kw), of the input's dtype.
         bias: (Cout,), floating, or None.
         mask: 1 = known, 0 = hole: (N, 1, H, W), (1, 1, H, W) or (H, W) for one plane shared by all channels,
-            (N, Cin, H, W) for a multi-channel mask; any floating dtype, bool or uint8; never negative.
+            (N, Cin, H, W) for a multi-channel mask; floating, bool or an integer (nonzero counts as 1);
+            never negative.
         stride, padding, dilation, groups: as in F.conv2d; padding may be "same" or "valid".
         multi_channel: whether windows count all channels; by default, whether the mask has several. True spreads a
             single-channel mask over all channels.
@@ -180,8 +181,10 @@ def _partial_conv(
     slope: float,
     backend: str | None,
 ) -> PartialConvOutput:
+    _partial_conv_plan.check_types(input, weight, bias, mask)
+    if mask is not None:
+        mask = _checks.binary(mask)
     tensors = (input, weight, bias, mask)
-    _partial_conv_plan.check_types(*tensors)
     device = input.device
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         low = torch.get_autocast_dtype(device.type)
