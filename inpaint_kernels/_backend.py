@@ -88,10 +88,8 @@ def _tell(op: str, chosen: str, device: torch.device, reasons: tuple[tuple[str, 
         if problem is None or problem.reason != reason:
             continue
         if problem.kind != "absent" or chosen == "reference":
-            message = (
-                f"{device.type} tensors run on {chosen!r} because {reason}. To mend it: {problem.remedy}."
-            )
-            _warn_once(message, (name, reason))
+            message = f"inpaint_kernels: {device.type} tensors run on {chosen!r} because {reason}."
+            _warn_once(f"{message} To mend it: {problem.remedy}.", (name, reason))
     _log.debug("%s runs on %r because %s", op, chosen, reasons)
 
 

@@ -211,7 +211,9 @@ def test_triton_takes_over_with_one_warning(machine: Any) -> None:
             assert choose(0, dtype=dtype) == "triton"
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert message.startswith("cuda tensors run on 'triton' because _C_cuda.so was compiled for ")
+    assert message.startswith(
+        "inpaint_kernels: cuda tensors run on 'triton' because _C_cuda.so was compiled for "
+    )
     assert 'To mend it: run `TORCH_CUDA_ARCH_LIST="8.0 9.0" make build`' in message
 
 
