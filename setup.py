@@ -7,6 +7,7 @@ only for its headers and for `libtorch_cpu.so` to link against. A GPU on the bui
 INPAINT_KERNELS_BUILD   auto (default): what the toolchain allows; what was left out, and why, is printed and
                         kept in `_build_info.json` for `python -m inpaint_kernels doctor`
                         none: pure Python    cpu: `_C` or an error    cuda: `_C` and `_C_cuda` or an error
+                        In the source tree, libraries that are not built stay as they are
 TORCH_CUDA_ARCH_LIST    compute capabilities for `_C_cuda`; default those of the GPUs present, else all of a release;
                         PTX of the oldest is added
 CUDA_HOME, CXX, MAX_JOBS  as usual
@@ -243,7 +244,11 @@ class Build(build):
 
 
 class BuildLibraries(build_ext):
-    """`build_ext`, with ninja in the place of distutils' compilers."""
+    """`build_ext`, with ninja in the place of distutils' compilers.
+
+    A library that is left out is removed from a package that is being made, and stays in the source tree: another
+    call built it, or it was copied there. `make clean` removes it.
+    """
 
     user_options = [*build_ext.user_options, ("sanitize", None, "build _C with AddressSanitizer and UBSan")]
     boolean_options = [*build_ext.boolean_options, "sanitize"]
@@ -265,9 +270,17 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         self.target.mkdir(parents=True, exist_ok=True)
+        record = self.target / "_build_info.json"
+        kept = [
+            name for name in self.plan.left_out if self.in_tree and (self.target / LIBRARIES[name]).exists()
+        ]
+        if kept and not self.plan.libraries:
+            # An editable install for lint or tables, a machine the libraries were copied to: nothing is to change.
+            return
         for name, file in LIBRARIES.items():
             if name in self.plan.left_out:
-                (self.target / file).unlink(missing_ok=True)
+                if name not in kept:
+                    (self.target / file).unlink(missing_ok=True)
                 continue
             try:
                 self.build_library(name)
@@ -277,8 +290,15 @@ class BuildLibraries(build_ext):
                     raise
                 self.plan.left_out[name] = str(error)
         for name, reason in self.plan.left_out.items():
-            print(f"{PACKAGE}: {LIBRARIES[name]} left out: {reason}", flush=True)
-        (self.target / "_build_info.json").write_text(json.dumps(self.build_info(), indent=1) + "\n")
+            print(
+                f"{PACKAGE}: {LIBRARIES[name]} {'kept' if name in kept else 'left out'}: {reason}", flush=True
+            )
+        info = self.build_info()
+        before = json.loads(record.read_text()) if kept and record.exists() else {}
+        for name in kept:
+            del info["left_out"][name]
+            info.update({name: before[name]} if name in before else {})
+        record.write_text(json.dumps(info, indent=1) + "\n")
 
     def build_library(self, name: str) -> None:
         tools, file = self.plan.tools, LIBRARIES[name]
@@ -308,7 +328,7 @@ class BuildLibraries(build_ext):
 
     def build_info(self) -> dict:
         """What doctor tells about the build. No paths, no date: the same sources give the same file."""
-        info: dict = {"mode": self.plan.mode, "left_out": self.plan.left_out}
+        info: dict = {"left_out": dict(self.plan.left_out)}
         for name in self.plan.libraries:
             tools = self.plan.tools
             if name == "cpu":
