@@ -113,8 +113,9 @@ $(VENV)/.stamp-torch: | $(BIN)/python
 	$(PIP) 'setuptools>=77' ninja numpy
 	@touch $@
 
-# Editable, so that examples, tests and benchmarks import this tree from wherever they are started. Without libraries:
-# pip would compile everything anew, in a folder of its own, for each of these; `build` does it once.
+# Editable, so that examples, tests and benchmarks import this tree from wherever they are started. Nothing is built:
+# pip would compile everything anew, in a folder of its own, for each of these; `build` does it once. Libraries that
+# are there stay.
 EDITABLE := INPAINT_KERNELS_BUILD=none $(PIP) --no-build-isolation
 $(VENV)/.stamp-package: pyproject.toml setup.py $(VENV)/.stamp-torch
 	$(EDITABLE) --no-deps -e .

@@ -2,28 +2,26 @@
 
 `_C.so` (CPU) and `_C_cuda.so` are plain shared objects on the LibTorch stable ABI: no Python C API, loaded
 with `torch.ops.load_library`, so one build serves every Python and every torch >= 2.10. torch is needed here
-only for its headers and for `libtorch_cpu.so` to link against; nothing is inferred from a GPU on the build
-machine.
+only for its headers and for `libtorch_cpu.so` to link against. A GPU on the build machine is not needed.
 
 INPAINT_KERNELS_BUILD   auto (default): what the toolchain allows; what was left out, and why, is printed and
                         kept in `_build_info.json` for `python -m inpaint_kernels doctor`
                         none: pure Python    cpu: `_C` or an error    cuda: `_C` and `_C_cuda` or an error
-TORCH_CUDA_ARCH_LIST    compute capabilities for `_C_cuda`, default "9.0"; PTX of the oldest is added
+                        In the source tree, libraries that are not built stay as they are
+TORCH_CUDA_ARCH_LIST    compute capabilities for `_C_cuda`; default those of the GPUs present, else all of a release;
+                        PTX of the oldest is added
 CUDA_HOME, CXX, MAX_JOBS  as usual
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +32,26 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError, SetupError
 
 ROOT = Path(__file__).resolve().parent
+# Whoever builds calls this file without its folder on the path.
+sys.path.insert(0, str(ROOT / "tools"))
+from toolchain import (  # noqa: E402
+    LeftOut,
+    compiled_for,
+    cuda_library_folders,
+    default_archs,
+    find_cxx,
+    find_ninja,
+    find_nvcc,
+    find_torch,
+    last_lines,
+    parse_archs,
+    version_line,
+)
+
 PACKAGE = "inpaint_kernels"
 MODES = ("auto", "none", "cpu", "cuda")
 LIBRARIES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
 SOURCES = {"cpu": "csrc/cpu/*.cpp", "cuda": "csrc/cuda/*.cu"}
-DEFAULT_ARCHS = "9.0"
 ON_MAC = sys.platform == "darwin"
 
 # Anything newer than torch 2.10 then fails to compile instead of failing to load at a user's.
@@ -57,10 +70,6 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2_FLAGS]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, "--expt-relaxed-constexpr", "-Xptxas=-v"]
 NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-
-
-class LeftOut(Exception):
-    """Why a library cannot be built with this toolchain: a sentence for the user."""
 
 
 @dataclass
@@ -87,107 +96,6 @@ class Plan:
         return [name for name in LIBRARIES if name not in self.left_out]
 
 
-def find_torch() -> Path:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise LeftOut(
-            "torch (for its headers) is not installed in the build environment; "
-            "drop --no-build-isolation or install torch first"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    if not (folder / "include/torch/csrc/stable/library.h").is_file():
-        raise LeftOut("the installed torch has no stable-ABI headers; torch 2.10 or later is needed")
-    return folder
-
-
-def find_ninja() -> str:
-    try:
-        import ninja
-    except ImportError:
-        found = shutil.which("ninja")
-    else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
-    if found is None:
-        raise LeftOut("ninja is missing; pip install ninja")
-    return found
-
-
-def find_cxx() -> list[str]:
-    if sys.platform == "win32":
-        raise LeftOut("Windows has no native build yet; WSL2 does")
-    given = os.environ.get("CXX")
-    candidates = [shlex.split(given)] if given else [["g++"], ["clang++"], ["c++"]]
-    for command in candidates:
-        if shutil.which(command[0]) is None:
-            continue
-        probe = "#include <optional>\nstatic_assert(__cplusplus >= 201703L);\n"
-        run = subprocess.run(
-            [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"],
-            input=probe,
-            text=True,
-            capture_output=True,
-        )
-        if run.returncode == 0:
-            return command
-        raise LeftOut(f"{command[0]} cannot compile C++17: {last_lines(run.stderr, 1)}")
-    raise LeftOut(f"CXX={given} was not found" if given else "no C++17 compiler found (g++, clang++)")
-
-
-def find_nvcc() -> str:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home:
-            if (Path(home) / "bin/nvcc").is_file():
-                return str(Path(home) / "bin/nvcc")
-            raise LeftOut(f"{variable}={home} has no bin/nvcc")
-    found = shutil.which("nvcc")
-    if found:
-        return found
-    # nvidia-cuda-nvcc from PyPI unpacks to nvidia/cu13 (nvidia/cuda_nvcc before CUDA 13).
-    site = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for folder in [*sorted(site.glob("cu[0-9]*"), reverse=True), site / "cuda_nvcc", Path("/usr/local/cuda")]:
-        if (folder / "bin/nvcc").is_file():
-            return str(folder / "bin/nvcc")
-    raise LeftOut("no nvcc found; install the CUDA toolkit or pip install nvidia-cuda-nvcc, or set CUDA_HOME")
-
-
-def cuda_library_folders(nvcc: str) -> list[Path]:
-    # Asked of nvcc itself: the program on PATH may be a wrapper script that lies elsewhere.
-    run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.*)$", run.stderr, re.MULTILINE)
-    home = Path(top[1]) if top else Path(nvcc).resolve().parent.parent
-    return [*home.glob("targets/*-linux/lib"), home / "lib64", home / "lib"]
-
-
-def parse_archs(text: str) -> list[str]:
-    """`"8.0;9.0+PTX"` -> nvcc -gencode flags.
-
-    All are compiled from the PTX of the oldest, which is added to the library as well: no source depends on the
-    architecture, and the front end, three times as long as ptxas for one (total_variation.cu: 14.5 and 4.8 s), runs
-    once. Those with features of their own ("9.0a") are compiled by themselves, without PTX.
-    """
-    pattern = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?", re.IGNORECASE)
-    portable, flags = set(), []
-    for item in filter(None, re.split(r"[\s,;]+", text)):
-        match = pattern.fullmatch(item)
-        if match is None:
-            raise SetupError(f'TORCH_CUDA_ARCH_LIST: cannot read "{item}"; write for example "8.0;9.0"')
-        number = f"{match[1]}{match[2]}{match[3].lower()}"
-        if match[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        else:
-            portable.add(int(number))
-        if match[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if portable:
-        oldest = min(portable)
-        codes = ",".join([f"compute_{oldest}", *(f"sm_{number}" for number in sorted(portable))])
-        flags.insert(0, f"-gencode=arch=compute_{oldest},code=[{codes}]")
-    if not flags:
-        raise SetupError("TORCH_CUDA_ARCH_LIST is empty; unset it or name at least one architecture")
-    return list(dict.fromkeys(flags))
-
-
 def make_plan() -> Plan:
     mode = os.environ.get(f"{PACKAGE.upper()}_BUILD", "auto")
     if mode not in MODES:
@@ -208,23 +116,13 @@ def make_plan() -> Plan:
     else:
         try:
             tools.nvcc = find_nvcc()
-            tools.archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS))
+            given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+            tools.archs = parse_archs(default_archs(tools.nvcc) if given is None else given)
         except LeftOut as reason:
             left_out["cuda"] = str(reason)
     if mode == "cuda" and left_out:
         raise SetupError(f"INPAINT_KERNELS_BUILD=cuda: {left_out['cuda']}")
     return Plan(mode, tools, left_out)
-
-
-def last_lines(text: str, count: int) -> str:
-    return "\n".join(text.strip().splitlines()[-count:])
-
-
-def version_line(command: list[str]) -> str:
-    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.strip()]
-    wanted = [line for line in lines if "release" in line] if "nvcc" in command[0] else lines
-    return (wanted or ["unknown"])[0].strip()
 
 
 def cpu_variants() -> dict[str, list[str]]:
@@ -346,7 +244,11 @@ class Build(build):
 
 
 class BuildLibraries(build_ext):
-    """`build_ext`, with ninja in the place of distutils' compilers."""
+    """`build_ext`, with ninja in the place of distutils' compilers.
+
+    A library that is left out is removed from a package that is being made, and stays in the source tree: another
+    call built it, or it was copied there. `make clean` removes it.
+    """
 
     user_options = [*build_ext.user_options, ("sanitize", None, "build _C with AddressSanitizer and UBSan")]
     boolean_options = [*build_ext.boolean_options, "sanitize"]
@@ -368,9 +270,17 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         self.target.mkdir(parents=True, exist_ok=True)
+        record = self.target / "_build_info.json"
+        kept = [
+            name for name in self.plan.left_out if self.in_tree and (self.target / LIBRARIES[name]).exists()
+        ]
+        if kept and not self.plan.libraries:
+            # An editable install for lint or tables, a machine the libraries were copied to: nothing is to change.
+            return
         for name, file in LIBRARIES.items():
             if name in self.plan.left_out:
-                (self.target / file).unlink(missing_ok=True)
+                if name not in kept:
+                    (self.target / file).unlink(missing_ok=True)
                 continue
             try:
                 self.build_library(name)
@@ -380,8 +290,15 @@ class BuildLibraries(build_ext):
                     raise
                 self.plan.left_out[name] = str(error)
         for name, reason in self.plan.left_out.items():
-            print(f"{PACKAGE}: {LIBRARIES[name]} left out: {reason}", flush=True)
-        (self.target / "_build_info.json").write_text(json.dumps(self.build_info(), indent=1) + "\n")
+            print(
+                f"{PACKAGE}: {LIBRARIES[name]} {'kept' if name in kept else 'left out'}: {reason}", flush=True
+            )
+        info = self.build_info()
+        before = json.loads(record.read_text()) if kept and record.exists() else {}
+        for name in kept:
+            del info["left_out"][name]
+            info.update({name: before[name]} if name in before else {})
+        record.write_text(json.dumps(info, indent=1) + "\n")
 
     def build_library(self, name: str) -> None:
         tools, file = self.plan.tools, LIBRARIES[name]
@@ -411,7 +328,7 @@ class BuildLibraries(build_ext):
 
     def build_info(self) -> dict:
         """What doctor tells about the build. No paths, no date: the same sources give the same file."""
-        info: dict = {"mode": self.plan.mode, "left_out": self.plan.left_out}
+        info: dict = {"left_out": dict(self.plan.left_out)}
         for name in self.plan.libraries:
             tools = self.plan.tools
             if name == "cpu":
@@ -420,7 +337,13 @@ class BuildLibraries(build_ext):
                 info[name] = {"compiler": version_line(tools.cxx), "flags": flags, "variants": variants}
             else:
                 flags = [*NVCC_FLAGS, *tools.archs]
-                info[name] = {"compiler": version_line([tools.nvcc]), "flags": flags}
+                compiler = version_line([tools.nvcc])
+                toolkit = re.search(r"release (\d+\.\d+)", compiler)
+                info[name] = {"compiler": compiler, "flags": flags}
+                # What `_cuda_support.py` compares with the driver and the GPU.
+                info[name]["toolkit"] = toolkit[1] if toolkit else None
+                info[name]["architectures"] = compiled_for(tools.archs, "sm")
+                info[name]["ptx"] = compiled_for(tools.archs, "compute")
         return info
 
     # setuptools asks for these when it installs, and when it makes an editable install.

@@ -1,6 +1,6 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
-from . import features, nn, objectives
+from . import _kernels, features, nn, objectives
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
 from .ops.gram import gram_matrix
@@ -19,6 +19,9 @@ from .ops.style import style_loss
 from .ops.total_variation import total_variation_loss
 
 __version__ = "0.1.0"
+
+# Here, for here all ops are defined.
+_kernels.check()
 
 __all__ = [
     "HoleValid",

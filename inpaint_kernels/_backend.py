@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _log = logging.getLogger("inpaint_kernels")
 _chosen: dict[tuple[object, ...], str] = {}
+_told: set[tuple[str, str]] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,9 +33,9 @@ default_backend: str | None = _read_default()
 
 
 def unavailable(
-    backend: str, available: tuple[str, ...], device: str, dtypes: tuple[torch.dtype, ...] = ()
+    backend: str, available: tuple[str, ...], device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
 ) -> str | None:
-    """None when `backend` can run on this device type and these dtypes, else the reason as a sentence.
+    """None when `backend` can run on this device and these dtypes, else the reason as a sentence.
 
     `available` are the backends the op has kernels for.
     """
@@ -41,17 +43,24 @@ def unavailable(
         return None
     if backend not in available:
         return f"this op has no {backend} kernels"
-    if backend == "cpu":
-        if device != "cpu":
-            return f"the cpu kernels read CPU tensors, not {device}"
-        return _extension.status()["cpu"]
-    if device != "cuda" and not (backend == "triton" and _INTERPRETED and device == "cpu"):
-        return f"the {backend} kernels read CUDA tensors, not {device}"
-    if torch.float64 in dtypes:
-        return f"the {backend} kernels do not compute in float64"
+    on = device.type
+    if backend == "cpu" and on != "cpu":
+        return f"the cpu kernels read CPU tensors, not {on}"
+    if backend != "cpu":
+        if on != "cuda" and not (backend == "triton" and _INTERPRETED and on == "cpu"):
+            return f"the {backend} kernels read CUDA tensors, not {on}"
+        if torch.float64 in dtypes:
+            return f"the {backend} kernels do not compute in float64"
     if backend == "triton":
         return None if _HAS_TRITON else "triton is not installed"
-    return _extension.status()["cuda"]
+    problem = _extension.problem(backend, device)
+    return None if problem is None else problem.reason
+
+
+def _warn_once(message: str, key: tuple[str, str]) -> None:
+    if key not in _told:
+        _told.add(key)
+        warnings.warn(message, stacklevel=_caller_level())
 
 
 def _caller_level() -> int:
@@ -63,8 +72,41 @@ def _caller_level() -> int:
     return level
 
 
+def _tell(op: str, chosen: str, device: torch.device, reasons: tuple[tuple[str, str], ...]) -> None:
+    """Says why a better backend does not run. A library that cannot run, or that is missing where the reference
+    takes over, is warned of once; the reference on a GPU for every op."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if chosen == "reference" and device.type == "cuda":
+        because = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+        remedy = "`python -m inpaint_kernels doctor` tells what to do"
+        _warn_once(f"{op} runs on {chosen!r} because {because}. {remedy}.", (op, because))
+        return
+    for name, reason in reasons:
+        problem = _extension.problem(name, device) if name in ("cpu", "cuda") else None
+        # Of another reason, such as float64, the library is not guilty.
+        if problem is None or problem.reason != reason:
+            continue
+        if problem.kind != "absent" or chosen == "reference":
+            message = f"inpaint_kernels: {device.type} tensors run on {chosen!r} because {reason}."
+            _warn_once(f"{message} To mend it: {problem.remedy}.", (name, reason))
+    _log.debug("%s runs on %r because %s", op, chosen, reasons)
+
+
+# What `torch.compiler.assume_constant_result` sets; that function imports the compiler, which takes seconds. With
+# the mark, torch.compile calls these two while it traces instead of looking into them, so that they may ask the
+# driver and warn. Without it they ask and warn less.
+_function: Any
+for _function in (unavailable, _tell):
+    _function._dynamo_marked_constant = True
+
+
 def _resolve(
-    op: str, available: tuple[str, ...], backend: str | None, device: str, dtypes: tuple[torch.dtype, ...]
+    op: str,
+    available: tuple[str, ...],
+    backend: str | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
 ) -> str:
     if backend is not None:
         if backend not in BACKENDS:
@@ -73,33 +115,28 @@ def _resolve(
         if reason is not None:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
         return backend
-    reasons = []
-    for candidate in AUTOMATIC.get(device, ("reference",)):
+    reasons: tuple[tuple[str, str], ...] = ()
+    for candidate in AUTOMATIC.get(device.type, ("reference",)):
         reason = unavailable(candidate, available, device, dtypes)
         if reason is None:
             break
-        reasons.append(f"{candidate}: {reason}")
-    if reasons and not torch.compiler.is_compiling():
-        message = f"{op} runs on {candidate!r} because " + "; ".join(reasons)
-        if candidate == "reference" and device == "cuda":
-            message += ". `python -m inpaint_kernels doctor` tells what to do."
-            warnings.warn(message, stacklevel=_caller_level())
-        else:
-            _log.debug(message)
+        reasons += ((candidate, reason),)
+    if reasons:
+        _tell(op, candidate, device, reasons)
     return candidate
 
 
 def choose(
     op: str, available: tuple[str, ...], backend: str | None, device: torch.device, *dtypes: torch.dtype
 ) -> str:
-    """Backend of this call. The answer depends only on the arguments, so it is worked out (and a fallback to
-    `reference` on a GPU is warned of) once for each combination."""
+    """Backend of this call. The answer depends only on the arguments, so it is worked out once for each
+    combination."""
     if backend is None:
         backend = default_backend
     if torch.compiler.is_compiling():
-        return _resolve(op, available, backend, device.type, dtypes)
-    key = (op, backend, device.type, dtypes)
+        return _resolve(op, available, backend, device, dtypes)
+    key = (op, backend, device, dtypes)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _resolve(op, available, backend, device.type, dtypes)
+        found = _chosen[key] = _resolve(op, available, backend, device, dtypes)
     return found

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,6 @@ _SETTINGS = (
     "INPAINT_KERNELS_LIBRARY_DIR",
     "TRITON_INTERPRET",
 )
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def _triton_version() -> str | None:
@@ -29,58 +29,47 @@ def _triton_version() -> str | None:
     return str(triton.__version__)
 
 
-def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    found = []
+def _gpus() -> dict[str, list[int]]:
+    """Indices of the GPUs by name and compute capability, in words."""
+    found: dict[str, list[int]] = {}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        found.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
+        name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+        found.setdefault(name, []).append(index)
     return found
 
 
-def _missing_kernels(name: str) -> list[str]:
-    """Operators the loaded library `name` should implement and does not: it is older than its sources."""
-    operators = [
-        kernel[name] for kernels in _library.KERNELS.values() for kernel in kernels if name in kernel
-    ]
-    for op in _library.OPS.values():
-        if name in op.routes:
-            operators += [op.routes[name].forward, op.routes[name].backward]
-    names = [operator._schema.name for operator in operators]
-    return [
-        qualified.split("::")[1]
-        for qualified in names
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[name])
-    ]
-
-
-def _rebuild(name: str) -> str:
-    """How library `name` is built anew, such that a failing compile is an error and not a library left out."""
-    if (Path(__file__).resolve().parent.parent / "setup.py").is_file():
-        return "run `make build`"
-    return f"run `INPAINT_KERNELS_BUILD={name} pip install --force-reinstall --no-deps .` in the source tree"
+def _devices() -> dict[str, torch.device]:
+    """What tensors may lie on, each kind of GPU once, by its name in the report."""
+    kinds = list(_gpus().values())
+    found = {"cpu": torch.device("cpu")}
+    if len(kinds) < 2:
+        return {**found, "cuda": torch.device("cuda", 0)}
+    for indices in kinds:
+        found[", ".join(f"cuda:{index}" for index in indices)] = torch.device("cuda", indices[0])
+    return found
 
 
 def _library_lines() -> tuple[list[str], list[str], list[str]]:
     """Lines about the libraries, what is broken, what to do."""
     lines, broken, todo = [], [], []
     info = _extension.build_info()
-    for name, reason in _extension.status().items():
+    for name, problem in _extension.problems().items():
         path = _extension.library_path(name)
-        lines.append(f"  {name:<9} {'not loaded: ' + reason if reason else 'loaded'}")
+        lines.append(f"  {name:<9} {'not used: ' + problem.reason if problem else 'loaded'}")
         if path.exists():
             lines.append(f"            {path}")
         if name in info:
-            variants = f"; variants {' '.join(info[name]['variants'])}" if "variants" in info[name] else ""
-            lines.append(f"            {info[name]['compiler']}{variants}")
-            lines.append(f"            {' '.join(info[name]['flags'])}")
-        if reason is None and (missing := _missing_kernels(name)):
-            broken.append(f"{path.name} lacks {', '.join(missing)}: it was built from other sources")
-            todo.append(f"{path.name} does not match the Python files: {_rebuild(name)}")
-        if reason in _extension.broken():
-            broken.append(str(reason))
-            todo.append(f"{path.name} is installed and cannot be loaded: {_rebuild(name)}")
+            lines += [f"            {line}" for line in _built_of(info[name])]
+        if problem is not None and problem.kind == "broken":
+            broken.append(problem.reason)
+        if problem is not None and problem.kind != "absent":
+            todo.append(f"{problem.reason}: {problem.remedy}")
+    for label, device in _devices().items():
+        problem = _extension.problem("cuda", device) if device.type == "cuda" else None
+        if problem is not None and problem != _extension.problems()["cuda"]:
+            lines.append(f"            not used on {label}: {problem.reason}")
+            todo.append(f"{problem.reason}: {problem.remedy}")
     if not info:
         lines.append("  no build record: this is a source tree that was never built")
     if _extension.cpu_isa() != "none":
@@ -88,19 +77,28 @@ def _library_lines() -> tuple[list[str], list[str], list[str]]:
     return lines, broken, todo
 
 
+def _built_of(record: dict[str, Any]) -> list[str]:
+    """Compiler and flags of one library; what the CUDA library is for."""
+    variants = f"; variants {' '.join(record['variants'])}" if "variants" in record else ""
+    lines = [f"{record['compiler']}{variants}", " ".join(record["flags"])]
+    if "toolkit" in record:
+        ptx = f", PTX of {' '.join(record['ptx'])}" if record["ptx"] else ""
+        architectures = " ".join(record["architectures"])
+        lines.append(f"CUDA {record['toolkit']}, compute capability {architectures}{ptx}")
+    return lines
+
+
 def _missing_advice() -> list[str]:
     """What to do about parts that are absent without being broken."""
     todo = []
-    left_out = _extension.build_info().get("left_out", {})
-    if not _extension.library_path("cpu").exists():
-        first = "install a C++17 compiler, then " if "compiler" in left_out.get("cpu", "") else ""
-        todo.append(f"CPU tensors run on the slower reference formulas: {first}{_rebuild('cpu')}")
+    problems = _extension.problems()
     has_cuda = torch.version.cuda is not None
+    if problems["cpu"] is not None and problems["cpu"].kind == "absent":
+        todo.append(f"CPU tensors run on the slower reference formulas: {problems['cpu'].remedy}")
     if os.path.exists("/proc/driver/nvidia/version") and not has_cuda:
         todo.append("this machine has an NVIDIA GPU and a torch without CUDA: install a CUDA build of torch")
-    if has_cuda and not _extension.library_path("cuda").exists():
-        first = "install the CUDA toolkit, then " if "nvcc" in left_out.get("cuda", "") else ""
-        todo.append(f"the compiled CUDA kernels are not there: {first}{_rebuild('cuda')}")
+    if has_cuda and problems["cuda"] is not None and problems["cuda"].kind == "absent":
+        todo.append(f"the compiled CUDA kernels are not there: {problems['cuda'].remedy}")
     if has_cuda and importlib.util.find_spec("triton") is None:
         todo.append(
             "the Triton kernels need Triton: `pip install triton`, in the version your torch asks for"
@@ -108,7 +106,7 @@ def _missing_advice() -> list[str]:
     return todo
 
 
-def _choice_lines(op: _library.Op, device: str) -> list[str]:
+def _choice_lines(op: _library.Op, label: str, device: torch.device) -> list[str]:
     """Which backend automatic choice takes for this device, and why each of the others cannot run."""
     reasons = {name: _backend.unavailable(name, op.backends, device) for name in _backend.BACKENDS}
     forced = _backend.default_backend
@@ -117,25 +115,26 @@ def _choice_lines(op: _library.Op, device: str) -> list[str]:
             f", which fails: {reasons[forced]}" if reasons[forced] else ""
         )
     else:
-        order = _backend.AUTOMATIC[device]
+        order = _backend.AUTOMATIC[device.type]
         chosen = next(name for name in order if reasons[name] is None)
-    absent = " (this torch sees no CUDA device)" if device == "cuda" and not torch.cuda.is_available() else ""
-    lines = [f"    {device} tensors: {chosen}{absent}"]
+    absent = device.type == "cuda" and torch.cuda.device_count() == 0
+    lines = [f"    {label} tensors: {chosen}{' (this torch sees no CUDA device)' if absent else ''}"]
     lines += [f"        not {name:<7} {reason}" for name, reason in reasons.items() if reason is not None]
     return lines
 
 
 def _op_lines() -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
+    devices = _devices()
     for name, op in _library.OPS.items():
-        text = tuple(line for device in ("cpu", "cuda") for line in _choice_lines(op, device))
+        text = tuple(line for label, device in devices.items() for line in _choice_lines(op, label, device))
         groups.setdefault(text, []).append(name)
     # Ops with the same answers share one block: reasons mostly hold for all of them.
     return [line for text, names in groups.items() for line in (f"  {', '.join(names)}", *text)]
 
 
 def main() -> int:
-    """Prints the report; returns 1 when something installed is broken, else 0."""
+    """Prints the report; returns 1 when something installed is broken, else 0, also where it suits another GPU."""
     broken, todo = [], []
     try:
         triton = _triton_version() or "not installed"
@@ -143,7 +142,7 @@ def main() -> int:
         triton = f"broken: {error}"
         broken.append(f"triton is installed and cannot be imported: {error}")
         todo.append("reinstall triton in the version your torch asks for")
-    gpus = _gpus()
+    gpus = [f"{len(indices)} x {name}" if len(indices) > 1 else name for name, indices in _gpus().items()]
     print(f"inpaint_kernels {__version__}  ({Path(__file__).resolve().parent})")
     print(f"  python    {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"  torch     {torch.__version__}, CUDA {torch.version.cuda or 'none'}")

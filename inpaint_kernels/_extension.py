@@ -1,4 +1,4 @@
-"""Loads the two compiled libraries and remembers why one is missing."""
+"""Loads the two compiled libraries and remembers why one cannot run, and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ import ctypes
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from . import _cuda_support
+
 _HERE = Path(__file__).parent
 _LIBRARIES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
-_reasons: dict[str, str | None] = {}
+
+
+class Problem(NamedTuple):
+    """Why a library does not run, as a sentence; what to do; `kind` is "absent" (not built, or made for another
+    torch), "broken" (damaged, or of other sources) or "unfit" (for this driver or this GPU)."""
+
+    reason: str
+    remedy: str
+    kind: str
 
 
 def build_info() -> dict[str, Any]:
     """What the build compiled and what it left out; empty when nothing was recorded."""
     try:
-        return json.loads((library_path("cpu").parent / "_build_info.json").read_text())
+        found = json.loads((library_path("cpu").parent / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def library_path(name: str) -> Path:
@@ -29,38 +40,94 @@ def library_path(name: str) -> Path:
     return (Path(folder) if folder else _HERE) / _LIBRARIES[name]
 
 
-def _load(name: str) -> str | None:
+def rebuild(name: str, settings: str = "") -> str:
+    """How library `name` is built anew, such that a failing compile is an error and not a library left out."""
+    if (_HERE.parent / "setup.py").is_file():
+        how = f"run `{settings}make build`"
+    else:
+        command = f"{settings}INPAINT_KERNELS_BUILD={name} pip install --force-reinstall --no-deps ."
+        how = f"run `{command}` in the source tree"
+    if "INPAINT_KERNELS_LIBRARY_DIR" in os.environ:
+        how += ", and unset INPAINT_KERNELS_LIBRARY_DIR or copy the library there"
+    return how
+
+
+def _load(name: str) -> Problem | None:
     path = library_path(name)
     if not path.exists():
-        left_out = build_info().get("left_out", {}).get(name)
-        return f"{path.name} is not installed" + (f" ({left_out})" if left_out else "")
+        reason = build_info().get("left_out", {}).get(name, "")
+        first = {"cpu": "install a C++17 compiler, then ", "cuda": "install the CUDA toolkit, then "}[name]
+        first = first if {"cpu": "compiler", "cuda": "nvcc"}[name] in reason else ""
+        said = f"{path.name} is not installed" + (f" ({reason})" if reason else "")
+        return Problem(said, first + rebuild(name), "absent")
     if name == "cuda" and torch.version.cuda is None:
-        return "this torch has no CUDA support"
+        return Problem("this torch has no CUDA support", "install a CUDA build of torch", "absent")
+    if name == "cuda" and _built is not None:
+        reason = _cuda_support.refused_by_driver(_built, _driver)
+        if reason is not None:
+            driver = f"install an NVIDIA driver for CUDA {_built.toolkit[0]}.0 or later"
+            older = f"with a CUDA toolkit that the driver supports {rebuild(name)}"
+            return Problem(reason, f"{driver}, or {older}", "unfit")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} is broken: {error}"
+        return Problem(f"{path.name} is broken: {error}", rebuild(name), "broken")
     return None
 
 
+def _device_problem(built: _cuda_support.Built, device: torch.device) -> Problem | None:
+    # A fake tensor may name a GPU that is not there.
+    if (device.index or 0) >= torch.cuda.device_count():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    reason = _cuda_support.refused_by_device(built, capability, _driver)
+    if reason is None:
+        return None
+    if capability < _cuda_support.OLDEST:
+        return Problem(reason, "use a GPU of compute capability 8.0 or later", "absent")
+    remedy = rebuild("cuda", f'TORCH_CUDA_ARCH_LIST="{_cuda_support.wanted(built, capability)}" ')
+    if _cuda_support.refused_by_device(built, capability, built.toolkit) is None:
+        version = ".".join(map(str, built.toolkit))
+        remedy = f"install an NVIDIA driver for CUDA {version} or later, or {remedy}"
+    return Problem(reason, remedy, "unfit")
+
+
+def problem(name: str, device: torch.device) -> Problem | None:
+    """Why library `name` cannot run on this device; None when it can."""
+    found = _problems[name]
+    # torch.compile comes here only if it ignores the mark in `_backend`; it cannot trace a question to the driver.
+    if found is None and name == "cuda" and _built is not None and not torch.compiler.is_dynamo_compiling():
+        return _device_problem(_built, device)
+    return found
+
+
+def problems() -> dict[str, Problem | None]:
+    """For each library: None when it is loaded and complete, whatever the GPU, else the reason."""
+    return dict(_problems)
+
+
 def status() -> dict[str, str | None]:
-    """For each library: None when loaded, else the reason."""
-    return dict(_reasons)
+    """The reasons of `problems()` alone."""
+    return {name: found and found.reason for name, found in _problems.items()}
 
 
-def broken() -> list[str]:
-    """Libraries that are installed and fail to load."""
-    return [reason for reason in _reasons.values() if reason is not None and "is broken" in reason]
+def refuse_incomplete(name: str, missing: list[str]) -> None:
+    """Takes a loaded library out of use which lacks operators: its others may have other arguments, too."""
+    kernels = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    reason = f"{_LIBRARIES[name]} was built from other sources: it lacks {kernels}"
+    _problems[name] = Problem(reason, rebuild(name), "broken")
 
 
 def cpu_isa() -> str:
     """Instruction set the CPU kernels use: "generic", "avx2", "avx512", or "none" without the library."""
-    if _reasons.get("cpu") is not None:
+    if _problems["cpu"] is not None:
         return "none"
     name = ctypes.CDLL(str(library_path("cpu"))).inpaint_kernels_cpu_isa
     name.restype = ctypes.c_char_p
     return str(name().decode())
 
 
-for _name in _LIBRARIES:
-    _reasons[_name] = _load(_name)
+_built = _cuda_support.read(build_info().get("cuda"))
+# Asked only where the answer decides: elsewhere there may be no driver to load.
+_driver = _cuda_support.driver_version() if torch.version.cuda is not None and _built is not None else None
+_problems: dict[str, Problem | None] = {name: _load(name) for name in _LIBRARIES}

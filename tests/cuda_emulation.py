@@ -76,9 +76,9 @@ def install() -> Iterator[None]:
     unavailable, chosen = _backend.unavailable, _backend._chosen
 
     def emulated(
-        backend: str, available: tuple[str, ...], device: str, dtypes: tuple[torch.dtype, ...] = ()
+        backend: str, available: tuple[str, ...], device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
     ) -> str | None:
-        on_gpu = "cuda" if backend == "cuda" else device
+        on_gpu = torch.device("cuda") if backend == "cuda" else device
         reason = unavailable(backend, available, on_gpu, dtypes)
         return None if backend == "cuda" and torch.float64 not in dtypes else reason
 

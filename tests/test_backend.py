@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,104 @@ def test_missing_library(tmp_path: Path) -> None:
 def test_broken_library(tmp_path: Path) -> None:
     (tmp_path / "_C.so").write_text("no library")
     assert "is broken" in str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
+
+
+WARNED = """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import inpaint_kernels as ik
+    losses = []
+    for _ in range(2):
+        losses += [ik.masked_l1_loss(*images BACKEND), ik.masked_l1_loss(*(i.double() for i in images) BACKEND)]
+        losses += [ik.total_variation_loss(images[1] BACKEND), sum(ik.hole_valid_loss(*images, images[1] BACKEND))]
+said = [[str(w.message), w.filename] for w in caught if "inpaint_kernels" in str(w.message)]
+print(json.dumps([said, [float(loss) for loss in losses]]))
+"""
+LOSSES = [1.0, 1.0, 0.0, 1.0]
+
+
+def library_without_kernels(folder: Path) -> None:
+    """It loads, as one of an older version of the package does."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (folder / "empty.cpp").write_text("")
+    command = [compiler, "-shared", "-fPIC", str(folder / "empty.cpp"), "-o", str(folder / "_C.so")]
+    subprocess.run(command, check=True)
+
+
+def spoil(state: str, folder: Path) -> str:
+    """Makes a folder of libraries that cannot run; returns how the reason begins."""
+    if state == "broken":
+        (folder / "_C.so").write_text("no library")
+        return "_C.so is broken: "
+    if state == "empty":
+        library_without_kernels(folder)
+        return "_C.so was built from other sources: it lacks "
+    if state == "left out":
+        left_out = dict.fromkeys(("cpu", "cuda"), "INPAINT_KERNELS_BUILD=none")
+        (folder / "_build_info.json").write_text(json.dumps({"left_out": left_out}))
+        return "_C.so is not installed (INPAINT_KERNELS_BUILD=none)"
+    return "_C.so is not installed"
+
+
+@pytest.mark.parametrize("state", ["missing", "left out", "broken", "empty"])
+def test_a_library_that_cannot_run_says_so_once(state: str, tmp_path: Path) -> None:
+    reason = spoil(state, tmp_path)
+    warned, losses = answer(WARNED.replace("BACKEND", ""), INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))  # type: ignore[misc]
+    assert losses == 2 * LOSSES
+    assert len(warned) == 1
+    message, blamed = warned[0]
+    assert message.startswith(f"inpaint_kernels: cpu tensors run on 'reference' because {reason}")
+    assert "To mend it: run `make build`, and unset INPAINT_KERNELS_LIBRARY_DIR" in message
+    assert blamed == "<string>", "the warning should point at the user's line"
+
+
+@pytest.mark.parametrize("state", ["missing", "empty"])
+def test_who_asks_for_the_reference_is_not_warned(state: str, tmp_path: Path) -> None:
+    spoil(state, tmp_path)
+    folder = str(tmp_path)
+    asked = answer(WARNED.replace("BACKEND", ", backend='reference'"), INPAINT_KERNELS_LIBRARY_DIR=folder)
+    default = answer(
+        WARNED.replace("BACKEND", ""),
+        INPAINT_KERNELS_LIBRARY_DIR=folder,
+        INPAINT_KERNELS_BACKEND="reference",
+    )
+    assert asked == default == [[], 2 * LOSSES]
+
+
+def test_a_library_that_runs_is_quiet() -> None:
+    assert answer(WARNED.replace("BACKEND", "")) == [[], 2 * LOSSES]
+
+
+def test_forced_on_a_library_without_kernels(tmp_path: Path) -> None:
+    spoil("empty", tmp_path)
+    said = str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
+    assert "cannot run: _C.so was built from other sources: it lacks " in said
+
+
+COMPILED = """
+import inpaint_kernels as ik
+from inpaint_kernels import _backend
+if FORGET:
+    # A torch that does not know the mark: it traces the choice.
+    del _backend.unavailable._dynamo_marked_constant, _backend._tell._dynamo_marked_constant
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    run = torch.compile(lambda *images: ik.masked_l1_loss(*images), fullgraph=True, backend="eager")
+    losses = [float(run(*images)), float(run(*(i.double() for i in images)))]
+said = [str(w.message) for w in caught if "inpaint_kernels" in str(w.message)]
+print(json.dumps([len(said), losses]))
+"""
+
+
+@pytest.mark.parametrize("state", ["missing", "empty"])
+def test_compiled_code_warns_once(state: str, tmp_path: Path) -> None:
+    """And its graph stays whole: warning happens while torch.compile traces, not inside what it traces."""
+    spoil(state, tmp_path)
+    folder = str(tmp_path)
+    assert answer(COMPILED.replace("FORGET", "0"), INPAINT_KERNELS_LIBRARY_DIR=folder) == [1, [1.0, 1.0]]
+    assert answer(COMPILED.replace("FORGET", "1"), INPAINT_KERNELS_LIBRARY_DIR=folder) == [0, [1.0, 1.0]]
 
 
 FALLBACK = """

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.metadata
-import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -38,7 +36,7 @@ MAY_IMPORT = {
     "plumbing": {"plumbing"},
     "top": {"objectives", "nn", "features", "ops", "plumbing", "top"},
 }
-PLUMBING = {"_library", "_backend", "_extension"}
+PLUMBING = {"_library", "_backend", "_extension", "_cuda_support", "_kernels"}
 
 
 # As `python -m inpaint_kernels doctor`.
@@ -205,10 +203,18 @@ def test_doctor_reports_a_library_of_other_sources(tmp_path: Path) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "_C.so")], check=True)
     run = python(DOCTOR, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "_C.so lacks " in run.stdout
-    operators = [kernel["cpu"] for kernels in _library.KERNELS.values() for kernel in kernels]
-    operators += [op.routes["cpu"].forward for op in _library.OPS.values() if op.implement is None]
-    assert all(operator._schema.name.split("::")[1] in run.stdout for operator in operators)
+    operators = [
+        kernel["cpu"] for kernels in _library.KERNELS.values() for kernel in kernels if "cpu" in kernel
+    ]
+    for op in _library.OPS.values():
+        if op.implement is None:
+            operators += [op.routes["cpu"].forward, op.routes["cpu"].backward]
+    first = operators[0].name().split("::")[1]
+    sentence = (
+        rf"_C\.so was built from other sources: it lacks {first}, \w+, \w+ and {len(operators) - 3} more"
+    )
+    assert re.search(sentence, run.stdout)
+    assert "cpu tensors: reference" in run.stdout
 
 
 def test_doctor_reports_a_triton_that_does_not_import(tmp_path: Path) -> None:
@@ -231,78 +237,3 @@ def test_command_line_without_a_command_explains_itself(capsys: pytest.CaptureFi
         command_line.main([])
     assert stopped.value.code == 2
     assert "doctor" in capsys.readouterr().err
-
-
-def build_info(tmp_path: Path, **environment: str) -> dict[str, object] | str:
-    """What `setup.py build_ext` records without compiling anything, or its error."""
-    setuptools = pytest.importorskip("setuptools", minversion="77")
-    del setuptools
-    if not (ROOT / "setup.py").is_file():
-        pytest.skip("not a checkout")
-    arguments = ["build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")]
-    variables = {**os.environ, **environment}
-    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
-        variables.pop(name, None)
-    run = subprocess.run(
-        [sys.executable, "setup.py", "-q", *arguments],
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode != 0:
-        return run.stderr
-    found: dict[str, object] = json.loads((tmp_path / "inpaint_kernels" / "_build_info.json").read_text())
-    return found
-
-
-def test_build_none_records_why(tmp_path: Path) -> None:
-    info = build_info(tmp_path, INPAINT_KERNELS_BUILD="none")
-    assert isinstance(info, dict)
-    assert info["left_out"] == dict.fromkeys(("cpu", "cuda"), "INPAINT_KERNELS_BUILD=none")
-
-
-def test_build_auto_without_a_compiler_records_why(tmp_path: Path) -> None:
-    info = build_info(tmp_path, INPAINT_KERNELS_BUILD="auto", PATH=str(tmp_path))
-    assert isinstance(info, dict), info
-    assert "no C++17 compiler" in str(info["left_out"])
-
-
-def test_build_by_name_fails_without_a_compiler(tmp_path: Path) -> None:
-    error = build_info(tmp_path, INPAINT_KERNELS_BUILD="cpu", PATH=str(tmp_path))
-    assert isinstance(error, str)
-    assert "no C++17 compiler" in error
-
-
-def test_build_mode_is_checked(tmp_path: Path) -> None:
-    error = build_info(tmp_path, INPAINT_KERNELS_BUILD="gpu")
-    assert isinstance(error, str)
-    assert "allowed are auto, none, cpu, cuda" in error
-
-
-@pytest.mark.parametrize(
-    ("archs", "flags"),
-    [
-        ("9.0", ["arch=compute_90,code=[compute_90,sm_90]"]),
-        ("12.0;8.0, 9.0", ["arch=compute_80,code=[compute_80,sm_80,sm_90,sm_120]"]),
-        (
-            "8.0 9.0a 10.0+PTX",
-            [
-                "arch=compute_80,code=[compute_80,sm_80,sm_100]",
-                "arch=compute_90a,code=sm_90a",
-                "arch=compute_100,code=compute_100",
-            ],
-        ),
-    ],
-)
-def test_architectures_share_the_ptx_of_the_oldest(
-    monkeypatch: pytest.MonkeyPatch, archs: str, flags: list[str]
-) -> None:
-    setuptools = pytest.importorskip("setuptools", minversion="77")
-    if not (ROOT / "setup.py").is_file():
-        pytest.skip("not a checkout")
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    found = runpy.run_path(str(ROOT / "setup.py"))
-    assert found["parse_archs"](archs) == [f"-gencode={flag}" for flag in flags]
-    with pytest.raises(found["SetupError"], match="cannot read"):
-        found["parse_archs"]("sm_90")
