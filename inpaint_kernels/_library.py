@@ -248,6 +248,12 @@ def define_kernel(
     return found
 
 
+def define_setting(name: str, read: Callable[[], bool]) -> None:
+    """The operator `<name>() -> bool`: a setting of torch for kernels in C++, whose stable ABI does not reach it."""
+    _library.define(f"{name}() -> bool")
+    _library.impl(name, read, "CompositeExplicitAutograd")
+
+
 def _lazy_triton(module: str, function: str) -> Callable[..., Any]:
     """The Triton launcher, imported on its first call: importing this package must not import Triton."""
     found: list[Callable[..., Any]] = []

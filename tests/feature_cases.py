@@ -6,7 +6,8 @@ wrong together. Layers travel flat, (*inputs, *targets, *masks), as the checks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -124,17 +125,26 @@ def check_autocast(backend: Backend, call: Call, inputs: Sequence[Tensor], wante
         assert same_bits(got, want)
 
 
-def check_matmul_precision(call: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
-    """The setting is read, never written."""
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            outputs, gradients, _ = evaluate(call, inputs, wanted)
-            assert all(t.isfinite().all() for t in (*outputs, *gradients))
-            assert torch.get_float32_matmul_precision() == precision
+        yield
+        assert torch.get_float32_matmul_precision() == precision, "the setting was written"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def check_matmul_precision(call: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
+    """The setting is read, never written."""
+    for precision in MATMUL_PRECISIONS:
+        with matmul_precision(precision):
+            outputs, gradients, _ = evaluate(call, inputs, wanted)
+        assert all(t.isfinite().all() for t in (*outputs, *gradients))
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------

@@ -201,12 +201,3 @@ def test_empty(size: tuple[int, int, int, int]) -> None:
     check_gram(x)
     check_style(EMULATED, [x, x.clone()], style_settings("chw-l1"))
     check_distance(EMULATED, [x, x.clone()], 1, distance_settings())
-
-
-def test_specials() -> None:
-    x = feature_map((1, 8, 4, 4))
-    x[0, 2, 1, 1] = torch.nan
-    gram = gram_matrix(x, backend="cuda")
-    assert gram[0, 2].isnan().all() and gram[0, :, 2].isnan().all() and int(gram.isnan().sum()) == 15
-    large = torch.full((1, 8, 4, 4), 6e4, dtype=torch.float16)
-    assert gram_matrix(large, backend="cuda").isfinite().all()

@@ -74,6 +74,15 @@ CASES = [
 
 def launches(case: Case) -> list[Launch]:
     """What the launcher would launch."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = case.precision
+    try:
+        return _launches(case)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _launches(case: Case) -> list[Launch]:
     memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
     input_dtype, target_dtype = (DTYPES[name] for name in case.dtypes.split("/"))
 
@@ -131,12 +140,7 @@ def check_widths(accesses: Counter[int], width: int, single: int) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills_and_wide_accesses(case: Case, capability: int) -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = case.precision
-    try:
-        found = launches(case)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    found = launches(case)
     assert len(found) >= 1
     for launch in found:
         resources = compile_launch(launch, capability)
@@ -165,6 +169,21 @@ def test_gram_adds_blocks_outside_the_tensor_core() -> None:
     assert "wgmma.mma_async" in ptx
     # One addition for every element of the 64 x 64 tile, by 128 threads.
     assert len(re.findall(r"\badd(?:\.rn)?\.f32\b", ptx)) >= 32
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_low_parts_of_infinity_are_left_out(capability: int, backward: bool) -> None:
+    """Triton splits float32 into TF32 parts and drops their small products where those are NaN, as Inf makes them."""
+    found = {
+        precision: compile_launch(
+            launches(Case("gram", backward=backward, precision=precision))[0], capability
+        )
+        for precision in ("ieee", "tf32")
+    }
+    asks_for_nan = re.compile(r"\bsetp\.(?:num|nan)\.f32\b")
+    assert asks_for_nan.search(found["ieee"].ptx)
+    assert not asks_for_nan.search(found["tf32"].ptx), "it is not the small products that are looked at"
 
 
 def test_check_fails_on_narrow_loads() -> None:

@@ -1,5 +1,6 @@
 // Launches of the Gram kernels, shared by gram.cu and style.cu: compiled once for both.
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <type_traits>
 
@@ -30,6 +31,16 @@ unsigned block_count(int64_t blocks) {
 }
 
 float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// The products that torch's setting for fp32 matrices asks for. Python answers, as LibTorch's stable ABI does
+// not reach the setting; asked at every launch, so that compiled graphs follow it.
+Products products_of(ScalarType dtype) {
+  if (dtype != ScalarType::Float) return Products::all;
+  std::array<StableIValue, 1> stack{};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("inpaint_kernels::allows_tf32", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]) ? Products::big : Products::all;
+}
 
 // Partial Gram matrices of several feature maps, as few launches as dtypes and layouts allow.
 std::vector<Tensor> all_partials(const std::vector<const Features*>& maps, const DeviceScope& device) {
@@ -63,6 +74,7 @@ std::vector<Tensor> all_partials(const std::vector<const Features*>& maps, const
       job.aligned = aligned_lines(map);
       blocks += map.samples() * job.split.tiles * job.split.parts;
     }
+    jobs.products = products_of(like.dtype());
     with_kind(like.dtype(), like.channels_last, [&](auto type, auto channels_last) {
       launch(gram_partials<typename decltype(type)::type, decltype(channels_last)::value>,
              block_count(blocks), kGramThreads, device, jobs);
@@ -217,6 +229,7 @@ std::vector<Tensor> symmetric_products(const std::vector<Product>& products, con
       blocks += map.samples() * pixel_tiles * job.side;
       tiles += tile_count;
     }
+    jobs.products = products_of(like.dtype());
     launch(factor_maxima, block_count(tiles), kFactorThreads, device, jobs);
     with_kind(like.dtype(), like.channels_last, [&](auto type, auto channels_last) {
       using T = typename decltype(type)::type;

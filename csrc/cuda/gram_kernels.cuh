@@ -76,6 +76,7 @@ struct GramJob {
 struct GramJobs {
   GramJob job[kMaxGramJobs];
   int32_t count;
+  Products products;  // of fp32
 };
 
 template <typename T, bool kChannelsLast>
@@ -123,35 +124,51 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
   const int warp_column = warp % 2 * kWarpRows;
   // Above the diagonal.
   const bool idle = diagonal && warp_column > warp_row;
-  WarpSums sums = {};
-#pragma unroll 1
-  for (int stage = 0; stage < kGramStages - 1; ++stage) load(stage);
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    wait_for_copies<kGramStages - 2>();
-    // Everyone's copies are there, and everyone is done with the stage that the next load overwrites.
-    __syncthreads();
-    load(stage + kGramStages - 1);
-    const char* rows = reinterpret_cast<const char*>(memory[stage % kGramStages][0]);
-    const char* columns = diagonal ? rows : reinterpret_cast<const char*>(memory[stage % kGramStages][1]);
-    constexpr Low kLow = sizeof(T) == 4 ? Low::split : Low::none;
-    if (!idle) multiply_stage<T, Shape, Shape, kLow>(rows, warp_row, columns, warp_column, sums);
-  }
-  if (idle) return;
   float* out =
       job.partials + ((sample * job.split.tiles + tile_index) * job.split.parts + part) * kGramEntries;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int row = warp_row + sum_row(m, pair);
-        const int column = warp_column + sum_column(n);
-        store_pair(out + row * kGramTile + column, sums[m][n][2 * pair], sums[m][n][2 * pair + 1]);
+  // Makes and stores the sums, `again` only where they were NaN; tells whether one of them is NaN.
+  const auto make = [&](auto products, bool again) {
+    WarpSums sums = {};
+#pragma unroll 1
+    for (int stage = 0; stage < kGramStages - 1; ++stage) load(stage);
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+      wait_for_copies<kGramStages - 2>();
+      // Everyone's copies are there, and everyone is done with the stage that the next load overwrites.
+      __syncthreads();
+      load(stage + kGramStages - 1);
+      const char* rows = reinterpret_cast<const char*>(memory[stage % kGramStages][0]);
+      const char* columns = diagonal ? rows : reinterpret_cast<const char*>(memory[stage % kGramStages][1]);
+      constexpr Low kLow = sizeof(T) == 4 ? Low::split : Low::none;
+      if (!idle) {
+        multiply_stage<T, Shape, Shape, decltype(products)::value, kLow>(rows, warp_row, columns, warp_column,
+                                                                         sums);
       }
     }
+    if (idle) return false;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          float* entries = out + (warp_row + sum_row(m, pair)) * kGramTile + warp_column + sum_column(n);
+          const float* sum = &sums[m][n][2 * pair];
+          const bool keep[2] = {again && !is_nan(entries[0]), again && !is_nan(entries[1])};
+          store_pair(entries, keep[0] ? entries[0] : sum[0], keep[1] ? entries[1] : sum[1]);
+        }
+      }
+    }
+    return has_nan(sums);
+  };
+  bool again = false;
+  if constexpr (sizeof(T) == 4) {
+    if (jobs.products == Products::all) {
+      again = __syncthreads_or(make(Constant<Products::all>(), false)) != 0;
+      if (!again) return;
+    }
   }
+  make(Constant<Products::big>(), again);
 }
 
 // Where a thread of the second stage works: four neighbours of one row, in the tile and in the matrix.

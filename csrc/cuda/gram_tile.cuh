@@ -7,10 +7,15 @@
 // warp makes 32 x 32 of the product.
 //
 // Half types are exact on tensor cores. An fp32 value x is split into big = tf32(x) and small = tf32(x -
-// big), and big big + big small + small big leaves a relative error of about 2^-22 a product. Tensor cores
-// cut off the bits of a sum that do not fit instead of rounding, which over thousands of pixels of one sign
-// adds up to a bias: every short chain of products starts from zero and is added to the sum in an ordinary
-// fp32 register.
+// big), and big big + big small + small big leaves a relative error of about 2^-22 a product; where torch's
+// setting allows TF32, big big is all. Tensor cores cut off the bits of a sum that do not fit instead of
+// rounding, which over thousands of pixels of one sign adds up to a bias: every short chain of products
+// starts from zero and is added to the sum in an ordinary fp32 register.
+//
+// Small is NaN for Inf, and Inf times a small of 0 is NaN, too: with an Inf among the operands a sum is NaN
+// even where its big products alone are Inf, as they should be. A block that finds NaN in its sums makes
+// those anew without small parts of Inf. Finite operands pay for one look at the sums; a check at every
+// product would take 8 instructions for 3 of the tensor core.
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -98,18 +103,35 @@ IK_DEVICE void load_fragment(const char* tile, int row, int step, uint32_t (&wor
   }
 }
 
+IK_DEVICE bool is_nan(float value) { return value != value; }
+IK_DEVICE bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
+
+// The parts of fp32 operands that are multiplied: big with big alone, or all but small with small. Half types
+// have one part; see Low for those of a factor.
+enum class Products : int { big, all };
+
+template <Products kProducts>
+using Constant = std::integral_constant<Products, kProducts>;
+
 // Replaces fp32 words by their big parts.
-IK_DEVICE void split_tf32(uint32_t (&words)[4], uint32_t (&small)[4]) {
+template <Products kProducts>
+IK_DEVICE void split_tf32(uint32_t (&words)[4], [[maybe_unused]] uint32_t (&small)[4]) {
+  constexpr float kLargest = 0x1.ffcp127f;  // of TF32; finite values above it round to Inf
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float value = bits_to_float(words[i]);
-    words[i] = round_tf32(value);
-    small[i] = round_tf32(value - bits_to_float(words[i]));
+    if constexpr (kProducts == Products::all) {
+      // Finite values above the largest become Inf and -Inf, whose sum is NaN and is made anew.
+      words[i] = round_tf32(value);
+      small[i] = round_tf32(value - bits_to_float(words[i]));
+    } else {
+      words[i] = fabsf(value) > kLargest ? words[i] & 0xffffe000u : round_tf32(value);
+    }
   }
 }
 
-// Where the low parts of B come from: nowhere, split off in registers (fp32), or tiles of their own behind
-// B's.
+// Where the low parts of B come from: nowhere (B has none, or is rounded already), split off in registers
+// (fp32), or tiles of their own behind B's.
 enum class Low : int { none, split, tiles };
 
 // Parts that an fp32 operand in memory is split into: 22 bits of its 24 with TF32 and half, all with
@@ -119,13 +141,22 @@ constexpr int kParts = std::is_same_v<T, BFloat16> ? 3 : 2;
 
 using WarpSums = float[2][4][4];  // [rows / 16][columns / 8][mma accumulator]
 
+IK_DEVICE bool has_nan(const WarpSums& sums) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) found = found || is_nan(sums[i / 16][i / 4 % 4][i % 4]);
+  return found;
+}
+
 // Adds one stage of A[a_row ..][k] B[b_row ..][k], 32 x 32, to the sums of this warp.
-template <typename T, typename ShapeA, typename ShapeB, Low kLow>
+template <typename T, typename ShapeA, typename ShapeB, Products kProducts, Low kLow>
 IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row, WarpSums& sums) {
-  constexpr bool kSplit = sizeof(T) == 4;
+  constexpr bool kFull = sizeof(T) == 4;
+  constexpr bool kSplit = kFull && kProducts == Products::all;
+  constexpr bool kLowOfB = kLow == Low::tiles || (kLow == Low::split && kSplit);
   constexpr int kLows = kLow == Low::tiles ? kParts<T> - 1 : 1;
   // Without splitting two steps are 2 mma instructions; with it one step is already up to 3.
-  constexpr int kChain = kSplit ? 1 : kSteps;
+  constexpr int kChain = kFull ? 1 : kSteps;
 // fp32: one step at a time, as the fragments of two do not fit in 128 registers.
 #pragma unroll 1
   for (int first = 0; first < kSteps; first += kChain) {
@@ -136,7 +167,7 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         load_fragment<T, ShapeA>(a, a_row + 16 * m, first + s, a_words[s][m]);
-        if constexpr (kSplit) split_tf32(a_words[s][m], a_small[s][m]);
+        if constexpr (kFull) split_tf32<kProducts>(a_words[s][m], a_small[s][m]);
       }
     }
     // 16 columns at a time: fewer registers than all 32.
@@ -147,7 +178,7 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row
 #pragma unroll
       for (int s = 0; s < kChain; ++s) {
         load_fragment<T, ShapeB>(b, b_row + 16 * columns, first + s, b_words[s]);
-        if constexpr (kLow == Low::split) split_tf32(b_words[s], b_small[s][0]);
+        if constexpr (kLow == Low::split) split_tf32<kProducts>(b_words[s], b_small[s][0]);
         if constexpr (kLow == Low::tiles) {
 #pragma unroll
           for (int low = 0; low < kLows; ++low) {
@@ -165,7 +196,7 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row
           for (int s = 0; s < kChain; ++s) {
             // Small terms first: what is cut off depends on the largest term so far.
             if constexpr (kSplit) multiply_add<T>(chain, a_small[s][m], b_words[s][i], b_words[s][i + 2]);
-            if constexpr (kLow != Low::none) {
+            if constexpr (kLowOfB) {
 #pragma unroll
               for (int low = kLows - 1; low >= 0; --low) {
                 multiply_add<T>(chain, a_words[s][m], b_small[s][low][i], b_small[s][low][i + 2]);

@@ -1,11 +1,11 @@
 // Backward kernels of Gram matrices and of the style loss: out_n = factor F_n X_n, F symmetric [C, C].
 //
 // Three launches for all layers. The first two sum F over the predictions (or form dG + dG^T), divide it by
-// its largest entry and split it into a high and low parts of the features' type (TF32 for fp32), padded
-// with zeros to whole tiles. The entries of the l1 style loss are then exactly 0, 1/2 or 1 (or simple
+// its largest finite entry and split it into a high and low parts of the features' type (TF32 for fp32),
+// padded with zeros to whole tiles. The entries of the l1 style loss are then exactly 0, 1/2 or 1 (or simple
 // fractions): the low parts are zero, which a flag tells, and their products are skipped. The third is the
 // product, F X + F_low X, with 128 pixels x 64 channels a block; blocks of the same pixels are neighbours and
-// share them in L2.
+// share them in L2. Where torch's setting allows TF32, fp32 features take the high parts alone.
 //
 // Bytes: X once for every 64 channels (from L2 after the first), out once in 16-byte stores.
 #pragma once
@@ -36,7 +36,7 @@ struct ProductJob {
   float multiplier;
   const float* grad;  // scalar on the device, or null
 
-  float* maxima;         // [N, side, side] largest absolute entry of every tile
+  float* maxima;         // [N, side, side] largest finite absolute entry of every tile
   float* scale;          // [N] factor of the finished product
   uint8_t* low;          // [N, side, side] whether a tile has low parts
   void* factor;          // [N, kParts (high, low ..), side * 64, side * 64] in the features' type
@@ -54,6 +54,7 @@ struct ProductJob {
 struct ProductJobs {
   ProductJob job[kMaxProductJobs];
   int32_t count;
+  Products products;  // of fp32
 };
 
 struct FactorTile {
@@ -119,7 +120,9 @@ static __global__ void __launch_bounds__(kFactorThreads)
   factor_entries(job, tile, value);
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kFactorEntries; ++i) largest = fmaxf(largest, fabsf(value[i]));
+  for (int i = 0; i < kFactorEntries; ++i) {
+    if (is_finite(value[i])) largest = fmaxf(largest, fabsf(value[i]));
+  }
   __shared__ float warps[kFactorThreads / kWarpSize];
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
@@ -155,9 +158,8 @@ __global__ void __launch_bounds__(kFactorThreads) split_factor(const IK_GRID_CON
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   }
-  // Zero or infinite: nothing to divide by. Infinite entries stay infinite.
-  const bool usable = largest > 0.0f && largest <= 3.402823466e38f;
-  if (!usable) largest = 1.0f;
+  // Nothing to divide by, and infinite entries stay infinite.
+  if (largest == 0.0f) largest = 1.0f;
   if (tile.row == 0 && tile.column == 0 && thread == 0) {
     const float grad = job.grad == nullptr ? 1.0f : *job.grad;
     job.scale[tile.sample] = largest * job.multiplier * grad;
@@ -176,7 +178,8 @@ __global__ void __launch_bounds__(kFactorThreads) split_factor(const IK_GRID_CON
     for (int part = 0; part < kParts<T>; ++part) {
       const T rounded = to_factor<T>(rest);
       high[part * width * width] = rounded;
-      rest -= static_cast<float>(rounded);
+      // No low part of Inf or NaN.
+      rest = is_finite(static_cast<float>(rounded)) ? rest - static_cast<float>(rounded) : 0.0f;
       if (part == 0) has_low = has_low || !(rest == 0.0f);
     }
     high += kFactorThreads / kFactorTile * width;
@@ -215,6 +218,22 @@ IK_DEVICE void store_sum(char* to, float value) {
   }
 }
 
+// An entry of the product without tensor cores, up to the first NaN.
+template <typename T>
+IK_DEVICE float plain_sum(const T* factor, int64_t part_step, const T* features, int64_t channel_step,
+                          int channels) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int channel = 0; channel < channels && !is_nan(sum); ++channel) {
+    float whole = 0.0f;
+    for (int part = kParts<T> - 1; part >= 0; --part) {
+      whole += static_cast<float>(factor[part * part_step + channel]);
+    }
+    sum += whole * static_cast<float>(features[channel * channel_step]);
+  }
+  return sum;
+}
+
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kProductThreads, 2)
     symmetric_product(const IK_GRID_CONSTANT ProductJobs jobs) {
@@ -237,6 +256,9 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const uint8_t* flags = job.low + (static_cast<int64_t>(sample) * job.side + channel_tile) * job.side;
   bool has_low = false;
   for (int i = 0; i < job.side; ++i) has_low = has_low || flags[i] != 0;
+  constexpr bool kFull = sizeof(T) == 4;
+  const bool big = kFull && jobs.products == Products::big;
+  has_low = has_low && !big;
 
   const int64_t line = kChannelsLast ? job.channels : job.pixels;  // elements from line to line
   const int64_t channel_step = kChannelsLast ? 1 : job.pixels;
@@ -279,13 +301,15 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     const char* a = memory + stage % kProductStages * Memory::kStage;
     const char* b = a + Pixels::kBytes;
     if (has_low) {
-      multiply_stage<T, Pixels, Factor, Low::tiles>(a, warp_pixel, b, warp_channel, sums);
+      multiply_stage<T, Pixels, Factor, Products::all, Low::tiles>(a, warp_pixel, b, warp_channel, sums);
+    } else if (big) {
+      multiply_stage<T, Pixels, Factor, Products::big, Low::none>(a, warp_pixel, b, warp_channel, sums);
     } else {
-      multiply_stage<T, Pixels, Factor, Low::none>(a, warp_pixel, b, warp_channel, sums);
+      multiply_stage<T, Pixels, Factor, Products::all, Low::none>(a, warp_pixel, b, warp_channel, sums);
     }
   }
   // The fragments hold 2 neighbours; through shared memory every thread stores 16 bytes.
-  __syncthreads();
+  const bool nan = __syncthreads_or(has_nan(sums)) != 0;
   const float scale = job.scale[sample];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -306,6 +330,22 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const int channels = job.channels - first_channel;
   const int lines = kChannelsLast ? pixels : channels;
   const int length = kChannelsLast ? channels : pixels;
+  if (nan) {
+    // Low parts may have made it of Inf, see gram_tile.cuh.
+    const int64_t pixel_step = kChannelsLast ? job.channels : 1;
+#pragma unroll 1
+    for (int entry = static_cast<int>(threadIdx.x); entry < Memory::kOutLines * Memory::kOutLength;
+         entry += kProductThreads) {
+      const int y = entry / Memory::kOutLength;
+      const int x = entry % Memory::kOutLength;
+      char* to = memory + y * Memory::kOutPitch + x * static_cast<int>(sizeof(T));
+      if (y >= lines || x >= length || !is_nan(static_cast<float>(*reinterpret_cast<const T*>(to)))) continue;
+      const T* row = factor + (kChannelsLast ? x : y) * width;
+      const T* column = features + (kChannelsLast ? y : x) * pixel_step;
+      store_sum<T>(to, plain_sum(row, width * width, column, channel_step, job.channels) * scale);
+    }
+    __syncthreads();
+  }
   T* out = static_cast<T*>(job.out) + (features - static_cast<const T*>(job.features)) +
            first_channel * channel_step;
 #pragma unroll 1

@@ -43,6 +43,14 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     return (product.reshape(n, c, h, w).to(features.dtype),)
 
 
+def _allows_tf32() -> bool:
+    # As Triton's launcher reads it, see `triton_kernels/product.py`.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Of the CUDA kernels of gram and style.
+_library.define_setting("allows_tf32", _allows_tf32)
+
 _op = _library.Op(
     "gram",
     schema="(Tensor features, str normalize) -> Tensor",
@@ -61,6 +69,11 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", backend: str | None
     The factor s is 1/(C H W) for ``normalize="chw"`` (every released inpainting code base), 1/(H W) for "hw", 1 for
     "none". Products are accumulated in float32 and scaled before they could overflow: features of any half type
     give finite, unrounded float32 matrices.
+
+    float32 products on a GPU follow `torch.set_float32_matmul_precision`, forward and backward, in compiled code too:
+    at "highest" three TF32 products make one of float32's accuracy, at "high" and "medium" one does. NaN and Inf
+    appear where the definition has them. Triton alone may give NaN in two more cases: float32 features above
+    3.4011e38, the largest TF32, at "highest", and gradients at pixels where half-precision features are infinite.
 
     Args:
         features: (N, C, H, W); float16, bfloat16, float32 or float64. NCHW and channels_last are read in place,

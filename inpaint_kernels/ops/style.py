@@ -147,7 +147,8 @@ def style_loss(
 
     Differentiable in `input` and `target`, twice (in given Gram matrices through the reference). The difference is
     formed before any rounding, and the backward is one product with a symmetric C x C matrix for each layer. It keeps
-    that matrix and a reference to the features.
+    that matrix and a reference to the features. Precision of float32 products, NaN and Inf: see `gram_matrix`;
+    make given Gram matrices at the precision they are compared at.
 
     Raises:
         TypeError: an argument is no floating tensor or sequence of them.

@@ -57,6 +57,17 @@ class Block {
 
   void barrier() { wait(block_, alive_); }
 
+  // A barrier that tells whether any thread's value is true.
+  bool any(bool value) {
+    vote_ = vote_ || value;
+    if (block_.arrived + 1 == alive_) {
+      outcome_ = vote_;
+      vote_ = false;
+    }
+    barrier();
+    return outcome_;
+  }
+
   int lane() const { return static_cast<int>(current_ % kWarp); }
 
   // The value of thread `lane` of this warp.
@@ -143,6 +154,8 @@ class Block {
   size_t current_ = 0;
   int alive_ = 0;
   bool progress_ = false;
+  bool vote_ = false;
+  bool outcome_ = false;
 };
 
 // Read as variables by the kernels; reading is a call, as all fibers share one set of globals.
@@ -181,6 +194,7 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
 #define blockIdx (simt::Index{simt::block_index})
 #define gridDim (simt::Index{simt::block_count})
 #define __syncthreads() simt::Block::running().barrier()
+#define __syncthreads_or(value) simt::Block::running().any(value)
 #define __shfl_sync(mask, value, lane) simt::shuffle(value, (lane) % 32)
 #define __shfl_xor_sync(mask, value, step) simt::shuffle(value, simt::Block::running().lane() ^ (step))
 #define __shfl_up_sync(mask, value, step) simt::shuffle(value, simt::neighbor(-(step)))
