@@ -21,10 +21,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .NOTPARALLEL:
-.PHONY: help demo style test test-interpreter test-resources bench tables lint format wheel asan gpu build doctor clean
+.PHONY: help demo style test test-interpreter test-resources test-torch-2.14 bench tables lint format wheel asan gpu build doctor clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 demo: $(VENV)/.stamp-demo build ## train a small inpainting network on real photographs
 	$(BIN)/python examples/train.py $(ARGS)
@@ -61,6 +61,18 @@ test-resources: $(VENV)/.stamp-test build ## compile every Triton kernel ahead o
 
 test-resources-%: build/triton-%
 	PYTHONPATH=$(CURDIR)/$< $(PYTEST) -n 2 tests/test_resources*.py $(ARGS)
+
+# The libraries as they were built, under the newest torch they are known to serve. An environment of its own: the
+# other one keeps its torch. OTHER_TORCH="torch==... torchvision==... --index-url <index>": another one, from elsewhere.
+OTHER_TORCH ?= torch==2.14.1 torchvision==0.29.1
+OTHER := .env-torch-2.14
+test-torch-2.14: build ## the built libraries under torch 2.14.1, several gigabytes to download
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --no-compile $(OTHER_TORCH) \
+	  'pytest>=8' pytest-xdist hypothesis expecttest numpy
+	PYTHONPATH=. $(OTHER)/bin/python tools/smoke.py --expect cpu
+	PYTHONPATH=. INPAINT_KERNELS_TEST_BACKENDS=cpu OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n 2 \
+	  tests/test_backend.py $(wildcard $(TRITON_OPS:%=tests/test_%.py) tests/test_perceptual.py tests/test_trunk_weights.py) $(ARGS)
 
 bench: $(VENV)/.stamp-bench build ## time the kernels against eager and compiled PyTorch
 	$(BIN)/python -m inpaint_kernels bench $(ARGS)

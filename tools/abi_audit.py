@@ -2,14 +2,16 @@
 
     python tools/abi_audit.py [folder with _C.so and _C_cuda.so]
 
-Running the tests under a second torch would be the direct proof, but the Linux wheels of torch >= 2.10 on the
-default package index are CUDA builds of several gigabytes with what they require. So every symbol that the
-libraries take from torch is looked up instead: all must belong to the stable ABI, all must be in torch 2.10.
+Running the tests under a second torch is the direct proof, `make test-torch-2.14`; but the Linux wheels of torch on
+the default package index are CUDA builds of several gigabytes with what they require. So every symbol that the
+libraries take from torch is looked up here: all must belong to the stable ABI, all must be in torch 2.10. Those that
+do not belong to it are listed: should torch drop one of them, the whole library fails to load.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -22,6 +24,9 @@ NEEDED = {
     "_C.so": {"libtorch_cpu.so"},
     "_C_cuda.so": {"libtorch_cpu.so", "libtorch_cuda.so"},
 }
+# What torch documents as the stable ABI: its C functions, and whatever its C++ wrappers call. The shims that are
+# generated for Inductor (aoti_torch/generated) look alike and are not part of it.
+STABLE_HEADERS = ("torch/csrc/stable/**/*.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 SYSTEM = re.compile(r"^(libc|libm|libstdc\+\+|libgcc_s|libdl|librt|libpthread|ld-linux[\w-]*)\.so")
 
 
@@ -38,7 +43,7 @@ def torch_versions(library: Path) -> list[str]:
     if run.returncode not in (0, 1):
         return [f"torch-abi-audit failed: {run.stderr.strip()}"]
     found = json.loads(run.stdout)["bundled_libs"][0]["torch"]
-    print(f"  {found['stable_shim_count']} stable torch symbols, oldest torch {found['min_torch_version']}")
+    print(f"  {found['stable_shim_count']} C functions of torch, oldest torch {found['min_torch_version']}")
     problems = []
     if run.returncode != 0 or not found["stable"] or found["unknown_shim_symbols"]:
         symbols = found["unstable_symbols"] + found["unknown_shim_symbols"]
@@ -46,6 +51,38 @@ def torch_versions(library: Path) -> list[str]:
     if tuple(int(part) for part in found["min_torch_version"].split(".")[:2]) > OLDEST_TORCH:
         problems.append(f"it needs torch {found['min_torch_version']}: {found['version_defining_symbols']}")
     return problems
+
+
+def undefined_symbols(library: Path) -> set[str]:
+    lines = output_of("nm", "-D", "--undefined-only", str(library)).splitlines()
+    return {line.split()[-1] for line in lines}
+
+
+def stable_names(include: Path) -> set[str]:
+    """C functions of torch that the headers of its stable ABI name."""
+    headers = [header for pattern in STABLE_HEADERS for header in include.glob(pattern)]
+    if not headers:
+        sys.exit(f"no headers of the stable ABI in {include}; torch 2.10 or later is needed")
+    text = "\n".join(header.read_text() for header in headers)
+    return set(re.findall(r"\b(?:aoti_)?torch_\w+", text))
+
+
+def unstable(symbols: set[str], stable: set[str]) -> list[str]:
+    """Those of torch's symbols, C and C++, that do not belong to the stable ABI."""
+    c = {name for name in symbols if re.match(r"(aoti_)?torch_", name)}
+    # Mangled: functions, then type information, in the namespaces at, c10, caffe2 and torch.
+    cpp = {name for name in symbols if re.match(r"_Z(T[ISV])?NK?(2at|3c10|6caffe2|5torch)", name)}
+    return sorted((c - stable) | cpp)
+
+
+def stability(library: Path) -> list[str]:
+    """Problems with symbols beyond the stable ABI of the torch that is installed here."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit("torch is not installed; its headers tell what is stable")
+    found = unstable(undefined_symbols(library), stable_names(Path(spec.origin).parent / "include"))
+    print(f"  not of the stable ABI: {', '.join(found) or 'nothing'}")
+    return [f"it uses symbols outside the stable ABI: {', '.join(found)}"] if found else []
 
 
 def linkage(library: Path) -> list[str]:
@@ -61,9 +98,7 @@ def linkage(library: Path) -> list[str]:
     }
     if extra := sorted(name for name in exported if not EXPORTS.match(name)):
         problems.append(f"it exports {extra}: only inpaint_kernels_* may be seen from outside")
-    undefined = {
-        line.split()[-1] for line in output_of("nm", "-D", "--undefined-only", str(library)).splitlines()
-    }
+    undefined = undefined_symbols(library)
     if python := sorted(name for name in undefined if re.match(r"_?Py[A-Z_]", name)):
         problems.append(f"it uses the Python C API: {python}")
     glibc = [tuple(map(int, found)) for found in re.findall(r"GLIBC_(\d+)\.(\d+)", " ".join(undefined))]
@@ -95,7 +130,8 @@ def main() -> int:
     problems = []
     for library in libraries:
         print(library.name)
-        problems += [f"{library.name}: {text}" for text in torch_versions(library) + linkage(library)]
+        found = [text for check in (torch_versions, stability, linkage) for text in check(library)]
+        problems += [f"{library.name}: {text}" for text in found]
     for folder in (root / "build").glob("temp.*/cpu"):
         problems += initialisers(folder)
     print("\n".join(problems) or "every check passed")
