@@ -100,8 +100,9 @@ wheel: $(VENV)/.stamp-dev ## dist/*.whl, with build isolation
 asan: $(VENV)/.stamp-test ## the CPU library and its tests under AddressSanitizer and UBSan
 	tools/asan.sh $(BIN)/python $(ARGS)
 
-gpu: ## on a machine with a GPU: tests and benchmarks, results in ./gpu_out
-	tools/gpu_run.sh
+gpu: ## on a machine with a GPU: smoke, tests and benchmarks in ten minutes, results in ./gpu_out
+	[ -f inpaint_kernels/_C_cuda.so ] || INPAINT_KERNELS_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
+	PYTHON=$(PYTHON) tools/gpu_run.sh $(ARGS)
 
 doctor: build ## what is installed, which backend runs, what to do
 	$(BIN)/python -m inpaint_kernels doctor

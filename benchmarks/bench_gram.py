@@ -56,9 +56,9 @@ def fused(case: Case, backend: str) -> Formula:
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     n, c = case.shape[:2]
-    weights = torch.rand((n, c, c), generator=generator)
+    weights = torch.rand((n, c, c), generator=generator, device=device)
     features = feature_inputs(case, device, generator)["input0"]
-    return {"features": features, "weights": weights.to(device, case.dtype)}
+    return {"features": features, "weights": weights.to(case.dtype)}
 
 
 def minimum_bytes(case: Case) -> Bytes:

@@ -44,11 +44,11 @@ class _Network(torch.autograd.Function):
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     n, c, h, w = case.shape
-    back = torch.randn(2 * n, c, h, w, generator=generator) / case.numel
+    back = torch.randn(2 * n, c, h, w, generator=generator, device=device) / case.numel
     return {
         **image_inputs(case, device, generator),
         **feature_inputs(case, device, generator, copies=2),
-        "back": back.to(device, case.dtype),
+        "back": back.to(case.dtype),
         "sink": torch.zeros(1, device=device, dtype=case.dtype),
     }
 

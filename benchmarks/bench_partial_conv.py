@@ -96,17 +96,18 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     assert image is not None and mask is not None
     n, c, h, w = case.shape
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-    weight = torch.randn(_outputs(case), c, 3, 3, generator=generator) / (9 * c) ** 0.5
-    bias = torch.randn(_outputs(case), generator=generator)
-    upstream = torch.randn(n, _outputs(case), h, w, generator=generator)
+    outputs = _outputs(case)
+    weight = torch.randn(outputs, c, 3, 3, generator=generator, device=device) / (9 * c) ** 0.5
+    bias = torch.randn(outputs, generator=generator, device=device)
+    upstream = torch.randn(n, outputs, h, w, generator=generator, device=device)
     if _is_multi(case):
         mask = mask.expand(n, c, h, w).contiguous(memory_format=memory_format)
     return {
         "input": image,
-        "weight": weight.to(device, case.dtype).contiguous(memory_format=memory_format).requires_grad_(),
-        "bias": bias.to(device, case.dtype).requires_grad_(),
+        "weight": weight.to(case.dtype).contiguous(memory_format=memory_format).requires_grad_(),
+        "bias": bias.to(case.dtype).requires_grad_(),
         "mask": mask,
-        "upstream": upstream.to(device, case.dtype).contiguous(memory_format=memory_format),
+        "upstream": upstream.to(case.dtype).contiguous(memory_format=memory_format),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .bench_partial_conv import nvidia
 from .harness import Benchmark, Bytes, Case, Formula, Terms, image_inputs
-from .run import ROOT
+from .machine import ROOT
 
 
 class _Nvidia(nn.Conv2d):
@@ -82,7 +82,7 @@ def _formula(kind: str) -> Formula:
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     found = image_inputs(case, device, generator)
-    upstream = torch.randn(case.shape, generator=generator).to(device, case.dtype)
+    upstream = torch.randn(case.shape, generator=generator, device=device).to(case.dtype)
     inputs: dict[str, Tensor | None] = {"image": found["target"], "mask": found["mask"], "upstream": upstream}
     for name, parameter in _network("plain").named_parameters():
         value = parameter.detach().to(device, case.dtype)

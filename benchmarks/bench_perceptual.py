@@ -100,7 +100,9 @@ def fused(case: Case, variant: str) -> Formula:
 
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
-    pred, target = (torch.rand(case.shape, generator=generator).to(device, case.dtype) for _ in range(2))
+    pred, target = (
+        torch.rand(case.shape, generator=generator, device=device).to(case.dtype) for _ in range(2)
+    )
     trunk_of(pred.device, pred.dtype)
     return {"pred": pred.requires_grad_(), "target": target}
 

@@ -18,7 +18,7 @@ SHIFT = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     n, c, h, w = case.shape
-    upstream = torch.randn(3 * n, c, h, w, generator=generator).to(device, case.dtype)
+    upstream = torch.randn(3 * n, c, h, w, generator=generator, device=device).to(case.dtype)
     if case.layout == "channels_last":
         upstream = upstream.contiguous(memory_format=torch.channels_last)
     return {**image_inputs(case, device, generator), "upstream": upstream}

@@ -7,7 +7,7 @@ All providers of a case get the same inputs, give the same scalar and the same g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,14 @@ class Benchmark:
         return (2 if self.heavy else 3) if quick else (5 if self.heavy else 30)
 
 
+def tiny(case: Case) -> Case:
+    """The case at a size that takes no time anywhere, with the same channels and options."""
+    n, c, h, w = case.shape
+    # Of smaller images, VGG's third layer has so few pixels that entries of Gram matrices come near ties.
+    side = 256 if case.options.get("vgg16") else 64
+    return replace(case, shape=(min(n, 2), c, min(h, side), min(w, side)), devices=("cpu", "cuda"))
+
+
 def weighted_sum(terms: Terms, weights: tuple[float, ...]) -> Tensor:
     """The loss, added up as in a training script: no multiplication by 1."""
     total = terms[0] if weights[0] == 1.0 else weights[0] * terms[0]
@@ -108,6 +116,8 @@ def weighted_sum(terms: Terms, weights: tuple[float, ...]) -> Tensor:
 def image_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     """A prediction that needs its gradient, a target and a 0/1 mask with rectangular holes, all of one dtype.
 
+    The generator lives on the device, which fills gigabytes while a host would take seconds.
+
     About a third of the pixels are holes. The mask has the dtype of the images, so that the plain formula is
     not slowed down by type promotion.
     """
@@ -115,19 +125,21 @@ def image_inputs(case: Case, device: torch.device, generator: torch.Generator) -
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
 
     def image() -> Tensor:
-        values = torch.rand((n, c, h, w), generator=generator) * 2 - 1
-        return values.to(device, case.dtype).contiguous(memory_format=memory_format)
+        values = torch.rand((n, c, h, w), generator=generator, device=device) * 2 - 1
+        return values.to(case.dtype).contiguous(memory_format=memory_format)
 
-    mask = torch.ones(n, 1, h, w)
+    mask = torch.ones(n, 1, h, w, device=device)
     for sample in mask:
         for _ in range(4):
-            top, left = (int(torch.randint(0, size, (), generator=generator)) for size in (h, w))
+            top, left = (
+                int(torch.randint(0, size, (), generator=generator, device=device)) for size in (h, w)
+            )
             sample[:, top : top + h // 2, left : left + w // 2] = 0
     with_mask = bool(case.options.get("mask", True))
     return {
         "pred": image().requires_grad_(),
         "target": image(),
-        "mask": mask.to(device, case.dtype) if with_mask else None,
+        "mask": mask.to(case.dtype) if with_mask else None,
     }
 
 
@@ -146,12 +158,12 @@ def feature_inputs(
     n = case.shape[0]
 
     def positive(samples: int, shape: Sequence[int]) -> Tensor:
-        return torch.randn((samples, *shape), generator=generator).clamp_(min=0)
+        return torch.randn((samples, *shape), generator=generator, device=device).clamp_(min=0)
 
     for layer, (c, h, w) in enumerate(layers(case)):
-        scale = torch.where(torch.arange(c) % 2 == 0, 0.5, 4.0).view(1, c, 1, 1)
+        scale = torch.where(torch.arange(c, device=device) % 2 == 0, 0.5, 4.0).view(1, c, 1, 1)
         stacked, target = (
-            t.to(device, case.dtype).contiguous(memory_format=memory_format)
+            t.to(case.dtype).contiguous(memory_format=memory_format)
             for t in (positive(copies * n, (c, h, w)), positive(n, (c, h, w)) * scale)
         )
         found[f"input{layer}"], found[f"target{layer}"] = stacked.requires_grad_(), target

@@ -29,6 +29,19 @@ _SPIN_CYCLES_PER_MS = 2_000_000
 _SPIN_ATTEMPTS = 6
 
 
+class DeviceLostError(RuntimeError):
+    """After an illegal access a CUDA device answers this process with errors alone, whatever it asks."""
+
+
+def raise_if_lost(device: torch.device, cause: str) -> None:
+    """DeviceLostError, naming the cause, when the device is of no more use to this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise DeviceLostError(f"the device is lost after {cause}") from error
+
+
 @dataclass
 class Samples:
     """Times of single calls: device milliseconds (wall time on the CPU) and host microseconds."""

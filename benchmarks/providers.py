@@ -5,6 +5,7 @@ A provider whose loss or gradients are off is not timed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .harness import Benchmark, Case, Formula, weighted_sum
-from .measure import Inputs, Step, clear_gradients, tensors
+from .measure import Inputs, Step, clear_gradients, raise_if_lost, run_step, tensors
 
 _COMPILE_TUNED = {"triton.cooperative_reductions": True, "combo_kernels": True}
 # Own implementations, by device type.
@@ -97,7 +98,7 @@ def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
     return Provider(name, terms, step)
 
 
-def _gradients(inputs: Inputs) -> dict[str, Tensor | None]:
+def gradients_of(inputs: Inputs) -> dict[str, Tensor | None]:
     """Gradients by leaf; one whose parts a formula took instead (see `feature_inputs`) is put together."""
     found = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
     for name in [n for n in found if f"{n}_part0" in found]:
@@ -120,8 +121,16 @@ def truth_of(benchmark: Benchmark, case: Case, inputs: Inputs) -> Exact:
         terms[0].backward(upstream)
     else:
         weighted_sum(terms, benchmark.weights).backward()
-    gradients = {name: grad for name, grad in _gradients(double).items() if grad is not None}
+    gradients = {name: grad for name, grad in gradients_of(double).items() if grad is not None}
     return [t.detach() for t in terms], gradients
+
+
+def _poison(inputs: Inputs) -> None:
+    """Memory that a provider gets next but fails to write holds NaN."""
+    freed = [torch.full_like(t, float("nan")) for t in tensors(inputs)]
+    # Sums and scalars, in the smallest blocks an allocator has.
+    freed += [t.new_full((128,), float("nan"), dtype=torch.float32) for t in tensors(inputs)]
+    del freed
 
 
 def gate(
@@ -133,16 +142,16 @@ def gate(
     """
     tolerance = benchmark.tolerances[case.dtype]
     exact_terms, exact_gradients = truth or truth_of(benchmark, case, inputs)
-    # Memory that the provider gets but fails to write then holds NaN.
-    poison = [torch.full_like(t, float("nan")) for t in tensors(inputs)]
-    del poison
     given = {name: t for name, t in inputs.items() if name != "upstream"}
     # A compiled layer is checked as it will run, with the graph for its backward.
+    _poison(inputs)
     with torch.set_grad_enabled(benchmark.layer):
         terms = [t.detach().double() for t in provider.formula(**given)]
+    _poison(inputs)
     loss = provider.step(**inputs)
+    _poison(inputs)
     loss.backward()
-    gradients = _gradients(inputs)
+    gradients = gradients_of(inputs)
     clear_gradients(inputs)
 
     if len(terms) != len(exact_terms):
@@ -176,15 +185,43 @@ def gate(
 
 
 def admit(
-    benchmark: Benchmark, case: Case, name: str, inputs: Inputs, truth: Exact | None = None
+    benchmark: Benchmark, case: Case, name: str, ring: Sequence[Inputs], truth: Exact | None = None
 ) -> Provider | Refusal:
-    """A provider that is worth timing, or the reason why it is not."""
+    """A provider that is worth timing, checked and warmed up, or the reason why it is not."""
     try:
         provider = build(benchmark, case, name)
-        wrong = None if name == "plain" else gate(benchmark, case, provider, inputs, truth)
+        wrong = None if name == "plain" else gate(benchmark, case, provider, ring[0], truth)
+        if wrong is None and not benchmark.heavy:
+            _warm_up(provider, ring)
     # Whatever a provider dies of is the reason why it is not timed; the run goes on.
     except Exception as error:
-        clear_gradients(inputs)
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Refusal(name, f"{type(error).__name__}: {first_line}", red="cannot run" not in first_line)
+        return refusal(name, error, ring)
     return Refusal(name, wrong, red=True) if wrong else provider
+
+
+def compile_once(benchmark: Benchmark, case: Case, name: str, inputs: Inputs) -> Refusal | None:
+    """One step of a compiled provider, which leaves its kernels in the cache of torch.compile."""
+    try:
+        run_step(build(benchmark, case, name).step, inputs)
+    except Exception as error:
+        return refusal(name, error, [inputs])
+    return None
+
+
+def refusal(name: str, error: Exception, ring: Sequence[Inputs]) -> Refusal:
+    """What a provider died of; raises when it took the device with it."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = f"{type(error).__name__}: {first_line}"
+    raise_if_lost(tensors(ring[0])[0].device, f"{name}: {reason}")
+    for inputs in ring:
+        clear_gradients(inputs)
+    return Refusal(name, reason, red="cannot run" not in first_line)
+
+
+def _warm_up(provider: Provider, ring: Sequence[Inputs]) -> None:
+    for inputs in (*ring, ring[0]):
+        run_step(provider.step, inputs)
+    # What compiles now would compile in the timed rounds, too; those run without this check, for it costs.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for inputs in ring:
+            run_step(provider.step, inputs)

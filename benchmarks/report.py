@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .harness import SMALL_NUMEL
-from .run import RESULTS, ROOT, read_rows
+from .machine import ROOT
+from .run import RESULTS
+from .table import read_rows
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _OWN = "ik-"

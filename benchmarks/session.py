@@ -22,11 +22,10 @@ from .measure import (
     Samples,
     cache_bytes,
     count_launches,
-    run_step,
     time_burst,
 )
 from .memory import measure_memory, storages
-from .providers import Provider, Refusal, admit, providers, truth_of
+from .providers import Provider, Refusal, admit, compile_once, truth_of
 
 _BURST_MS = 40.0
 
@@ -43,7 +42,7 @@ def _ring(
     benchmark: Benchmark, case: Case, device: torch.device, seed: int
 ) -> list[dict[str, Tensor | None]]:
     """Several input sets to rotate over: a large case must find none of its data in the last-level cache."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     ring = [benchmark.make_inputs(case, device, generator)]
     # The activations of a heavy one fill the caches many times over.
     if case.numel > SMALL_NUMEL and not benchmark.heavy:
@@ -57,7 +56,7 @@ def measure_case(
     case: Case,
     device: torch.device,
     *,
-    names: Sequence[str] | None = None,
+    names: Sequence[str],
     rounds: int = 30,
     burst_ms: float = _BURST_MS,
     copy_bytes: int | None = None,
@@ -67,17 +66,14 @@ def measure_case(
     # Compiled code of another case would count against the limit of recompilations and turn shapes dynamic.
     torch.compiler.reset()
     ring = _ring(benchmark, case, device, seed)
-    asked = [n for n in providers(benchmark, case, device) if names is None or n in names]
     truth = truth_of(benchmark, case, ring[0])
     report = Report()
     admitted: list[Provider] = []
-    for name in asked:
-        found = admit(benchmark, case, name, ring[0], truth)
+    for name in names:
+        found = admit(benchmark, case, name, ring, truth)
         if isinstance(found, Refusal):
             report.refusals.append(found)
         else:
-            if not benchmark.heavy:
-                _warm_up(found, ring)
             admitted.append(found)
         yield None
 
@@ -114,20 +110,19 @@ def measure_case(
     yield report
 
 
-def _warm_up(provider: Provider, ring: Sequence[Inputs]) -> None:
-    for inputs in (*ring, ring[0]):
-        run_step(provider.step, inputs)
-    # What compiles now would compile in the timed rounds, too; those run without this check, for it costs.
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for inputs in ring:
-            run_step(provider.step, inputs)
+def compile_case(
+    benchmark: Benchmark, case: Case, device: torch.device, names: Sequence[str]
+) -> Iterator[Refusal | None]:
+    """Compiles the providers one by one, as `measure_case` would."""
+    torch.compiler.reset()
+    inputs = benchmark.make_inputs(case, device, torch.Generator(device).manual_seed(0))
+    for name in names:
+        yield compile_once(benchmark, case, name, inputs)
 
 
-def work_units(
-    benchmark: Benchmark, case: Case, device: torch.device, names: Sequence[str] | None, rounds: int
-) -> int:
+def work_units(names: Sequence[str], rounds: int) -> int:
     """How many times `measure_case` yields None, when no provider is refused."""
-    return (rounds + 1) * sum(names is None or n in names for n in providers(benchmark, case, device))
+    return (rounds + 1) * len(names)
 
 
 def _burst_calls(

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 # torch.compile keeps graphs by the op's name and schema alone: those of another checkout would call its backward.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
-from harness import INTERPRETING, backends_under_test
+from harness import COVERING, backends_under_test
 
 # A time limit per example would measure the machine; the same examples in every run reproduce a failure.
 hypothesis.settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=10 if INTERPRETING else 60, database=None
+    "default", deadline=None, derandomize=True, max_examples=10 if COVERING else 60, database=None
 )
 hypothesis.settings.load_profile("default")
 

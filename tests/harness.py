@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Instead of every case those that see every value: where each is slow, or time is short.
+COVERING = INTERPRETING or os.environ.get("INPAINT_KERNELS_TEST_ROWS") == "covering"
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 
@@ -56,8 +58,8 @@ def backends_under_test() -> list[Backend]:
 
 
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrize over the product of the axes, or `covering` under the interpreter, which is too slow for that."""
-    return covering(**axes) if INTERPRETING else _parametrize(axes, list(itertools.product(*axes.values())))
+    """Parametrize over the product of the axes, or `covering` where there is no time for that."""
+    return covering(**axes) if COVERING else _parametrize(axes, list(itertools.product(*axes.values())))
 
 
 def covering(**axes: Iterable[object]) -> pytest.MarkDecorator:

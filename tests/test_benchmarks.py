@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import harness, memory, providers, report, run
+from benchmarks import harness, machine, memory, providers, report, run, table
 from benchmarks.harness import Benchmark, Bytes, Case, Formula
 from benchmarks.providers import Refusal
 
@@ -68,7 +67,7 @@ def main(folder: Path, benchmark: Benchmark, *arguments: str) -> tuple[int, list
     command = ["--quick", "--threads", "1", "--out", str(folder), *arguments]
     status = run.main(command, {benchmark.op: benchmark})
     files = list(folder.glob("*.csv"))
-    return status, run.read_rows(files[0]) if files else []
+    return status, table.read_rows(files[0]) if files else []
 
 
 def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
@@ -79,7 +78,7 @@ def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
         *[(provider, mode) for provider in ("eager", "ik-cpu") for mode in harness.MODES],
         ("copy", "forward"),
     ]
-    assert list(rows[0]) == list(run.COLUMNS)
+    assert list(rows[0]) == list(table.COLUMNS)
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert row["torch"] == torch.__version__
@@ -113,15 +112,15 @@ def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
     ids=["loss", "nan", "terms", "gradient-scale", "gradient-column", "gradient-nan", "crash"],
 )
 def test_wrong_provider_is_not_timed(tmp_path, capsys, wrong, complaint):
-    path = tmp_path / f"{run.slug(CPU, 1)}.csv"
+    path = tmp_path / f"{machine.slug(CPU, 1)}.csv"
     before = {
         "op": "tiny",
         "case": TINY.name,
         "dtype": "float32",
-        "device": run.device_name(CPU),
+        "device": machine.device_name(CPU),
         "threads": 1,
     }
-    run.write_rows(path, [{**before, "provider": "ik-cpu", "mode": mode} for mode in harness.MODES])
+    table.write_rows(path, [{**before, "provider": "ik-cpu", "mode": mode} for mode in harness.MODES])
 
     status, rows = main(tmp_path, tiny(lambda case, backend: wrong), "--providers", "eager", "ik-cpu")
     assert status == 1
@@ -145,7 +144,7 @@ def test_provider_that_cannot_run_is_left_out_and_fails_only_when_asked_for(tmp_
 
     benchmark = tiny(fused)
     inputs = harness.image_inputs(TINY, CPU, torch.Generator().manual_seed(0))
-    refusal = providers.admit(benchmark, TINY, "ik-cpu", inputs)
+    refusal = providers.admit(benchmark, TINY, "ik-cpu", [inputs])
     assert isinstance(refusal, Refusal)
     assert not refusal.red
     assert main(tmp_path, benchmark, "--providers", "ik-cpu")[0] == 1
@@ -335,7 +334,7 @@ def test_report_from_a_small_csv(tmp_path):
     small = {"case": "1x3x64x64 mask", "shape": "1x3x64x64"}
     rows += [row(n, "full", ms, host_us=ms * 1e3, **small) for n, ms in (("eager", 0.045), ("ik-cpu", 0.05))]
     results = tmp_path / "some-cpu.csv"
-    run.write_rows(results, rows)
+    table.write_rows(results, rows)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     arguments = ["--results", str(tmp_path), "--readme", str(readme)]
@@ -358,7 +357,7 @@ def test_report_from_a_small_csv(tmp_path):
     assert "| 45.0 µs |  |  | **50.0 µs** | `cpu` | 0.90x |  |  | - / - |" in text
     assert (tmp_path / "some-cpu.png").read_bytes().startswith(b"\x89PNG")
 
-    run.write_rows(results, [row("ik-cpu", "full", 4.0, heap="kept")])
+    table.write_rows(results, [row("ik-cpu", "full", 4.0, heap="kept")])
     assert "kept and stock heap" in report.block(tmp_path)
     assert report.main([*arguments, "--check"]) == 1
     readme.write_text("no markers")
