@@ -83,7 +83,9 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # torchrun sends SIGTERM to the processes that end a moment later than the first.
+            ignored = self.asked and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # torchrun hands on a SIGTERM of its own after the Ctrl-C that reached every process.
@@ -211,8 +213,12 @@ class Trainer:
                     self.validate()
                     self._save(out)
                 if self._is_stopped():
+                    self.stop.asked = True
                     if out is not None and self.saved_step != self.step:
                         self._save(out)
+                    if self.world.group is not None:
+                        # The first process to end has torchrun end the others.
+                        dist.barrier(self.world.group)
                     raise KeyboardInterrupt
         self._check_finite()
 

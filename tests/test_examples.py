@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,110 +219,6 @@ def test_new_run_keeps_the_checkpoint_of_the_earlier_one(run: Run, tmp_path: Pat
     assert run("--steps", 6, "--no-compare", "--seed", 1)[0] == 0
     assert load(out / "checkpoint.earlier-run.pt")["step"] == 5
     assert load(out / "checkpoint.previous.pt")["settings"]["seed"] == 1
-
-
-# -- stopped runs -----------------------------------------------------------------------------
-
-
-def stop_in_step(patch: pytest.MonkeyPatch, at: int, *signals: signal.Signals) -> None:
-    """Sends the signals to this process while the step after `at` runs, that is before it counts."""
-    step = engine.Trainer._one_step
-
-    def stopped(trainer: engine.Trainer, *args: Any) -> None:
-        step(trainer, *args)
-        if trainer.step == at:
-            for number in signals:
-                signal.raise_signal(number)
-
-    patch.setattr(engine.Trainer, "_one_step", stopped)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_stopped_run_saves_the_step_it_was_in(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    # A background job of a shell ignores SIGINT, and so do the tests started by one.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            stop_in_step(patch, 6, number)
-            status, _, err = run("--steps", 10, "--no-compare")
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    out = tmp_path / "out"
-    last = err.splitlines()[-1]
-    assert status == 2
-    assert f"stopped at step 7. {out / 'checkpoint.pt'} is saved" in last
-    assert last.endswith(f"--out {out} --steps 10 --no-compare --resume")
-    assert load(out / "checkpoint.pt")["step"] == 7
-    assert load(out / "checkpoint.previous.pt")["step"] == 6
-    assert run("--steps", 10, "--no-compare", "--resume")[0] == 0
-    assert run("--steps", 10, "--no-compare", out=tmp_path / "whole")[0] == 0
-    assert_same(load(tmp_path / "whole" / "checkpoint.pt"), load(out / "checkpoint.pt"))
-
-
-def test_stopped_before_the_first_checkpoint_was_due(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_in_step(monkeypatch, 0, signal.SIGTERM)
-    assert run("--steps", 10, "--save-every", 10, "--no-compare")[0] == 2
-    assert load(tmp_path / "out" / "checkpoint.pt")["step"] == 1
-
-
-def test_second_interrupt_stops_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_in_step(monkeypatch, 3, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    status, _, err = run("--steps", 10, "--no-compare")
-    assert status == 2
-    assert "stopped at step 3; the checkpoint is at step 2" in err.splitlines()[-1]
-    assert load(tmp_path / "out" / "checkpoint.pt")["step"] == 2
-
-
-def test_stopped_in_the_last_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_in_step(monkeypatch, 3, signal.SIGTERM)
-    status, _, err = run("--steps", 4)
-    assert status == 2
-    assert "the training is finished" in err.splitlines()[-1]
-
-
-def test_what_the_shell_has_ignored_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_in_step(monkeypatch, 1, signal.SIGINT)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert run("--steps", 4, "--no-compare")[0] == 0
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def test_stop_while_writing_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    sync, calls = os.fsync, []
-
-    def fsync(descriptor: int) -> None:
-        calls.append(descriptor)
-        # The fifth file written is the checkpoint of step 6, after the two before it and their copies.
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    status, _, err = run("--steps", 10, "--no-compare")
-    assert status == 2
-    assert "is at step 4" in err.splitlines()[-1]
-    assert load(out / "checkpoint.pt")["step"] == 4
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
-
-
-def test_stop_during_the_comparison(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = train.Job._write_pictures
-
-    def stopped(job: train.Job, *args: Any) -> None:
-        validate(job, *args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.Job, "_write_pictures", stopped)
-    status, _, err = run("--steps", 2)
-    assert status == 2
-    assert "the training is finished" in err
 
 
 def test_diverged_run_is_not_saved(run: Run, tmp_path: Path) -> None:
