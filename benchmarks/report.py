@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import need
 from .harness import SMALL_NUMEL
 from .machine import ROOT
 from .run import RESULTS
@@ -211,6 +212,7 @@ def update(text: str, new_block: str) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Grouped bars of the forward + backward times: one panel per op, one group per case."""
+    need("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import InputError
+from pictures import InputError
 
 NAME, PREVIOUS, EARLIER = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.earlier-run.pt"
 FORMAT = 1

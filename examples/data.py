@@ -10,18 +10,15 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from pictures import InputError, Mask, Pixels, list_pictures, note, picture_size, read_hole, read_rgb
+from PIL import Image, ImageDraw
 
-Pixels = NDArray[np.uint8]
 MaskMaker = Callable[[np.random.Generator], Pixels]
-
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 # Photographs inside the scikit-image wheel; its other pictures are drawings, or fetched on demand.
 SHIPPED_TRAINING = (
@@ -31,13 +28,9 @@ SHIPPED_TRAINING = (
 SHIPPED_HELD_OUT = ("chelsea.png", "coffee.png")
 
 HELD_OUT_SHARE = 0.1
-# Up to this many pixels are decoded once and kept; larger collections are decoded sample by sample.
+# So many pixels of a collection are decoded once and kept; the rest is decoded sample by sample.
 KEEP_PIXELS = 200_000_000
 TRAINING_DRAW, HELD_OUT_DRAW = 0, 1
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line and says what to do."""
 
 
 class Batch:
@@ -53,45 +46,6 @@ class Batch:
         return Batch(images, self.masks.to(device, non_blocking=True), self.names)
 
 
-def list_pictures(folder: Path, what: str) -> list[Path]:
-    """All picture files under ``folder``, sorted."""
-    if not folder.is_dir():
-        raise InputError(f"{what}: the folder {folder} does not exist")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"{what}: no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}")
-    return paths
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) from the header alone."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return int(width), int(height)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the picture {path}: {_first_line(error)}") from error
-
-
-def read_picture(path: Path) -> Pixels:
-    """An RGB picture as uint8 [H, W, 3]."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # PIL clips 16-bit values to 255 instead of scaling them
-                gray = (np.asarray(upright) // 257).astype(np.uint8)
-                return np.repeat(gray[:, :, None], 3, axis=2)
-            if upright.mode in ("I", "F"):
-                raise InputError(f"cannot use the picture {path}: mode {upright.mode}, expected 8 or 16 bits")
-            return np.array(upright.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the picture {path}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 class Picture:
     """One photograph, or the part of it given by ``columns``, available at full and at half size."""
 
@@ -103,10 +57,18 @@ class Picture:
     def keep(self) -> None:
         self._kept = self.levels()
 
+    def split(self, at: float) -> list[Picture]:
+        """The parts of a whole picture on both sides of a column."""
+        parts = [Picture(self.path, self.size, columns) for columns in ((0.0, at), (at, 1.0))]
+        if self._kept is not None:
+            for part in parts:
+                part.keep()
+        return parts
+
     def levels(self) -> list[Pixels]:
         if self._kept is not None:
             return self._kept
-        pixels = read_picture(self.path)
+        pixels = read_rgb(self.path)
         width = pixels.shape[1]
         pixels = pixels[:, int(width * self.columns[0]) : max(1, int(width * self.columns[1]))]
         image = Image.fromarray(pixels)
@@ -139,50 +101,67 @@ class Photographs:
     training: Sequence[Picture]
     held_out: Sequence[Picture]
     source: str
+    # Files that could not be read, and why.
+    skipped: dict[Path, InputError] = field(default_factory=dict)
 
     @property
     def held_out_by(self) -> str:
         return "region" if any(p.columns != (0.0, 1.0) for p in self.held_out) else "picture"
 
+    def skip(self, path: Path, error: InputError) -> None:
+        if path not in self.skipped:
+            self.skipped[path] = error
+            note(f"{error}; skipped, {len(self.skipped)} so far")
+
 
 def load_photographs(folder: Path | None, size: int) -> Photographs:
     """The photographs in ``folder``, or those shipped with scikit-image, split into training and held out.
 
-    Of a folder, every tenth picture (at least one) is held out; of a single picture, its right quarter.
+    Of a folder, every tenth picture (at least one) is held out; of a single picture, its right quarter. Files that
+    cannot be read are left out.
     """
     if folder is None:
-        training, held_out = _shipped(size)
-        source = "scikit-image"
+        return _shipped(size)
+    pictures: list[Picture] = []
+    skipped: dict[Path, InputError] = {}
+    pixels = 0
+    for path in list_pictures(folder, "--images"):
+        picture = Picture(path, size)
+        try:
+            pixels += math.prod(picture_size(path))
+            if pixels <= KEEP_PIXELS:
+                picture.keep()
+            pictures.append(picture)
+        except InputError as error:
+            skipped[path] = error
+    if not pictures:
+        raise next(iter(skipped.values()))
+    if len(pictures) == 1:
+        left, right = pictures[0].split(0.75)
+        photographs = Photographs([left], [right], str(folder))
     else:
-        paths = list_pictures(folder, "--images")
-        source = str(folder)
-        if len(paths) == 1:
-            training = [Picture(paths[0], size, (0.0, 0.75))]
-            held_out = [Picture(paths[0], size, (0.75, 1.0))]
-        else:
-            step = min(len(paths), round(1 / HELD_OUT_SHARE))
-            held_out = [Picture(path, size) for path in paths[step - 1 :: step]]
-            chosen = {picture.path for picture in held_out}
-            training = [Picture(path, size) for path in paths if path not in chosen]
-    pictures = [*training, *held_out]
-    if sum(math.prod(picture_size(picture.path)) for picture in pictures) <= KEEP_PIXELS:
-        for picture in pictures:
-            picture.keep()
-    return Photographs(training, held_out, source)
+        step = min(len(pictures), round(1 / HELD_OUT_SHARE))
+        training = [picture for i, picture in enumerate(pictures) if i % step != step - 1]
+        photographs = Photographs(training, pictures[step - 1 :: step], str(folder))
+    for path, why in skipped.items():
+        photographs.skip(path, why)
+    return photographs
 
 
-def _shipped(size: int) -> tuple[list[Picture], list[Picture]]:
+def _shipped(size: int) -> Photographs:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise InputError(
-            "no scikit-image, whose photographs are the default: pip install it, or use --images DIR"
+            "no scikit-image, whose photographs are the default: pip install '.[demo]', or use --images DIR"
         )
     folder = Path(spec.origin).parent / "data"
     training = [Picture(folder / name, size) for name in SHIPPED_TRAINING if (folder / name).is_file()]
     held_out = [Picture(folder / name, size) for name in SHIPPED_HELD_OUT if (folder / name).is_file()]
     if not training or not held_out:
         raise InputError(f"this scikit-image ships no photographs in {folder}: use --images DIR")
-    return training, held_out
+    for picture in (*training, *held_out):
+        picture.keep()
+    return Photographs(training, held_out, "scikit-image")
 
 
 def brush_mask(rng: np.random.Generator, size: int) -> Pixels:
@@ -218,32 +197,48 @@ def _draw_stroke(draw: ImageDraw.ImageDraw, rng: np.random.Generator, size: int)
 
 
 class MaskFiles:
-    """Masks from a folder; ``mark`` says whether white (value >= 128) marks the hole or the known pixels.
+    """Masks from a folder; ``mark`` says whether what is drawn there marks the "hole" or what is "valid".
 
-    A file of exactly the training size is used as it is and a larger square one is scaled down
-    (nearest neighbour); everything else is refused. Masks are flipped and turned at random.
+    What counts as drawn is told by `pictures.read_hole`. A larger mask, of any proportions, is scaled to the square
+    of the training size; a pixel there is hole if any that it covers is, so that thin holes stay. Masks are flipped
+    and turned at random.
     """
 
     def __init__(self, folder: Path, size: int, mark: str) -> None:
         self.paths = list_pictures(folder, "--masks")
-        self.size, self.white_is_hole = size, mark == "hole"
+        self.size, self.mark = size, mark
+        self._kept: dict[Path, Mask] = {}
+        pixels = 0
         for path in self.paths:
             width, height = picture_size(path)
-            if width != height or width < size:
+            if min(width, height) < size:
                 raise InputError(
-                    f"the mask {path} is {width}x{height}; masks must be square and at least --size {size} wide"
+                    f"the mask {path} is {width}x{height}; masks must be at least --size {size} wide and high"
                 )
+            pixels += width * height
+            # The rest of a large collection is looked at when it is drawn.
+            if pixels <= KEEP_PIXELS:
+                self._kept[path] = self._hole(path)
+
+    def _hole(self, path: Path) -> Mask:
+        import inpaint_kernels as ik
+
+        hole = torch.from_numpy(read_hole(path, self.mark, "--mask-files-mark"))
+        scaled: Mask = ik.resize_mask(hole, self.size, "adaptive_max").numpy()
+        if scaled.all():
+            raise InputError(
+                f"the holes of the mask {path} cover every pixel at --size {self.size}; draw another one, or train "
+                "at a larger size"
+            )
+        return scaled
 
     def __call__(self, rng: np.random.Generator) -> Pixels:
         path = self.paths[int(rng.integers(len(self.paths)))]
-        white = read_picture(path).max(axis=2) >= 128
-        if white.shape[0] != self.size:
-            rows = (np.arange(self.size) * white.shape[0]) // self.size
-            white = white[np.ix_(rows, rows)]
-        white = np.rot90(white, int(rng.integers(4)))
+        hole = self._kept[path] if path in self._kept else self._hole(path)
+        hole = np.rot90(hole, int(rng.integers(4)))
         if rng.integers(2):
-            white = white[:, ::-1]
-        known: Pixels = (white != self.white_is_hole).astype(np.uint8)
+            hole = hole[:, ::-1]
+        known: Pixels = (~hole).astype(np.uint8)
         return known
 
 
@@ -279,11 +274,24 @@ class Sampler:
         images, masks, names = [], [], []
         for key in keys:
             rng = np.random.default_rng([self.seed, *key])
-            picture = pictures[key[-1] % len(pictures) if in_turn else int(rng.integers(len(pictures)))]
-            images.append(picture.crop(rng, vary=not in_turn))
+            place = key[-1] % len(pictures) if in_turn else int(rng.integers(len(pictures)))
+            picture, crop = self._crop(pictures, place, rng, vary=not in_turn)
+            images.append(crop)
             masks.append(self.masks(rng))
             names.append(picture.name)
         # Already contiguous as NCHW: a transposed view would reach the network as channels_last.
         pixels = torch.from_numpy(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
         known = torch.from_numpy(np.stack(masks))[:, None].float()
         return Batch(pixels.float() / 255, known, names)
+
+    def _crop(
+        self, pictures: Sequence[Picture], place: int, rng: np.random.Generator, vary: bool
+    ) -> tuple[Picture, Pixels]:
+        """Of the first picture from ``place`` on that can be read: files may break during training."""
+        for turn in range(len(pictures)):
+            picture = pictures[(place + turn) % len(pictures)]
+            try:
+                return picture, picture.crop(rng, vary)
+            except InputError as error:
+                self.photographs.skip(picture.path, error)
+        raise InputError(f"no picture is left that can be read; {self.photographs.skipped[picture.path]}")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import math
+import signal
 import statistics
 import sys
 import time
@@ -14,16 +15,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import checkpoint
 import torch
 import torch.distributed as dist
-from data import Batch, InputError, Sampler
+from data import Batch, Sampler
 from losses import Objective, Terms
 from memory import PeakMemory, release_freed
 from model import PartialConvUNet
 from options import AMP_DTYPES, Settings
+from pictures import InputError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -34,6 +37,8 @@ DECAY_STEPS = 200
 HELD_OUT_CROPS = 16
 # The latest steps are timed; a long run would otherwise hold a CUDA event for each of its steps.
 SPANS = 2000
+# So often several processes ask each other whether one of them is to stop.
+STOP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,30 @@ def now(device: torch.device) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM within its ``with`` block are asked for, not obeyed; a second Ctrl-C is."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> None:
+        # What a shell has the program ignore, as in the background, stays ignored.
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # torchrun sends SIGTERM to the processes that end a moment later than the first.
+            ignored = self.asked and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        # torchrun hands on a SIGTERM of its own after the Ctrl-C that reached every process.
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 @dataclass
@@ -106,6 +135,7 @@ class Trainer:
         # A heap fills with gaps over hundreds of steps: peaks are compared over the same ones.
         self.watch_memory_until = settings.steps
         self.saved_step: int | None = None
+        self.stop = StopRequest()
         # False once the newest checkpoint in the output folder belongs to this run.
         self.new_run = True
 
@@ -162,10 +192,13 @@ class Trainer:
     # -- training -----------------------------------------------------------------------------
 
     def train(self, label: str, out: Path | None) -> None:
-        """Runs the remaining steps; with ``out``, validates and writes checkpoints there."""
+        """Runs the remaining steps; with ``out``, validates and writes checkpoints there.
+
+        Raises KeyboardInterrupt after the step in which Ctrl-C is pressed; with ``out``, that step is saved.
+        """
         release_freed()
         network = self._parallel()
-        with self._progress(label) as bar, self._batches() as batches:
+        with self.stop, self._progress(label) as bar, self._batches() as batches:
             if out is not None and self.step == 0:
                 self.validate()
             for batch in batches:
@@ -179,6 +212,14 @@ class Trainer:
                 if out is not None and self._is_due():
                     self.validate()
                     self._save(out)
+                if self._is_stopped():
+                    self.stop.asked = True
+                    if out is not None and self.saved_step != self.step:
+                        self._save(out)
+                    if self.world.group is not None:
+                        # The first process to end has torchrun end the others.
+                        dist.barrier(self.world.group)
+                    raise KeyboardInterrupt
         self._check_finite()
 
     def _one_step(self, network: torch.nn.Module, batch: Batch) -> None:
@@ -236,6 +277,15 @@ class Trainer:
 
     def _is_due(self) -> bool:
         return self.step % self.settings.save_every == 0 or self.step == self.settings.steps
+
+    def _is_stopped(self) -> bool:
+        """In all processes after the same step. To ask them waits for the device, so it is not done every time."""
+        if self.world.group is None:
+            return self.stop.asked
+        if self.step % STOP_STEPS:
+            return False
+        asked = torch.tensor(float(self.stop.asked), device=self.world.device)
+        return bool(self.world.average(asked) > 0)
 
     def _save(self, out: Path) -> None:
         self._check_finite()

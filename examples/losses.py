@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import InputError
+from pictures import InputError
 from torch import Tensor
 
 if TYPE_CHECKING:

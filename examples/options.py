@@ -115,13 +115,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--masks",
         type=Path,
         metavar="DIR",
-        help="mask pictures, square, at least --size wide (default: brush strokes)",
+        help="mask pictures, at least --size wide and high, scaled to a square; marked is what inpaint.py counts as "
+        "marked (default: brush strokes)",
     )
     add(
         "--mask-files-mark",
         choices=("hole", "valid"),
         default="hole",
-        help="what white (>= 128) stands for in mask files (default: hole)",
+        help="what the marks in mask files stand for (default: hole)",
     )
     add(
         "--out",

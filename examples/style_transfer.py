@@ -6,7 +6,8 @@
 
 Gatys, Ecker, Bethge, "Image Style Transfer Using Convolutional Neural Networks", 2016: the pixels are optimised
 so that deep features stay near those of the content and Gram matrices come near those of the style. Written to
---out: ``pictures.png`` (content, style, result), ``curve.png`` and a ``result-<name>.png`` for every content.
+--out: ``pictures.png`` (content, style, result), ``curve.png`` and a ``result-<name>.png`` for every content. The
+folder gets a number where an earlier run has left its own.
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from checkpoint import write_atomically
-from data import InputError, read_picture
-from options import number
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-from trunks import NAMES, RANDOM_WARNING, load_trunk
+try:
+    import numpy as np
+    import torch
+    from checkpoint import write_atomically
+    from options import number
+    from pictures import InputError, read_rgb
+    from PIL import Image
+    from torch import Tensor
+    from tqdm import tqdm
+    from trunks import NAMES, RANDOM_WARNING, load_trunk
+except ModuleNotFoundError as error:
+    print(
+        f"style_transfer.py: error: {error}; install what the examples need: pip install '.[demo]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 PICTURES, CURVE = "pictures.png", "curve.png"
 VGG_STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
@@ -96,7 +104,7 @@ def find_picture(name: str) -> Path:
 
 def load_picture(name: str, size: int) -> Tensor:
     """[1, 3, S, S] in [0, 1]: scaled to fit the shorter side, then the middle."""
-    image = Image.fromarray(read_picture(find_picture(name)))
+    image = Image.fromarray(read_rgb(find_picture(name)))
     scale = size / min(image.size)
     image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))))
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -245,10 +253,26 @@ def write(
         write_atomically(path, buffer.getvalue())
 
 
+def new_folder(wanted: Path) -> Path:
+    """The folder, or while it holds the results of an earlier run, one of that name and a number."""
+    folder, number = wanted, 1
+    while any((folder / name).exists() for name in (PICTURES, CURVE)) or any(folder.glob("result-*.png")):
+        number += 1
+        folder = wanted.resolve().with_name(f"{wanted.resolve().name}-{number}")
+    return folder
+
+
 def result_paths(args: argparse.Namespace) -> list[Path]:
-    """One for each content; pictures of one name in different folders are told apart by a number."""
-    stems = [Path(name).stem for name in args.content]
-    names = [f"{stem}-{i + 1}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+    """One for each content; a name that is taken, in any case of its letters, gets a number."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for stem in (Path(name).stem for name in args.content):
+        name, number = stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+        taken.add(name.casefold())
     return [args.out / f"result-{name}.png" for name in names]
 
 
@@ -258,6 +282,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     contents = torch.cat([load_picture(name, args.size) for name in args.content]).to(device)
     style = load_picture(args.style, args.size).to(device)
+    args.out = new_folder(args.out)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

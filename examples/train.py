@@ -9,6 +9,9 @@
 
 The first of these seeded steps are then repeated with the eager formulas. Written to --out: ``pictures.png``,
 ``curves.png``, ``report.json`` and ``checkpoint.pt`` (with ``checkpoint.previous.pt``, the one before).
+
+Ctrl-C ends the training after the step it is in, or after one of the next ten with several processes, and saves a
+checkpoint to go on from; a second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -24,15 +27,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import checkpoint
-import summary
-import torch
-import torch.distributed as dist
-from data import InputError, MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
-from engine import Trainer, World
-from losses import FeatureTerms, fused_backend, make_objective
-from options import CPU_CHUNK, Settings, parse
-from trunks import RANDOM_WARNING, load_trunk
+try:
+    import checkpoint
+    import summary
+    import torch
+    import torch.distributed as dist
+    from data import MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
+    from engine import Trainer, World
+    from losses import FeatureTerms, fused_backend, make_objective
+    from options import CPU_CHUNK, Settings, parse
+    from pictures import InputError
+    from trunks import RANDOM_WARNING, load_trunk
+except ModuleNotFoundError as error:
+    print(f"train.py: error: {error}; install what the examples need: pip install '.[demo]'", file=sys.stderr)
+    sys.exit(2)
 
 SAME_AS_OPTIONS = (
     *("steps", "batch", "size", "lr", "seed", "width", "amp", "normalize", "save_every"),
@@ -110,7 +118,7 @@ class Job:
             if args.masks is not None
             else lambda rng: brush_mask(rng, args.size)
         )
-        masks_from = f"{args.masks}, white marks {args.mask_files_mark}" if args.masks else "brush"
+        masks_from = f"{args.masks}, what is marked is {args.mask_files_mark}" if args.masks else "brush"
         settings = Settings(
             **{name: getattr(args, name) for name in SAME_AS_OPTIONS},
             chunk=self._chunk,
@@ -123,11 +131,13 @@ class Job:
         self.trainer = self._make_trainer(settings, "fused")
         if args.resume is not None:
             self._resume(self.trainer)
+        unread = len(photographs.skipped)
         processes = f" x {self.world.size} processes" if self.world.size > 1 else ""
         self._say(
             f"{summary.device_name(self.world.device)}{processes}, fused loss on {self.backend!r}; "
             f"{len(photographs.training)} training and {len(photographs.held_out)} held-out pictures "
             f"(by {photographs.held_out_by}) from {photographs.source}"
+            f"{f', {unread} more could not be read' if unread else ''}"
         )
         start = self.trainer.state()
         last = args.steps
@@ -213,17 +223,18 @@ class Job:
     def stopped(self, argv: Sequence[str]) -> str:
         """What a stopped run leaves, and how to go on."""
         path = self.args.out / checkpoint.NAME
-        if self.trained:
+        if self.trained or (self.trainer is not None and self.trainer.saved_step == self.args.steps):
             return f"stopped during the comparison; the training is finished: {path}"
         if self.trainer is None or self.trainer.saved_step is None:
             return "stopped before this run's first checkpoint; earlier checkpoints are untouched"
         command = f"python {shlex.join([sys.argv[0], *_without_resume(argv), '--resume'])}"
         if self.world.size > 1:
             command = "the same torchrun command and --resume"
-        return (
-            f"stopped at step {self.trainer.step}; {path} is at step {self.trainer.saved_step}. "
-            f"Go on with: {command}"
-        )
+        saved = self.trainer.saved_step
+        where = f"stopped at step {self.trainer.step}"
+        if saved != self.trainer.step:
+            where += f"; the checkpoint is at step {saved}"
+        return f"{where}. {path} is saved; go on with: {command}"
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:

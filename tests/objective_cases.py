@@ -159,8 +159,12 @@ def nvidia(
 
 
 def naoto0804(stack: nn.Sequential, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """loss.py: means of masked images, normalised ones, gray ones three times for VGG."""
-    c = v * y + (1 - v) * x
+    """loss.py: means of masked images, normalised ones, gray ones three times for VGG.
+
+    Its composite is made of the network's input, which places2.py masks: ``gt_img * mask``.
+    """
+    given = y * v
+    c = v * given + (1 - v) * x
     hole = ((1 - v) * x - (1 - v) * y).abs().mean()
     valid = (v * x - v * y).abs().mean()
     tv = (c[:, :, :, :-1] - c[:, :, :, 1:]).abs().mean() + (c[:, :, :-1] - c[:, :, 1:]).abs().mean()

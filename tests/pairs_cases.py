@@ -127,7 +127,7 @@ def total_variation_call(
     def call(image: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
         return ik.total_variation_loss(
             image,
-            mask,
+            None if region == "image" and target is None else mask,
             target=target,
             region=region,
             penalty=penalty,

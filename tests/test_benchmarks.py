@@ -320,6 +320,14 @@ def row(provider: str, mode: str, ms: float, **changes: object) -> dict[str, obj
     } | changes  # fmt: skip
 
 
+def test_plots_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        report.plot([row("eager", "full", 1.0)], tmp_path / "plot.png")
+    assert stopped.value.code == 2
+    assert "matplotlib is missing" in (err := capsys.readouterr().err) and "pip install '.[bench]'" in err
+
+
 def test_report_from_a_small_csv(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [

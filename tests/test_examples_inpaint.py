@@ -15,6 +15,7 @@ pytest.importorskip("PIL", reason="the examples need pillow, matplotlib and tqdm
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 from harness import INTERPRETING
+from picture_files import chunk, deep_pixels, read_png, write_deep_png
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -158,6 +159,32 @@ def test_every_kind_of_picture(
         assert (expected[..., -1] != 255).any()
 
 
+@pytest.mark.parametrize(
+    ("channels", "key"), [(1, False), (2, False), (3, False), (4, False), (1, True), (3, True)]
+)
+def test_every_kind_of_picture_of_16_bits(
+    run: Run, folder: Path, hole: np.ndarray[Any, Any], channels: int, key: bool
+) -> None:
+    """A key is the one colour that is transparent."""
+    before = deep_pixels(HEIGHT, WIDTH, channels)
+    if key:
+        before[0, 0] = before[1, 1] = before[5, 11]
+        chunks = [chunk(b"tRNS", before[0, 0].astype(">u2").tobytes())]
+        shown = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
+        shown[0, 0] = shown[1, 1] = shown[5, 11] = 0
+    write_deep_png(folder / "deep.png", before, *(chunks if key else ()))
+    status, _, err = run(image="deep.png")
+    assert status == 0, err
+    if key:
+        before = np.concatenate([before, shown], 2)
+    after, _ = read_png(folder / "out.png")
+    assert after.dtype == np.uint16 and after.shape == before.shape
+    assert (after[~hole] == before[~hole]).all()
+    assert (after[hole] % 256 != 0).any(), "what is filled has 16 bits, too"
+    if after.shape[2] in (2, 4):
+        assert (after[hole][:, -1] == 65535).all()
+
+
 def test_photographs_are_turned_upright(run: Run, folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -167,8 +194,8 @@ def test_photographs_are_turned_upright(run: Run, folder: Path) -> None:
     assert pixels(folder / "out.png").shape == (HEIGHT, WIDTH, 3)
 
 
-def test_white_marks_what_the_option_says(run: Run, folder: Path, hole: np.ndarray[Any, Any]) -> None:
-    deep = np.where(hole, 32000, 40000).astype(np.uint16)
+def test_marks_stand_for_what_the_option_says(run: Run, folder: Path, hole: np.ndarray[Any, Any]) -> None:
+    deep = np.where(hole, 0, 1).astype(np.uint16)
     Image.fromarray(deep).save(folder / "valid.png")
     assert run()[0] == 0
     assert run("--mask-is", "valid", mask="valid.png", output="other.png")[0] == 0
@@ -190,9 +217,23 @@ def test_any_size(trained: Path, size: tuple[int, int]) -> None:
 
 
 def test_output_is_named_after_the_picture(run: Run, folder: Path, trained: Path) -> None:
-    assert run(output=None, network=trained / "checkpoint.previous.pt")[0] == 0
-    assert (folder / "photo-filled.png").is_file()
-    assert not list(folder.glob(".*"))
+    """One of another format has a name of its own."""
+    picture().save(folder / "photo.jpg")
+    for image in ("photo.png", "photo.jpg"):
+        assert run(output=None, image=image, network=trained / "checkpoint.previous.pt")[0] == 0
+    assert {path.name for path in folder.iterdir()} == {
+        *("mask.png", "photo.png", "photo.jpg", "photo.png-filled.png", "photo.jpg-filled.png")
+    }
+
+
+def test_nothing_is_overwritten_unless_asked_for(run: Run, folder: Path) -> None:
+    for output in ("out.png", None):
+        path = folder / (output or "photo.png-filled.png")
+        path.write_bytes(b"mine")
+        assert_one_line(run(output=output), str(path), "exists", "--overwrite")
+        assert path.read_bytes() == b"mine"
+        assert run("--overwrite", output=output)[0] == 0
+        assert pixels(path).shape == (HEIGHT, WIDTH, 3)
 
 
 # -- wrong input ------------------------------------------------------------------------------

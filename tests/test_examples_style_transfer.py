@@ -204,9 +204,32 @@ def test_wrong_input(run: Run, photos: Path) -> None:
 
 
 def test_pictures_of_one_name_are_told_apart() -> None:
-    args = argparse.Namespace(content=["a/x.png", "b/x.png", "y.png"], out=Path("out"))
+    contents = ["x-2.png", "a/x.png", "b/X.png", "c/x-2.jpg", "y.png"]
+    args = argparse.Namespace(content=contents, out=Path("out"))
     names = [path.name for path in transfer.result_paths(args)]
-    assert names == ["result-x-1.png", "result-x-2.png", "result-y.png"]
+    # Also where files of other cases are the same.
+    assert names == [f"result-{name}.png" for name in ("x-2", "x", "X-3", "x-2-2", "y")]
+
+
+@pytest.mark.parametrize("left", ["pictures.png", "curve.png", "result-cat.png"])
+def test_results_of_an_earlier_run_stay(run: Run, photos: Path, left: str) -> None:
+    for folder in (photos / "out", photos / "out-2"):
+        folder.mkdir()
+        (folder / left).write_bytes(b"mine")
+    status, printed, _ = run("--steps", 1)
+    assert status == 0
+    assert str(photos / "out-3" / "result-content.png") in printed
+    assert (photos / "out-3" / "result-content.png").is_file()
+    for folder in (photos / "out", photos / "out-2"):
+        assert [path.name for path in folder.iterdir()] == [left]
+        assert (folder / left).read_bytes() == b"mine"
+
+
+def test_a_folder_of_other_things_is_used(photos: Path) -> None:
+    (photos / "out").mkdir()
+    (photos / "out" / "notes.txt").write_text("")
+    assert transfer.new_folder(photos / "out") == photos / "out"
+    assert transfer.new_folder(photos / "none") == photos / "none"
 
 
 def test_shipped_pictures_are_found_by_name() -> None:

@@ -189,6 +189,47 @@ def test_bad_types() -> None:
                 FrozenTrunk(small_net(), ["4"], "imagenet")(images(*size).to(dtype))
 
 
+SMALLEST = {
+    "vgg16": (lambda: ik.features.vgg16(weights=None), (8, 8)),
+    "vgg16-relu5_1": (lambda: ik.features.vgg16(("relu5_1",), weights=None), (16, 16)),
+    "vgg16-relu1_1": (lambda: ik.features.vgg16(("relu1_1",), weights=None), (1, 1)),
+    "alexnet": (lambda: ik.features.alexnet(weights=None), (31, 31)),
+    "strided": (
+        lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, (5, 3), (2, 1), dilation=(1, 2))), ["0"]),
+        (5, 5),
+    ),
+    "same": (lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, 5, padding="same")), ["0"]), (1, 1)),
+    "valid": (lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, 5, padding="valid")), ["0"]), (5, 5)),
+    "ceil": (
+        lambda: FrozenTrunk(nn.Sequential(*[nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3)]), ["2"]),
+        (8, 8),
+    ),
+    "nested": (
+        lambda: FrozenTrunk(nn.Sequential(nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), nn.AvgPool2d(3)), ["1"]),
+        (6, 6),
+    ),
+    # What it is not known of may need more.
+    "adaptive": (
+        lambda: FrozenTrunk(nn.Sequential(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(8), nn.MaxPool2d(4)), ["2"]),
+        (2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_images_that_are_too_small_are_refused_by_name(kind: str) -> None:
+    """And none that torch would take."""
+    make, (height, width) = SMALLEST[kind]
+    trunk = make()
+    assert all(side > 0 for tap in trunk(images(1, 3, height, width)) for side in tap.shape)
+    for size in ((height - 1, width), (height, width - 1)):
+        if min(size) > 0:
+            with pytest.raises(RuntimeError):
+                trunk.features(images(1, 3, *size))
+            with pytest.raises(ValueError, match=rf"images.*{size[0]}, {size[1]}\).*{height}x{width}"):
+                trunk(images(1, 3, *size))
+
+
 def test_moves_with_the_module() -> None:
     """The constants follow `.to()`, and none of them is in the state dict."""
     trunk = FrozenTrunk(small_net(), ["4"], "imagenet")

@@ -12,6 +12,7 @@ from pixel_cases import MASK_DTYPES
 from torch import Tensor
 
 import inpaint_kernels as ik
+from inpaint_kernels.reference.total_variation import dilate
 
 SHAPES = {"hw": (6, 8), "n1hw": (2, 1, 6, 8), "nchw": (2, 3, 6, 8)}
 # Weights of halves and quarters: exact in every dtype.
@@ -83,6 +84,36 @@ def test_dilation_is_the_maximum_of_the_square(radius: int) -> None:
             window = mask[..., max(i - radius, 0) : i + radius + 1, max(j - radius, 0) : j + radius + 1]
             expected[..., i, j] = window.amax((-2, -1))
     assert torch.equal(ik.dilate_mask(mask, radius), expected)
+
+
+def test_wide_dilation_compares_along_one_axis_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a window of 101 x 101 pixels a maximum along each side is left: 2 * 101 comparisons a pixel."""
+    windows: list[Any] = []
+    pool = torch.nn.functional.max_pool2d
+
+    def counted(input: Tensor, kernel_size: Any, **options: Any) -> Tensor:
+        windows.append((kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size))
+        return pool(input, kernel_size, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "max_pool2d", counted)
+    mask = mask_of((2, 1, 120, 70))
+    found = ik.dilate_mask(mask, 50)
+    assert sorted(windows) == [(1, 101), (101, 1)]
+    assert torch.equal(found, pool(mask, 101, stride=1, padding=50))
+
+
+@grid(radius=(1, 2, 5))
+def test_the_gradient_of_a_dilation_goes_where_that_of_the_square_does(radius: int) -> None:
+    """To the first pixel in case of ties, of which a mask is full; total variation differentiates it."""
+    upstream = torch.rand(2, 1, 9, 7, generator=generator(1))
+    for kind in ("fractions", "binary"):
+        mask = mask_of((2, 1, 9, 7)) if kind == "fractions" else mask_of((2, 1, 9, 7), "bool").float()
+        mask.requires_grad_()
+        square = torch.nn.functional.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius)
+        want, found = (
+            torch.autograd.grad(value, mask, upstream)[0] for value in (square, dilate(mask, radius))
+        )
+        torch.testing.assert_close(found, want)
 
 
 def test_dilation_of_negative_values_sees_no_zeros_outside() -> None:

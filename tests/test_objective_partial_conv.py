@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from training_checks import ops_called
 
 import inpaint_kernels as ik
 from inpaint_kernels.features import FrozenTrunk
+from inpaint_kernels.objectives import partial_conv
 
 PRESETS = tuple(FORMULAS)
 Objective = ik.objectives.PartialConvObjective
@@ -83,6 +85,53 @@ def test_with_vgg16_itself(preset: str) -> None:
     leaf = pred.double().requires_grad_()
     found = loss(leaf, target.double(), mask.double())
     check(found, lambda *i: FORMULAS[preset](stack, *i), (pred, target, mask), leaf)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("preset", ["paper", "naoto0804", "mmagic"])
+def test_composites_of_the_masked_target(preset: str, chunk: int | None) -> None:
+    """A setting, on in one preset. Composites read it, the truth that they are compared with stays."""
+    assert (Objective.presets[preset].composite_from == "masked_target") == (preset == "naoto0804")
+    pred, target = images(preset)
+    mask = mask_for(preset, "fractional")
+    valid = 1 - mask if preset == "mmagic" else mask
+    alone = {"chunk": chunk, "hole_weight": 0, "valid_weight": 0}
+    plain = objective(preset, composite_from="target", **alone)
+    leaf = pred.requires_grad_()
+    found = objective(preset, composite_from="masked_target", **alone)(leaf, target, mask)
+    want = plain(leaf, valid * target, mask, truth=plain.prepare(target))
+    torch.testing.assert_close(found, want)
+    gradients_of = [torch.autograd.grad(terms.total, leaf)[0] for terms in (found, want)]
+    assert relative(*gradients_of) < 1e-5
+    usual = plain(leaf, target, mask)
+    for name in ("tv", "perceptual", "style"):
+        assert relative(getattr(found, name).detach(), getattr(usual, name).detach()) > 1e-3
+
+
+def test_nan_in_holes_stays_out_of_composites_of_the_masked_target() -> None:
+    pred, target = images("naoto0804")
+    mask = known("fractional")
+    mask[..., :4, :4] = 0
+    loss = objective("naoto0804", hole_weight=0, valid_weight=0)
+    truth = loss.prepare(target)
+    want = loss(pred, target, mask, truth=truth)
+    target[..., :4, :4] = float("nan")
+    assert loss(pred, target, mask, truth=truth) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_masks_without_fractions_make_the_usual_composite(dtype: torch.dtype) -> None:
+    """A bool mask has none for sure, so the pixel terms stay one op."""
+    pred, target = images("naoto0804")
+    mask = known("binary").to(dtype)
+    loss = objective("naoto0804")
+    want = objective("naoto0804", composite_from="target")(pred, target, mask)
+    torch.testing.assert_close(loss(pred, target, mask), want)
+    with unittest.mock.patch.object(
+        partial_conv, "inpainting_pixel_loss", wraps=ik.inpainting_pixel_loss
+    ) as one:
+        loss(pred, target, mask)
+    assert one.called == (dtype == torch.bool)
 
 
 def test_nvidia_takes_no_mask() -> None:
@@ -302,7 +351,8 @@ def test_denominators_regions_and_spaces(preset: str, overrides: dict[str, Any])
     hole, valid = ik.hole_valid_loss(pred, target, mask, normalize=s.normalize, mask_is=s.mask_is)
     of = target if s.tv_image == "composite" else None
     options = {"region": s.tv_region, "normalize": s.tv_normalize, "mask_is": s.mask_is}
-    tv = ik.total_variation_loss(pred, mask, target=of, **options)
+    read = None if of is None and s.tv_region == "image" else mask
+    tv = ik.total_variation_loss(pred, read, target=of, **options)
     for got, want in zip(found[1:4], (hole, valid, tv), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -374,6 +424,8 @@ def test_docstrings() -> None:
         ({"tv_normalize": "sample"}, ValueError, "tv_normalize.*'sample'.*'pairs'"),
         ({"tv_region": "image", "tv_normalize": "mask"}, ValueError, "tv_normalize.*tv_region"),
         ({"tv_image": "target"}, ValueError, "tv_image.*'target'.*'raw'"),
+        ({"composite_from": "pred"}, ValueError, "composite_from.*'pred'.*'masked_target'"),
+        ({"process_group": "gloo"}, TypeError, "process_group.*ProcessGroup.*'gloo'"),
         ({"pixel_space": "vgg"}, ValueError, "pixel_space.*'vgg'.*'trunk'"),
         ({"predictions": "raw"}, TypeError, "predictions.*'raw'"),
         ({"predictions": ["raw", "target"]}, ValueError, "predictions.*'target'.*'composite'"),
@@ -416,6 +468,8 @@ def test_bad_inputs() -> None:
             r"truth.*\[1\].*batch 2",
         ),
         (lambda: loss(pred, target, mask, truth=other.prepare(target)), ValueError, "truth.*1 terms"),
+        (lambda: loss(pred[..., :7], target[..., :7], mask[..., :7]), ValueError, r"pred.*24, 7\).*8x8"),
+        (lambda: loss.prepare(target[..., :7]), ValueError, r"target.*24, 7\).*8x8"),
         (lambda: loss.prepare(target[0]), ValueError, r"target.*\(3, 24, 16\)"),
         (lambda: objective(backend="gpu")(pred, target, mask), ValueError, "backend.*'gpu'"),
     ):

@@ -113,8 +113,8 @@ def test_images_are_written_once(preset: str, chunk: int | None, monkeypatch: py
 
     monkeypatch.setattr(_objective, "stacked_images", counted)
     loss(pred, target, mask)
-    # Images in ImageNet's space are read as they are.
-    want = {"paper": 3 * N, "mmagic": 3 * N, "nvidia": 2 * N, "naoto0804": 2 * N}
+    # Images in ImageNet's space are read as they are; naoto0804's composites are of the masked target.
+    want = {"paper": 3 * N, "mmagic": 3 * N, "nvidia": 2 * N, "naoto0804": 3 * N}
     assert sum(calls) == want[preset]
 
 

@@ -232,6 +232,22 @@ def test_bench_needs_a_checkout(
     assert "checkout" in capsys.readouterr().err
 
 
+def test_bench_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["bench"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "bench: tqdm is missing; install what the benchmarks need: pip install '.[bench]'\n"
+    )
+
+
 def test_command_line_without_a_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command_line.main([])

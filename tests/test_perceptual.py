@@ -257,6 +257,46 @@ def test_bad_options() -> None:
             make()(pred, target)
 
 
+@pytest.mark.parametrize("kind", [PerceptualLoss, StyleLoss, PerceptualStyleLoss])
+@pytest.mark.parametrize("given", ["vgg16", nn.Conv2d(3, 4, 3), None], ids=str)
+def test_what_is_no_trunk_is_refused_at_once(kind: Any, given: Any) -> None:
+    got = "'vgg16'" if given == "vgg16" else type(given).__name__
+    with pytest.raises(TypeError, match=rf"trunk must be a FrozenTrunk.*vgg16\(\).*got {got}"):
+        kind(given)
+
+
+def test_compiled_trunks_are_taken() -> None:
+    torch._dynamo.reset()
+    pred, target = images()
+    loss = PerceptualStyleLoss(torch.compile(trunk(), backend="eager"), style_taps=["4"])
+    torch.testing.assert_close(
+        loss(pred, target), PerceptualStyleLoss(trunk(), style_taps=["4"])(pred, target)
+    )
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_images_that_are_too_small_for_the_trunk(chunk: int | None) -> None:
+    loss = PerceptualLoss(ik.features.vgg16(weights=None), chunk=chunk)
+    with pytest.raises(ValueError, match=r"pred.*\(2, 3, 1, 1\).*8x8"):
+        loss(torch.rand(2, 3, 1, 1), torch.rand(2, 3, 1, 1))
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_stacked_predictions_with_the_weights_of_the_docstring(chunk: int | None) -> None:
+    """Those that are published are for sums over predictions, as the objective counts."""
+    vgg = ik.features.vgg16(weights=None, preprocess="none")
+    objective = ik.objectives.PartialConvObjective(
+        hole_weight=0, valid_weight=0, tv_weight=0, trunk=vgg, preprocess="none"
+    )
+    loss = PerceptualStyleLoss(vgg, perceptual_weight=2 * 0.05, style_weight=2 * 120, chunk=chunk)
+    raw, target = images(1, (2, 3, 16, 16))
+    mask = (target[:, :1] > 0.4).float()
+    stacked = torch.cat([raw, ik.composite(raw, target, mask)])
+    torch.testing.assert_close(loss(stacked, target).total, objective(raw, target, mask).total)
+    example = " ".join((PerceptualStyleLoss.__doc__ or "").split())
+    assert "perceptual_weight=2 * 0.05, style_weight=2 * 120" in example
+
+
 def test_taps_by_layer_name() -> None:
     vgg = ik.features.vgg16(("pool1", "relu2_2"), weights=None)
     pred, target = images(1, (1, 3, 16, 16))

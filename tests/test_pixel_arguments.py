@@ -96,6 +96,11 @@ OWN_OPTIONS = {
     "tv-penalty": ("total_variation", {"penalty": "L1"}, "penalty.*'L1'.*l1.*l2"),
     "tv-normalize": ("total_variation", {"normalize": "batch"}, f"normalize.*{TV_NORMALIZE}"),
     "tv-no-region": ("total_variation", {"region": "image", "normalize": "mask"}, NO_REGION),
+    "tv-mask-unread": (
+        "total_variation",
+        {"target": None, "region": "image"},
+        "region='image' reads no mask.*'dilated_hole'.*target=",
+    ),
     "tv-mask_is": ("total_variation", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
     "tv-mask-region": ("total_variation", {"mask": None, "target": None}, "mask.*missing.*region='hole'"),
     "tv-mask-target": ("total_variation", {"mask": None, "region": "image"}, "mask.*missing.*target"),
@@ -115,7 +120,13 @@ OWN_OPTIONS = {
     "composite-mask_is": ("composite", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
 }
 
+GROUP = r"process_group.*torch\.distributed\.ProcessGroup"
 WRONG_TYPES = {
+    "l1-group": ("l1", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
+    "huber-group": ("huber", {"process_group": -100}, f"{GROUP}.*-100"),
+    "hole_valid-group": ("hole_valid", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
+    "pixel-group": ("inpainting_pixel", {"process_group": True}, f"{GROUP}.*True"),
+    "tv-group": ("total_variation", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
     "pixel-string": ("inpainting_pixel", {"valid_weight": "1"}, "valid_weight.*number.*str"),
     "pixel-bool": ("inpainting_pixel", {"tv_weight": True}, "tv_weight.*number.*bool"),
     "pixel-none": ("inpainting_pixel", {"hole_weight": None}, "hole_weight.*number.*NoneType"),

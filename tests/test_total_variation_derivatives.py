@@ -137,5 +137,3 @@ def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
     for options in ({"region": "hole"}, {"target": target}):
         with pytest.raises(RuntimeError, match="mask"):
             ik.total_variation_loss(image, mask, **options, backend=kernel.name)
-    # Of the whole image the mask is no part.
-    assert ik.total_variation_loss(image, mask, backend=kernel.name).isfinite()

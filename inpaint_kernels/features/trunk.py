@@ -21,6 +21,10 @@ _PURE = {
     f"torch.nn.modules.{file}"
     for file in ("activation", "batchnorm", "conv", "instancenorm", "normalization", "padding", "pooling")
 }
+# And return what is as large as their input.
+_SAME_SIZE = {
+    f"torch.nn.modules.{file}" for file in ("activation", "batchnorm", "instancenorm", "normalization")
+}
 
 
 def scale_and_shift(preprocess: str) -> tuple[list[float], list[float]]:
@@ -65,8 +69,9 @@ class FrozenTrunk(nn.Module):
     ``forward(images)`` takes (N, C, H, W) and returns a list of tensors, one for each tap. After the preprocessing,
     images of less than float64 are converted to the dtype of the network's weights.
 
-    Differentiable in the images. Raises ValueError for an unknown tap or preprocessing and for images that are not
-    (N, 1 or 3, H, W) under a preprocessing, TypeError for a tap whose output is no tensor.
+    Differentiable in the images. Raises ValueError for an unknown tap or preprocessing, for images that are not
+    (N, 1 or 3, H, W) under a preprocessing and for those that strides and poolings leave nothing of, TypeError for a
+    tap whose output is no tensor.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -109,9 +114,11 @@ class FrozenTrunk(nn.Module):
         self.sequential = all(_is_plain(known[name]) for tap in taps for name in _containers(tap))
         self._steps: list[_Step] = []
         self._copies_images = True
+        self.least_size = (1, 1)  # height and width of images that reach the last tap, as far as it is known
         self.features = module
         if self.sequential:
             self.features, self._steps, self._copies_images = _child_by_child(module, self.taps)
+            self.least_size = (_least_side(self.features, 0), _least_side(self.features, 1))
         self.requires_grad_(False)
         self.train(False)
         if channels_last:
@@ -145,6 +152,7 @@ class FrozenTrunk(nn.Module):
             setattr(self, name, constant)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        check_size(self, "images", images)
         if self.preprocess != "none":
             images = self._preprocessed(images)
         elif self._copies_images:
@@ -212,6 +220,27 @@ class FrozenTrunk(nn.Module):
                 handle.remove()
 
 
+def check_trunk(trunk: Any) -> FrozenTrunk:
+    """A `FrozenTrunk`, or a module that stands for one, as what torch.compile makes of it."""
+    if not isinstance(trunk, nn.Module) or not hasattr(trunk, "taps"):
+        got = repr(trunk) if isinstance(trunk, str) else type(trunk).__name__
+        raise TypeError(
+            "trunk must be a FrozenTrunk, such as ik.features.vgg16() or FrozenTrunk(module, taps) of any module, "
+            f"got {got}"
+        )
+    return trunk  # type: ignore[return-value]
+
+
+def check_size(trunk: FrozenTrunk, name: str, images: Tensor) -> None:
+    """Images, called `name`, that are large enough for a trunk."""
+    height, width = trunk.least_size
+    if images.ndim >= 2 and (images.shape[-2] < height or images.shape[-1] < width):
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}; this trunk needs images of at least {height}x{width} pixels, "
+            "of smaller ones its poolings and strides leave nothing"
+        )
+
+
 def _checked(tap: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -258,6 +287,30 @@ def _leaves_input_alone(module: nn.Module) -> bool:
     if _is_plain(module) and module._modules:
         return _leaves_input_alone(next(iter(module.children())))
     return type(module).__module__ in _PURE and not getattr(module, "inplace", False)
+
+
+def _least_side(module: nn.Module, axis: int, output: int = 1) -> int:
+    """Pixels along an axis that a module needs to return `output` of them: never more than it does need."""
+    if _is_plain(module):
+        for child in reversed(module._modules.values()):
+            assert child is not None
+            output = _least_side(child, axis, output)
+        return output
+    if type(module) in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
+
+        def option(name: str, default: int) -> int:
+            value = getattr(module, name, default)
+            return int(value[axis] if isinstance(value, tuple) else value)
+
+        if module.padding == "same":
+            return output
+        padding = 0 if module.padding == "valid" else option("padding", 0)
+        window = option("dilation", 1) * (option("kernel_size", 1) - 1) + 1
+        stride = option("stride", 1)
+        # Rounded up, a window may begin in the last stride.
+        begin = (output - 2) * stride + 1 if getattr(module, "ceil_mode", False) else (output - 1) * stride
+        return max(1, begin + window - 2 * padding)
+    return output if type(module).__module__ in _SAME_SIZE else 1
 
 
 def _child_by_child(module: nn.Module, taps: Sequence[str]) -> tuple[nn.Sequential, list[_Step], bool]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..features.trunk import FrozenTrunk, check_size
+
 # (features of the predictions, what they are compared with) -> scalar, a mean over the samples
 Term = Callable[[list[Tensor], Any], Tensor]
 # (rows of pred, first sample, end) -> (images the trunk reads, what the terms compare their features with)
@@ -222,7 +224,7 @@ def weighted_terms(
 
 
 def trunk_terms(
-    trunk: nn.Module,
+    trunk: FrozenTrunk,
     terms: Sequence[Term],
     weights: Sequence[float],
     pred: Tensor,
@@ -231,6 +233,7 @@ def trunk_terms(
 ) -> tuple[Tensor, ...]:
     """`weighted_terms` of predictions, read by the trunk as they are, against the features of a target."""
     check_images(pred, target)
+    check_size(trunk, "pred", pred)
     target_grad = target.requires_grad and torch.is_grad_enabled()
     if chunk is not None and target_grad:
         raise ValueError(

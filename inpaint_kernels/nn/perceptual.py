@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..features.trunk import FrozenTrunk
+from ..features.trunk import FrozenTrunk, check_trunk
 from ..ops.feature_distance import feature_distance
 from ..ops.style import style_loss
 from ._streaming import Term, check_chunk, trunk_terms
@@ -46,8 +46,9 @@ class PerceptualLoss(nn.Module):
             and with one. A number of at least N runs the passes of the plain path. A second derivative is refused.
 
     ``forward(pred, target)`` takes images (k N, C, H, W) and (N, C, H, W) and returns a scalar; k > 1 compares
-    several predictions, in the order of torch.cat, with one target. Differentiable in `pred`, and without streaming
-    in `target`. Raises ValueError for shapes that disagree. Under ``torch.compile`` a streamed loss breaks the graph.
+    several predictions, in the order of torch.cat, with one target, and takes the mean. Differentiable in `pred`, and
+    without streaming in `target`. Raises TypeError for what is no trunk, ValueError for shapes that disagree and for
+    images that are too small for the trunk. Under ``torch.compile`` a streamed loss breaks the graph.
 
     Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016.
 
@@ -69,7 +70,7 @@ class PerceptualLoss(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.trunk, self.weights, self.penalty = trunk, weights, penalty
+        self.trunk, self.weights, self.penalty = check_trunk(trunk), weights, penalty
         self.layer_reduction, self.chunk = layer_reduction, check_chunk(chunk)
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
@@ -114,7 +115,7 @@ class StyleLoss(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.trunk, self.weights, self.penalty = trunk, weights, penalty
+        self.trunk, self.weights, self.penalty = check_trunk(trunk), weights, penalty
         self.normalize, self.chunk = normalize, check_chunk(chunk)
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
@@ -132,8 +133,9 @@ class PerceptualStyleLoss(nn.Module):
         trunk: a `FrozenTrunk` that taps the layers of both terms.
         perceptual_taps, style_taps: which of the trunk's taps each term reads, by name as in ``trunk.taps`` or by
             place; all of them by default.
-        perceptual_weight, style_weight: factors of the two terms in the total (0.05 and 120 are the published ones
-            of partial convolution).
+        perceptual_weight, style_weight: factors of the two terms in the total. Those that partial convolution
+            publishes, 0.05 and 120, are for the sum of the terms of raw and composite images. Of k predictions
+            stacked in `pred` a term is the mean, so they are k times as large here.
         perceptual_weights, style_weights: factors of the layers within each term.
         penalty, layer_reduction: of the perceptual term, as `PerceptualLoss`.
         normalize: of the style term, as `StyleLoss`.
@@ -145,9 +147,11 @@ class PerceptualStyleLoss(nn.Module):
     Example:
         >>> import torch, inpaint_kernels as ik
         >>> trunk = ik.features.vgg16(weights=None)
-        >>> loss = ik.nn.PerceptualStyleLoss(trunk, perceptual_weight=0.05, style_weight=120)
-        >>> pred = torch.rand(4, 3, 32, 32, requires_grad=True)  # raw and composite, stacked
-        >>> loss(pred, torch.rand(2, 3, 32, 32)).total.backward()
+        >>> loss = ik.nn.PerceptualStyleLoss(trunk, perceptual_weight=2 * 0.05, style_weight=2 * 120)
+        >>> raw, target = torch.rand(2, 3, 32, 32, requires_grad=True), torch.rand(2, 3, 32, 32)
+        >>> mask = (torch.rand(2, 1, 32, 32) < 0.7).float()
+        >>> pred = torch.cat([raw, ik.composite(raw, target, mask)])  # k = 2
+        >>> loss(pred, target).total.backward()
     """
 
     def __init__(
@@ -166,7 +170,7 @@ class PerceptualStyleLoss(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.trunk, self.chunk = trunk, check_chunk(chunk)
+        self.trunk, self.chunk = check_trunk(trunk), check_chunk(chunk)
         self.factors = [perceptual_weight, style_weight]
         perceptual = PerceptualLoss(
             trunk, weights=perceptual_weights, penalty=penalty, layer_reduction=layer_reduction

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..features.trunk import PREPROCESSINGS, FrozenTrunk, scale_and_shift
+from ..features.trunk import PREPROCESSINGS, FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term, check_chunk, weighted_terms
 from ..ops import _checks
 from ..ops.feature_distance import feature_distance
@@ -21,13 +21,14 @@ from ..ops.style import style_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a trunk reads, and where it is tapped."""
+    """What a trunk reads, where it is tapped, and what composites are made of."""
 
     layers: tuple[str, ...]
     predictions: tuple[str, ...] = ("raw", "composite")
     preprocess: str = "imagenet"
     swap_channels: bool = False
     mask_is: str = "valid"
+    composite_from: str = "target"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -45,6 +46,7 @@ class Settings:
             _checks.check_choice("predictions", part, ("raw", "composite"))
         _checks.check_choice("preprocess", self.preprocess, PREPROCESSINGS)
         _checks.check_choice("mask_is", self.mask_is, ("valid", "hole"))
+        _checks.check_choice("composite_from", self.composite_from, ("target", "masked_target"))
         if not isinstance(self.swap_channels, bool):
             raise TypeError(f"swap_channels must be True or False, got {self.swap_channels!r}")
 
@@ -171,6 +173,8 @@ class Objective(nn.Module):
         Of the style layers these are Gram matrices: against those, equal images differ by a rounding.
         """
         _checks.check_features("target", target)
+        if self.trunk is not None:
+            check_size(self.trunk, "target", target)
         with torch.no_grad():
             truth = self._maps(self._images(target, target, None, ("target",)))
             pairs = zip(self._terms.values(), truth.terms, strict=True)
@@ -207,6 +211,16 @@ class Objective(nn.Module):
             backend=self.backend,
         )
 
+    def _composited(self, target: Tensor, mask: Tensor | None) -> Tensor:
+        """What composites take their known pixels from."""
+        # Masking twice is masking once where a mask has no fractions.
+        if mask is None or self.settings.composite_from == "target" or not mask.is_floating_point():
+            return target
+        flipped = "valid" if self.settings.mask_is == "hole" else "hole"
+        return stacked_images(
+            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=self.backend
+        )
+
     def _picked(self, term: FeatureTerm, maps: list[Tensor]) -> list[Tensor]:
         assert self.trunk is not None
         return [maps[self.trunk.names.index(layer)] for layer in term.layers]
@@ -234,9 +248,11 @@ class Objective(nn.Module):
         mask: Tensor | None,
         truth: Truth | None,
         preprocessed: bool = False,
+        composited: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted total, raw terms by name): predictions through the trunk in one pass, the target, without
-        gradient, in another; that is left out if its `truth` is given."""
+        gradient, in another; that is left out if its `truth` is given. `composited` stands for the target in
+        composites."""
         trunk, parts = self.trunk, self.settings.predictions
         assert trunk is not None
         if truth is not None:
@@ -253,7 +269,8 @@ class Objective(nn.Module):
                 goal = truth.rows(begin, end)
             shared = mask is None or mask.ndim == 2 or mask.shape[0] == 1
             weights = mask if mask is None or shared else mask[begin:end]
-            return self._images(rows, known, weights, parts, preprocessed), goal
+            beside = known if composited is None else composited[begin:end]
+            return self._images(rows, beside, weights, parts, preprocessed), goal
 
         def term_at(index: int, term: FeatureTerm) -> Term:
             return lambda maps, goal: term.distance(self._picked(term, maps), goal.terms[index])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..features.torchvision_nets import Weights, vgg16
-from ..features.trunk import FrozenTrunk
+from ..features.trunk import FrozenTrunk, check_size
 from ..nn._streaming import weighted_sum
 from ..ops import _checks, _pairs, _pixel
 from ..ops.hole_valid import hole_valid_loss
@@ -42,6 +42,9 @@ class PartialConvSettings(Settings):
         preprocess: "imagenet" for images in [0, 1], "imagenet_tanh" for [-1, 1], "none" for normalised ones.
         swap_channels: the trunk reads the channels in reverse order.
         mask_is: "valid" (1 = known) or "hole".
+        composite_from: with v = 1 where a pixel is known, composites are ``v * y + (1 - v) * x`` ("target"), or made
+            of the image that the network is given, ``v * (v * y) + (1 - v) * x`` ("masked_target"). They differ where
+            a mask has fractions.
         hole_weight, valid_weight, tv_weight, perceptual_weight, style_weight: factors of the terms.
         normalize: denominator of hole and valid, as `hole_valid_loss`.
         tv_image: total variation of the "composite" or of the "raw" prediction.
@@ -82,7 +85,9 @@ _PRESETS = types.MappingProxyType(
             tv_normalize="pairs",
             pixel_space="trunk",
         ),
-        "naoto0804": PartialConvSettings(preprocess="none", tv_region="image", tv_normalize="pairs"),
+        "naoto0804": PartialConvSettings(
+            preprocess="none", composite_from="masked_target", tv_region="image", tv_normalize="pairs"
+        ),
         "mmagic": PartialConvSettings(
             preprocess="imagenet_tanh",
             mask_is="hole",
@@ -116,6 +121,8 @@ class PartialConvObjective(Objective):
     [-1, 1] twice as large. Over its region, the hole weighs the same however small it is; over all elements, in
     proportion to its area. mmagic feeds its trunk BGR images under RGB statistics; ``swap_channels=True`` mends that.
     It leaves a hole's last row and column in the image out of the denominators of total variation; here they count.
+    naoto0804 makes the composite from the masked image, which matters for masks with fractions, as resized ones have:
+    the truth then counts with the square of the mask. ``composite_from="target"`` turns that off.
 
     Args:
         preset: "paper", "nvidia" (the loss that NVIDIA released), "naoto0804" or "mmagic": keys of `presets`.
@@ -176,6 +183,8 @@ class PartialConvObjective(Objective):
         **overrides: Any,
     ) -> None:
         s = chosen(self.presets, preset, overrides)
+        if process_group is not None:
+            _pixel.check_group(process_group)
         if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):
             raise ValueError(
                 "weights, channels_last and autocast are those of a trunk that is built; trunk= has its own"
@@ -200,15 +209,18 @@ class PartialConvObjective(Objective):
         self, pred: Tensor, target: Tensor, mask: Tensor | None = None, *, truth: Truth | None = None
     ) -> PartialConvTerms:
         _checks.check_images(pred, target)
+        if self.trunk is not None:
+            check_size(self.trunk, "pred", pred)
         mask = self._checked_mask(mask, pred)
         target = target.detach()
         preprocessed = self.settings.pixel_space == "trunk"
         if preprocessed:
             pred = self._images(pred, target, None, ("raw",))
             target = self._images(target, target, None, ("target",))
-        found = self._pixel_terms(pred, target, mask)
+        composited = self._composited(target, mask)
+        found = self._pixel_terms(pred, target, composited, mask)
         if self.trunk is not None:
-            weighted, compared = self._feature_terms(pred, target, mask, truth, preprocessed)
+            weighted, compared = self._feature_terms(pred, target, mask, truth, preprocessed, composited)
             total = found["total"] + weighted if "total" in found else weighted
             found = {**found, **compared, "total": total}
         dtype = _pixel.accumulate(pred, target)
@@ -224,7 +236,9 @@ class PartialConvObjective(Objective):
             raise ValueError("mask is missing: these settings compare composites or regions, which need it")
         return None
 
-    def _pixel_terms(self, pred: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _pixel_terms(
+        self, pred: Tensor, target: Tensor, composited: Tensor, mask: Tensor | None
+    ) -> dict[str, Tensor]:
         """Those that weigh anything, and their weighted total as "total"; empty without any."""
         s = self.settings
         weights = {"hole": s.hole_weight, "valid": s.valid_weight, "tv": s.tv_weight}
@@ -233,7 +247,7 @@ class PartialConvObjective(Objective):
         found: dict[str, Tensor] = {}
         if mask is None:
             found["valid"] = masked_l1_loss(pred, target, normalize=s.normalize, **where)
-        elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite:
+        elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite and composited is target:
             found = inpainting_pixel_loss(
                 pred,
                 target,
@@ -254,8 +268,8 @@ class PartialConvObjective(Objective):
         if s.tv_weight and "tv" not in found:
             found["tv"] = total_variation_loss(
                 pred,
-                mask,
-                target=target if composite else None,
+                mask if composite or s.tv_region != "image" else None,
+                target=composited if composite else None,
                 region=s.tv_region,
                 normalize=s.tv_normalize,
                 mask_is=s.mask_is,

@@ -155,10 +155,18 @@ def mean_count(image: Tensor, weight: Tensor | None, normalize: str) -> Tensor:
     return image.new_full((), count, dtype=torch.float64)
 
 
-def check_group_mask(mask: Tensor | None) -> None:
-    """The counts are detached, so the gradient of a global mean to the mask would lack a term."""
+def check_group(process_group: Any, mask: Tensor | None = None) -> None:
+    """A group that this process is in, and a mask without gradient: a global mean's would lack a term, as the counts
+    are detached."""
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("process_group computes no gradient to mask; use mask.detach()")
+    import torch.distributed as dist
+
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this process is in, such as "
+            f"torch.distributed.group.WORLD, got {process_group!r}"
+        )
 
 
 def accumulate(pred: Tensor, target: Tensor) -> torch.dtype:

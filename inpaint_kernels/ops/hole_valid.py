@@ -189,7 +189,7 @@ def hole_valid_loss(
     elif penalty == "huber":
         param = _checks.check_positive("delta", delta)
     if process_group is not None:
-        _pixel.check_group_mask(mask)
+        _pixel.check_group(process_group, mask)
         local = hole_valid_loss(
             pred,
             target,

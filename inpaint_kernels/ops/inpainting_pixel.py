@@ -200,7 +200,7 @@ def inpainting_pixel_loss(
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     tv_norm = _pairs.check_options("tv_", tv_region, tv_penalty, tv_normalize)
     if process_group is not None:
-        _pixel.check_group_mask(mask)
+        _pixel.check_group(process_group, mask)
         _, *local = inpainting_pixel_loss(
             pred,
             target,

@@ -139,7 +139,7 @@ def _global_mean(
     process_group: Any,
     backend: str | None,
 ) -> Tensor:
-    _pixel.check_group_mask(mask)
+    _pixel.check_group(process_group, mask)
     local = _masked_loss(pred, target, mask, penalty, param, "mean", normalize, None, backend)
     count = _pixel.mean_count(pred, mask, normalize)
     (value,) = _pixel.global_means((local,), (count,), process_group)

@@ -144,7 +144,8 @@ def total_variation_loss(
     Args:
         image: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides. NCHW and channels_last are
             read in place, other strides through a copy.
-        mask: 1 = known, 0 = hole; shapes and dtypes as `hole_valid_loss`. Needed for a region and for `target`.
+        mask: 1 = known, 0 = hole; shapes and dtypes as `hole_valid_loss`. Needed for a region and for `target`, and
+            refused where neither is given, since nothing would read it.
         target: the truth: the total variation is that of ``composite(image, target, mask)``, which is formed inside
             the kernel and never written. As `image` in shape and device; its dtype may differ.
         region: "image", "hole", "dilated_hole" or "first_pixel", see above.
@@ -165,12 +166,13 @@ def total_variation_loss(
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above.
-        ValueError: shapes or devices disagree, the mask is missing, or an option is unknown.
+        ValueError: shapes or devices disagree, the mask is missing or would not be read, or an option is unknown.
         RuntimeError: the `backend` asked for cannot run, with the reason.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018 (dilated hole of the
     composite); naoto0804/pytorch-inpainting-with-partial-conv (whole image); mmagic's MaskedTVLoss
-    ("first_pixel" with "mask").
+    ("first_pixel" with "mask"). Where a hole reaches the image's last row or column mmagic leaves that row out of the
+    denominator of the pairs down, that column out of the other one; here every pixel of the region counts.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -184,14 +186,18 @@ def total_variation_loss(
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     normalize = _pairs.check_options("", region, penalty, normalize)
     if region == "image" and target is None:
-        mask = None
+        if mask is not None:
+            raise ValueError(
+                "region='image' reads no mask: leave it out, or choose region='hole', 'dilated_hole' or "
+                "'first_pixel'; with target= the mask makes the composite"
+            )
     elif mask is None:
         needed = f"region={region!r}" if region != "image" else "target"
         raise ValueError(f"mask is missing: {needed} needs it to tell the hole from the known pixels")
     else:
         mask = _checks.check_mask(mask, image, "image")
     if process_group is not None:
-        _pixel.check_group_mask(mask)
+        _pixel.check_group(process_group, mask)
         local = total_variation_loss(
             image,
             mask,
