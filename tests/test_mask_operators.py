@@ -152,13 +152,24 @@ def test_binary_is_strictly_above_the_threshold(threshold: float) -> None:
 def test_inversion() -> None:
     assert ik.invert_mask(torch.tensor([[0.0, 0.25, 1.0]])).tolist() == [[1.0, 0.75, 0.0]]
     assert ik.invert_mask(torch.tensor([[True, False]])).tolist() == [[False, True]]
-    # 255 is a "1" of an image file, and 1 - 255 would wrap.
-    assert ik.invert_mask(torch.tensor([[0, 1, 255]], dtype=torch.uint8)).tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+def test_nonzero_integers_count_as_one(dtype: torch.dtype) -> None:
+    """255 is the "1" of an image file."""
+    mask = torch.tensor([[0, 1, 255, 0]]).to(dtype)
+    inverted, dilated, above = ik.invert_mask(mask), ik.dilate_mask(mask), ik.binarize_mask(mask)
+    assert {inverted.dtype, dilated.dtype, above.dtype, ik.resize_mask(mask, (1, 2)).dtype} == {dtype}
+    assert inverted.tolist() == [[1, 0, 0, 1]]
+    assert dilated.tolist() == [[1, 1, 1, 1]]
+    assert above.tolist() == [[0, 1, 1, 0]]
+    assert ik.resize_mask(mask, (1, 2), "adaptive_max").tolist() == [[1, 1]]
+    for mode in ("area", "bilinear"):
+        assert ik.resize_mask(mask, (1, 2), mode).tolist() == [[0.5, 0.5]]
 
 
 BAD = {
     "list": (lambda: ik.dilate_mask([[1.0]]), TypeError, "mask.*Tensor.*list"),
-    "int64": (lambda: ik.invert_mask(torch.ones(3, 3, dtype=torch.int64)), TypeError, "mask.*uint8.*int64"),
     "complex": (lambda: ik.binarize_mask(torch.ones(3, 3, dtype=torch.cfloat)), TypeError, "mask.*complex64"),
     "nhw": (lambda: ik.resize_mask(torch.ones(3, 8, 8), 4), ValueError, r"mask.*\(N, 1, H, W\).*\(3, 8, 8\)"),
     "radius-negative": (lambda: ik.dilate_mask(torch.ones(3, 3), -1), ValueError, "radius.*0.*-1"),

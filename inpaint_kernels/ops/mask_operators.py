@@ -15,11 +15,8 @@ RESIZE_MODES = ("nearest", "bilinear", "bilinear_aligned", "adaptive_max", "area
 
 
 def _checked(mask: Tensor) -> Tensor:
-    """The mask without its graph."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
-    if mask.dtype not in _checks.MASK_DTYPES:
-        raise TypeError(f"mask must be floating, bool or uint8, got {mask.dtype}")
+    """The mask without its graph, an integer one as bool."""
+    mask = _checks.binary(mask)
     if mask.ndim not in (2, 4):
         raise ValueError(
             f"mask must have shape (H, W), (N, 1, H, W) or (N, C, H, W), got {tuple(mask.shape)}"
@@ -45,7 +42,7 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
     What is 1 grows: a hole where the mask is 1 inside it, the known region where the mask is 1 there.
 
     Args:
-        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or uint8.
+        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or an integer (nonzero counts as 1).
         radius: in pixels, 0 or more.
 
     Returns:
@@ -60,23 +57,23 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
         >>> ik.dilate_mask(torch.tensor([[0, 0, 0, 1]], dtype=torch.bool))
         tensor([[False, False,  True,  True]])
     """
-    mask = _checked(mask)
+    found = _checked(mask)
     _check_count("radius", radius, 0)
-    return reference.dilate(_floating(mask), radius).to(mask.dtype, copy=True)
+    return reference.dilate(_floating(found), radius).to(mask.dtype, copy=True)
 
 
 def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") -> Tensor:
     """The mask at another resolution, that of a feature map or of a critic's logits.
 
     Args:
-        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or uint8.
+        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or an integer (nonzero counts as 1).
         size: (H', W'), or one number for both.
         mode: "nearest" and "bilinear" as torch.nn.functional.interpolate; "bilinear_aligned" = with
             ``align_corners=True``; "adaptive_max" = the largest value each output pixel covers; "area" = the mean.
 
     Returns:
         `mask` with the last two dimensions replaced by `size`, in the same dtype; where fractions arise ("bilinear",
-        "bilinear_aligned", "area"), in float32 for a bool or uint8 mask. Differentiable in nothing: a mask is data.
+        "bilinear_aligned", "area"), in float32 for a bool or integer mask. Differentiable in nothing: a mask is data.
 
     Raises:
         TypeError: `mask` is no tensor or has another dtype, or `size` is made of other things than integers.
@@ -91,7 +88,7 @@ def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") 
         >>> ik.resize_mask(mask, (1, 2), "area")
         tensor([[0.0000, 0.5000]])
     """
-    mask = _checked(mask)
+    found = _checked(mask)
     _checks.check_choice("mode", mode, RESIZE_MODES)
     given = size if isinstance(size, Sequence) else (size, size)
     if len(given) != 2:
@@ -104,7 +101,7 @@ def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") 
     dtype = mask.dtype
     if not dtype.is_floating_point and mode not in ("nearest", "adaptive_max"):
         dtype = torch.float32
-    planes = _floating(mask).reshape(-1, 1, *mask.shape[-2:])
+    planes = _floating(found).reshape(-1, 1, *mask.shape[-2:])
     if mode == "adaptive_max":
         planes = F.adaptive_max_pool2d(planes, (height, width))
     elif mode == "area":
@@ -122,7 +119,7 @@ def binarize_mask(mask: Tensor, threshold: float = 0.5) -> Tensor:
     """1 where the mask is greater than the threshold, else 0.
 
     Args:
-        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or uint8 (not divided by 255).
+        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or an integer (nonzero counts as 1).
         threshold: 0 for the loaders that count every value above 0.
 
     Returns:
@@ -137,15 +134,15 @@ def binarize_mask(mask: Tensor, threshold: float = 0.5) -> Tensor:
         >>> ik.binarize_mask(torch.tensor([[0.2, 0.5, 0.8]]))
         tensor([[0., 0., 1.]])
     """
-    mask = _checked(mask)
-    return (mask > _checks.check_number("threshold", threshold)).to(mask.dtype)
+    found = _checked(mask)
+    return (found > _checks.check_number("threshold", threshold)).to(mask.dtype)
 
 
 def invert_mask(mask: Tensor) -> Tensor:
     """``1 - mask``: known and hole change places.
 
     Args:
-        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or uint8, of which every value above 0 counts as 1.
+        mask: (H, W), (N, 1, H, W) or (N, C, H, W); floating, bool or an integer (nonzero counts as 1).
 
     Returns:
         As `mask` in shape and dtype. Differentiable in nothing: a mask is data.
@@ -159,6 +156,5 @@ def invert_mask(mask: Tensor) -> Tensor:
         >>> ik.invert_mask(torch.tensor([[0.0, 0.25, 1.0]]))
         tensor([[1.0000, 0.7500, 0.0000]])
     """
-    mask = _checked(mask)
-    # No unsigned 1 - 255.
-    return 1 - mask if mask.dtype.is_floating_point else (mask == 0).to(mask.dtype)
+    found = _checked(mask)
+    return 1 - found if found.dtype.is_floating_point else (found == 0).to(mask.dtype)
