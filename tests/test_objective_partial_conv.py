@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import inspect
 import unittest.mock
 from typing import Any
 
@@ -409,11 +410,21 @@ def test_docstrings() -> None:
         assert runner.run(example).failed == 0 and runner.tries > 3
 
 
+def test_signature_names_every_setting() -> None:
+    """Which None leaves to the preset."""
+    arguments = inspect.signature(Objective).parameters
+    settings = [field.name for field in dataclasses.fields(ik.objectives.PartialConvSettings)]
+    assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in arguments.values())
+    assert {name: arguments[name].default for name in settings} == dict.fromkeys(settings)
+    unset = dict.fromkeys(settings)
+    assert objective("mmagic", **unset).settings == Objective.presets["mmagic"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"preset": "liu"}, ValueError, "preset.*'liu'.*'paper', 'nvidia', 'naoto0804', 'mmagic'"),
-        ({"styleweight": 1.0}, TypeError, "styleweight.*layers.*style_weight.*pixel_space"),
+        ({"styleweight": 1.0}, TypeError, "unexpected keyword argument 'styleweight'"),
         ({"style_weight": "120"}, TypeError, "style_weight.*str"),
         ({"style_weight": float("nan")}, ValueError, "style_weight.*nan"),
         ({"hole_weight": True}, TypeError, "hole_weight.*bool"),

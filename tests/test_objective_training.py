@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import poisoned_allocations
 from objective_cases import FORMULAS, gradient, images, mask_for, objective, relative, trunk
 from torch import Tensor, nn
 from training_checks import check_no_host_sync, kept_bytes, ops_called
@@ -258,6 +259,30 @@ def test_the_trunk_follows_the_model() -> None:
     weight = model.objective.trunk.features.get_submodule("2").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert Model().to("meta").objective.trunk.features.get_submodule("2").weight.is_meta
+
+
+def test_to_empty_keeps_the_trunk() -> None:
+    """As of a model that was moved from the meta device and then loaded: its checkpoint brings no trunk."""
+    pred, target, mask = case("paper")
+    model = Model()
+    want, state = model.objective(pred, target, mask), copy.deepcopy(model.state_dict())
+    with poisoned_allocations():
+        model.to_empty(device="cpu")
+    assert not torch.equal(model.net.weight, state["net.weight"])
+    model.load_state_dict(state, strict=True)
+    found = model.objective(pred, target, mask)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_a_trunk_without_weights_is_refused() -> None:
+    """Not a NaN total after `load_state_dict` said that all keys match."""
+    with torch.device("meta"), pytest.raises(ValueError, match=r"trunk.*meta device.*outside"):
+        ik.objectives.PartialConvObjective(weights=None)
+    with torch.device("meta"):
+        ik.objectives.PartialConvObjective(weights=None, perceptual_weight=0, style_weight=0)
+    model = Model().to("meta")
+    with pytest.raises(RuntimeError, match=r"trunk.*meta device.*anew"):
+        model.to_empty(device="cpu")
 
 
 def test_copies_and_pickles() -> None:

@@ -83,6 +83,53 @@ def test_constructor_is_that_of_a_convolution(case: str, dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", LAYERS)
+def test_signature(dims: int) -> None:
+    """What editors show: the arguments of a convolution in their order, then the layer's own by name."""
+    ours, plain = (inspect.signature(layer).parameters for layer in LAYERS[dims])
+    shared = list(ours)[: len(plain)]
+    assert shared == list(plain)
+    assert [ours[name].default for name in shared] == [plain[name].default for name in shared]
+    assert all(ours[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in shared)
+    own = {name: p.default for name, p in ours.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert own == OWN and len(ours) == len(plain) + len(OWN)
+
+
+@pytest.mark.parametrize("dims", LAYERS)
+def test_skip_init(dims: int) -> None:
+    """As for torch's own layers: made without a pass of initialisation, filled from a checkpoint."""
+    ours, plain = LAYERS[dims]
+    source = plain(3, 4, 3)
+    layer = torch.nn.utils.skip_init(ours, 3, 4, 3, padding=1, multi_channel=True, return_mask=True)
+    assert type(layer) is ours and layer.weight.device.type == "cpu" and layer.multi_channel
+    layer.load_state_dict(source.state_dict())
+    x = torch.rand(2, 3, *[6] * dims)
+    want = FUNCTIONS[dims](x, source.weight, source.bias, None, padding=1, multi_channel=True)
+    for got, expected in zip(layer(x), want, strict=True):
+        assert same_bits(got, expected)
+    assert torch.nn.utils.skip_init(ours, 3, 4, 3, device="meta").weight.is_meta
+
+
+@pytest.mark.parametrize("dims", LAYERS)
+def test_mask_in_is_nvidias_name_of_the_mask(backend: Backend, dims: int) -> None:
+    x, mask = images(backend, dims)
+    layer = LAYERS[dims][0](4, 6, 3, backend=backend.name).to(backend.device)
+    assert same_bits(layer(x, mask_in=mask), layer(x, mask))
+    assert not same_bits(layer(x, mask_in=mask), layer(x))
+    with pytest.raises(TypeError, match=r"mask and mask_in"):
+        layer(x, mask, mask_in=mask)
+
+
+def test_groups_count_their_own_channels(backend: Backend) -> None:
+    """As the docstring says: NVIDIA's windows count those of the other groups as well."""
+    layer = ik.nn.PartialConv2d(4, 2, 1, groups=2, multi_channel=True, return_mask=True, backend=backend.name)
+    layer = layer.to(backend.device)
+    mask = torch.ones(1, 4, 1, 1, device=backend.device)
+    mask[:, :2] = 0
+    new_mask = layer(torch.rand(1, 4, 1, 1, device=backend.device), mask).new_mask
+    assert new_mask.flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("dims", LAYERS)
 def test_every_own_option_is_one_of_the_function(dims: int) -> None:
     """With the same default; `multi_channel` is False as in NVIDIA's layer, where the function looks at the mask."""
     options = {

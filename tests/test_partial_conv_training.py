@@ -1,4 +1,4 @@
-"""Partial convolution in training: memory, registration, compile, export, autocast."""
+"""Partial convolution in training: memory, registration, compile, autocast."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_opcheck_of_the_window_kernel(
     check_opcheck(window, (known, groups, 1, *several, 9.0, "binary", torch.float32))
 
 
-# ---- compile and export ------------------------------------------------------------------------------------------
+# ---- compile -----------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
@@ -247,30 +247,6 @@ def test_inductor(kernel: Backend) -> None:
     compiled = torch.compile(network, fullgraph=True)
     for got, want in zip(step(compiled, network, *given), step(network, network, *given), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(INTERPRETING, reason="runs no kernel")
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("multi_channel", [False, True])
-def test_export(multi_channel: bool, strict: bool) -> None:
-    """torch's own operators only; right for another mask, and for other sizes."""
-    network, cpu = Network(None, multi_channel), Backend("reference", "cpu")
-    given = batch(cpu, multi_channel, (2, 3, 12, 14), "contiguous")
-    sizes = [(2, 3, 12, 14)]
-    dynamic = None
-    if not strict:
-        dynamic = [dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)] * 2
-        sizes += [(3, 3, 16, 22)]
-    program = torch.export.export(network, tuple(given), dynamic_shapes=dynamic, strict=strict)
-    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
-    assert not {name for name in called if "inpaint_kernels" in name}
-    assert any(name.startswith("aten.conv2d") for name in called)
-    reference = Network("reference", multi_channel)
-    for size in sizes:
-        x, mask = batch(cpu, multi_channel, size, "contiguous")
-        for changed in (mask, torch.flip(mask, (-1,))):
-            for got, want in zip(program.module()(x, changed), reference(x, changed), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 # ---- autocast and devices ----------------------------------------------------------------------------------------

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._partial_conv_plan import ACTIVATIONS, NUMERATORS, UPDATES
-from ..ops.partial_conv import partial_conv2d, partial_conv3d
+from ..ops._partial_conv_plan import ACTIVATIONS, NUMERATORS, UPDATES, Size
+from ..ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
 
 
 class _Options:
-    """What a partial convolution has besides a convolution: keyword arguments, kept as attributes."""
+    """What a partial convolution has besides a convolution, kept as attributes."""
 
-    padding_mode: Any
-
-    def __init__(
+    def _set(
         self,
-        *args: Any,
-        multi_channel: bool = False,
-        return_mask: bool = False,
-        numerator: str = "window",
-        mask_update: str = "clamp",
-        mask_input: bool = True,
-        scale_bias: bool = False,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        backend: str | None = None,
-        **kwargs: Any,
+        padding_mode: str,
+        multi_channel: bool,
+        return_mask: bool,
+        numerator: str,
+        mask_update: str,
+        mask_input: bool,
+        scale_bias: bool,
+        activation: str,
+        negative_slope: float,
+        backend: str | None,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        if self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {self.padding_mode!r}")
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         _checks.check_choice("numerator", numerator, NUMERATORS)
         _checks.check_choice("mask_update", mask_update, UPDATES)
         _checks.check_choice("activation", activation, ACTIVATIONS)
@@ -41,37 +38,57 @@ class _Options:
         self.scale_bias, self.activation, self.negative_slope = scale_bias, activation, negative_slope
         self.backend = backend
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "multi_channel": self.multi_channel,
-            "numerator": self.numerator,
-            "mask_update": self.mask_update,
-            "mask_input": self.mask_input,
-            "scale_bias": self.scale_bias,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
-            "backend": self.backend,
-        }
+    def _run(self, function: Any, input: Tensor, mask: Tensor | None, mask_in: Tensor | None) -> Any:
+        layer: Any = self
+        if mask_in is not None:
+            if mask is not None:
+                raise TypeError("mask and mask_in are one argument, got both")
+            mask = mask_in
+        found: PartialConvOutput = function(
+            input,
+            layer.weight,
+            layer.bias,
+            mask,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            multi_channel=self.multi_channel,
+            numerator=self.numerator,
+            mask_update=self.mask_update,
+            mask_input=self.mask_input,
+            scale_bias=self.scale_bias,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            backend=self.backend,
+        )
+        return found if self.return_mask else found.output
 
 
 class PartialConv2d(_Options, nn.Conv2d):
     """Partial convolution layer: `ik.partial_conv2d` with the parameters and the constructor of torch.nn.Conv2d.
 
-    Drop-in for NVIDIA's ``PartialConv2d``: same arguments, same values. The state dict holds ``weight`` and ``bias``,
-    so that of a plain ``Conv2d`` loads here and the other way round.
+    Drop-in for NVIDIA's ``PartialConv2d``: same arguments, same values, but for `multi_channel` with ``groups > 1``.
+    NVIDIA's windows then count the known values of all input channels, these of the channels of their group, which
+    are those the convolution sees. The state dict holds ``weight`` and ``bias``, so that of a plain ``Conv2d`` loads
+    here and the other way round.
 
     Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as ``torch.nn.Conv2d``; `padding_mode` must be "zeros".
         multi_channel: the mask has a channel for every input channel (one with a single channel is spread over them)
             instead of one for all.
         return_mask: return ``(output, new_mask)`` instead of ``output`` alone.
         numerator, mask_update, mask_input, scale_bias, activation, negative_slope, backend: as in
             `ik.partial_conv2d`, all by default as NVIDIA has it.
-        Everything else as ``torch.nn.Conv2d``; `padding_mode` must be "zeros".
 
     ``forward(input, mask=None)`` takes (N, Cin, H, W) and a mask (1 = known) as in `ik.partial_conv2d` and returns
-    the output (N, Cout, Ho, Wo), or a `PartialConvOutput` with `return_mask`. Differentiable in input, weight and
-    bias, and in a mask that requires a gradient. Raises ValueError for shapes that do not fit and for unknown
-    options.
+    the output (N, Cout, Ho, Wo), or a `PartialConvOutput` with `return_mask`; ``mask_in=`` is NVIDIA's name of
+    `mask`. Differentiable in input, weight and bias, and in a mask that requires a gradient. Raises ValueError for
+    shapes that do not fit and for unknown options, TypeError for `mask` together with `mask_in`.
+
+    Code that initialises layers by class name (``classname.find("Conv") == 0`` in ``weight_init``) does not touch
+    this layer, whose name begins with "Partial": ask ``isinstance(module, torch.nn.Conv2d)``, which holds for both.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018.
 
@@ -85,24 +102,53 @@ class PartialConv2d(_Options, nn.Conv2d):
         (torch.Size([2, 8, 16, 16]), 72)
     """
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Any:
-        found = partial_conv2d(
-            input, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups,
-            **self._options(),
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        multi_channel: bool = False,
+        return_mask: bool = False,
+        numerator: str = "window",
+        mask_update: str = "clamp",
+        mask_input: bool = True,
+        scale_bias: bool = False,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+    ) -> None:
+        where: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        nn.Conv2d.__init__(self, in_channels, out_channels, *where)
+        self._set(
+            padding_mode, multi_channel, return_mask, numerator, mask_update, mask_input, scale_bias, activation,
+            negative_slope, backend,
         )  # fmt: skip
-        return found if self.return_mask else found.output
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, *, mask_in: Tensor | None = None) -> Any:
+        return self._run(partial_conv2d, input, mask, mask_in)
 
 
 class PartialConv3d(_Options, nn.Conv3d):
     """Partial convolution layer for volumes: `ik.partial_conv3d` with the constructor of torch.nn.Conv3d.
 
     Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as ``torch.nn.Conv3d``; `padding_mode` must be "zeros".
         multi_channel, return_mask, numerator, mask_update, mask_input, scale_bias, activation, negative_slope,
             backend: as in `PartialConv2d`.
-        Everything else as ``torch.nn.Conv3d``; `padding_mode` must be "zeros".
 
     ``forward(input, mask=None)`` takes (N, Cin, D, H, W) and a mask (N, 1, D, H, W), or (N, Cin, D, H, W) with
-    `multi_channel`; what is returned, gradients and errors are as in `PartialConv2d`.
+    `multi_channel`; ``mask_in=``, what is returned, gradients, errors and NVIDIA's values with ``groups > 1`` are as
+    in `PartialConv2d`.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -111,9 +157,36 @@ class PartialConv3d(_Options, nn.Conv3d):
         torch.Size([1, 4, 5, 6, 7])
     """
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Any:
-        found = partial_conv3d(
-            input, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups,
-            **self._options(),
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        multi_channel: bool = False,
+        return_mask: bool = False,
+        numerator: str = "window",
+        mask_update: str = "clamp",
+        mask_input: bool = True,
+        scale_bias: bool = False,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+    ) -> None:
+        where: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        nn.Conv3d.__init__(self, in_channels, out_channels, *where)
+        self._set(
+            padding_mode, multi_channel, return_mask, numerator, mask_update, mask_input, scale_bias, activation,
+            negative_slope, backend,
         )  # fmt: skip
-        return found if self.return_mask else found.output
+
+    def forward(self, input: Tensor, mask: Tensor | None = None, *, mask_in: Tensor | None = None) -> Any:
+        return self._run(partial_conv3d, input, mask, mask_in)

@@ -8,11 +8,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..features.trunk import FrozenTrunk, check_trunk
+from ..ops._named_tuples import serializable
 from ..ops.feature_distance import feature_distance
 from ..ops.style import style_loss
 from ._streaming import Term, check_chunk, trunk_terms
 
 
+@serializable
 class PerceptualStyle(NamedTuple):
     """Terms of `PerceptualStyleLoss`: the weighted total and both raw terms, scalars on the images' device."""
 

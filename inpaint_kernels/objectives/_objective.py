@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..features.trunk import PREPROCESSINGS, FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term, check_chunk, weighted_terms
 from ..ops import _checks
+from ..ops._named_tuples import serializable
 from ..ops.feature_distance import feature_distance
 from ..ops.gram import gram_matrix
 from ..ops.stacked_images import stacked_images
@@ -54,14 +56,14 @@ class Settings:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def chosen(presets: Mapping[str, AnySettings], preset: str, overrides: Mapping[str, Any]) -> AnySettings:
-    """The settings of a preset, with `overrides` in place of its fields."""
+def chosen(presets: Mapping[str, AnySettings], preset: str, given: Mapping[str, Any]) -> AnySettings:
+    """The settings of a preset, with what is `given` for its fields in their place: the arguments of an objective,
+    of which those that are None and those that are no field count for nothing here."""
     _checks.check_choice("preset", preset, tuple(presets))
     known = [field.name for field in dataclasses.fields(presets[preset])]
-    for name in overrides:
-        if name not in known:
-            raise TypeError(f"unexpected argument {name!r}; the settings are {', '.join(known)}")
-    return dataclasses.replace(presets[preset], **overrides)
+    return dataclasses.replace(
+        presets[preset], **{name: given[name] for name in known if given[name] is not None}
+    )
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Style(FeatureTerm):
         return style_loss(maps, target, weights=self.weights, target_is_gram=is_gram, backend=self.backend)
 
 
+@serializable
 class Truth(NamedTuple):
     """What the feature terms of an objective compare with: for each of them tensors of batch N."""
 
@@ -130,11 +133,25 @@ def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:
     return trunk
 
 
+def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """`value` where `fn` takes it and as what, with its numbers: `to_empty` would leave them behind."""
+    moved = fn(value)
+    if moved is value or moved.is_meta:
+        return moved
+    if value.is_meta:
+        raise RuntimeError(
+            "the trunk of the objective was moved to the meta device, where its weights are lost, and no checkpoint "
+            "brings them back: build the objective anew"
+        )
+    return moved.copy_(value)
+
+
 class Objective(nn.Module):
     """Base of the objectives: the trunk, the images it reads and the terms on its features.
 
     The trunk moves and converts with the objective (`.to`, `.half`, ...) but is no submodule: it is fixed, so no
-    optimizer, checkpoint, weight average or DDP broadcast of a model that holds the objective should see it.
+    optimizer, checkpoint, weight average or DDP broadcast of a model that holds the objective should see it. As no
+    checkpoint would bring its weights, `to_empty` keeps them, and a trunk without any is refused.
     """
 
     settings: Settings
@@ -148,6 +165,11 @@ class Objective(nn.Module):
         backend: str | None,
     ) -> None:
         super().__init__()
+        if trunk is not None and any(t.is_meta for t in trunk.features.state_dict().values()):
+            raise ValueError(
+                "trunk is on the meta device and has no weights, and no checkpoint of a model would bring them: "
+                "build the objective outside of torch.device('meta')"
+            )
         self.settings, self.backend, self.chunk = settings, backend, check_chunk(chunk)
         self._terms = {name: term for name, (weight, term) in terms.items() if weight}
         self._weights = [weight for weight, _ in terms.values() if weight]
@@ -161,7 +183,7 @@ class Objective(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
         super()._apply(fn, recurse)
         if recurse and self.trunk is not None:
-            self.trunk._apply(fn)
+            self.trunk._apply(functools.partial(_moved, fn))
         return self
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ from ..features.torchvision_nets import Weights, vgg16
 from ..features.trunk import FrozenTrunk, check_size
 from ..nn._streaming import weighted_sum
 from ..ops import _checks, _pairs, _pixel
+from ..ops._named_tuples import serializable
 from ..ops.hole_valid import hole_valid_loss
 from ..ops.inpainting_pixel import inpainting_pixel_loss
 from ..ops.masked_l1 import masked_l1_loss
@@ -21,6 +22,7 @@ from ..ops.total_variation import total_variation_loss
 from ._objective import FeatureTerm, Objective, Perceptual, Settings, Style, Truth, check_trunk, chosen
 
 
+@serializable
 class PartialConvTerms(NamedTuple):
     """Terms of `PartialConvObjective`: the weighted total and the raw terms, scalars on the images' device."""
 
@@ -136,7 +138,9 @@ class PartialConvObjective(Objective):
         process_group: makes hole, valid and tv means over all ranks, as `masked_l1_loss` does. The other terms are
             means over samples, right under DDP with equal batches.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
-        overrides: any field of `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
+        layers, predictions, preprocess, swap_channels, mask_is, hole_weight, valid_weight, tv_weight,
+            perceptual_weight, style_weight, normalize, tv_image, tv_region, tv_normalize, pixel_space: what is to
+            differ from the preset; see `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
 
     ``forward(pred, target, mask, *, truth=None)`` takes images (N, C, H, W), C = 3 or 1 (replicated for the trunk),
     and a mask as `hole_valid_loss`; "nvidia" takes none (None: all known) as well. It returns
@@ -145,10 +149,10 @@ class PartialConvObjective(Objective):
 
     Differentiable in `pred`; `target` and `mask` get no gradient. `settings` shows every number. The trunk follows
     ``.to(...)`` but is no submodule: neither `parameters()` nor `state_dict()` of a model that holds the objective
-    contain it.
+    contain it. Hence `to_empty` keeps its weights, and an objective is not built on the meta device.
 
-    Raises TypeError for an unknown override, ValueError for a bad one, for a trunk that does not fit and for images
-    and masks as the ops do.
+    Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
+    device, and for images and masks as the ops do.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018; NVIDIA/partialconv,
     naoto0804/pytorch-inpainting-with-partial-conv, open-mmlab/mmagic. The paper leaves the denominator of total
@@ -180,9 +184,24 @@ class PartialConvObjective(Objective):
         autocast: torch.dtype | None = None,
         process_group: Any = None,
         backend: str | None = None,
-        **overrides: Any,
+        layers: Sequence[str] | None = None,
+        predictions: Sequence[str] | None = None,
+        preprocess: str | None = None,
+        swap_channels: bool | None = None,
+        mask_is: str | None = None,
+        composite_from: str | None = None,
+        hole_weight: float | None = None,
+        valid_weight: float | None = None,
+        tv_weight: float | None = None,
+        perceptual_weight: float | None = None,
+        style_weight: float | None = None,
+        normalize: str | None = None,
+        tv_image: str | None = None,
+        tv_region: str | None = None,
+        tv_normalize: str | None = None,
+        pixel_space: str | None = None,
     ) -> None:
-        s = chosen(self.presets, preset, overrides)
+        s = chosen(self.presets, preset, locals())
         if process_group is not None:
             _pixel.check_group(process_group)
         if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):

@@ -10,9 +10,11 @@ from torch import Tensor
 from .. import _library
 from ..reference import hole_valid as reference
 from . import _checks, _pixel
+from ._named_tuples import serializable
 from .masked_l1 import _IMAGE
 
 
+@serializable
 class HoleValid(NamedTuple):
     """The two terms of `hole_valid_loss`, scalars on the device of the images."""
 

@@ -11,11 +11,13 @@ from .. import _library
 from ..reference import hole_valid, partial_conv
 from ..reference import inpainting_pixel as reference
 from . import _checks, _pairs, _pixel
+from ._named_tuples import serializable
 from .hole_valid import hole_valid_loss, region_counts
 from .masked_l1 import _IMAGE
 from .total_variation import total_variation_loss
 
 
+@serializable
 class InpaintingPixel(NamedTuple):
     """Terms of `inpainting_pixel_loss`: the weighted total and the raw terms, scalars on the images' device."""
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from .. import _library
 from ..reference import partial_conv as reference
 from . import _checks, _partial_conv_plan
+from ._named_tuples import serializable
 from ._partial_conv import op, window
 from ._partial_conv_plan import Size
 
 
+@serializable
 class PartialConvOutput(NamedTuple):
     """`output` of a partial convolution and the `new_mask` that belongs to it."""
 
@@ -234,7 +236,7 @@ def _partial_conv(
         # Of a mask that requires a gradient every element is due its own, and a graph must hold for other strides;
         # torch.compile guards those.
         narrow = plain or (torch.compiler.is_compiling() and not exporting)
-        known = mask = _as_planes(mask, dims, narrow and not weighted)
+        known = mask = _as_planes(mask.contiguous() if exporting else mask, dims, narrow and not weighted)
     if chosen == "reference":
         ratio, new_mask = reference.window_planes(known, *plan.window)
     elif plain:
