@@ -70,12 +70,14 @@ _window = _library.define_kernel(
 def narrowed(mask: Tensor, spatial_dims: int) -> Tensor:
     """(N, C, ...) with 1 in place of a batch or channel dimension the mask was expanded along.
 
-    Not of a mask that requires a gradient: every element is due its own.
+    Not of a mask that is differentiated: every element is due its own derivative.
     """
     if mask.ndim == spatial_dims:
         mask = mask[None, None]
+    if mask.requires_grad or _library.transform_of((mask,)) is not None:
+        return mask
     for dim in (0, 1):
-        if mask.shape[dim] > 1 and mask.stride(dim) == 0 and not mask.requires_grad:
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     return mask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     input, weight, bias, mask, ratio = inputs[:5]
     activation = inputs[13]
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(
+    _library.save_for_backward(
+        ctx,
         input if needs[1] else None,
         weight if needs[0] else None,
         mask,
@@ -94,7 +96,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     ratio, new_mask, _ = _mask_planes.find(
         ctx.backend, mask, input_size[2:], grad.device, geometry, dtype, plain
     )
-    if torch.is_grad_enabled():
+    if op is None:
         shaping = (stride, padding, dilation, groups, mask_input, weigh_bias, scale_bias, activation, slope)
         found = _formula(grad, input, weight, mask, output, ratio, new_mask, ctx.sizes, input_dtype, *shaping)
     else:
@@ -191,4 +193,10 @@ op = _library.Op(
     save=_save,
     backward=_backward,
     implement=(passes.forward, passes.backward),
+    flops=(
+        lambda input, weight, *_, out_val: 2 * out_val.numel() * math.prod(weight.shape[1:]),
+        lambda grad, input, weight, *rest, out_val: (
+            2 * grad.numel() * math.prod(rest[5][1:]) * ((input is not None) + (weight is not None))
+        ),
+    ),
 )

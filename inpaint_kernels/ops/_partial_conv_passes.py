@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, _torch_private
 from ..reference import partial_conv as reference
 from . import _mask_planes
 
@@ -102,7 +102,7 @@ def _inner(
 
 
 def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _torch_private.has_fast_bfloat16()
 
 
 def _has_only_avx2() -> bool:

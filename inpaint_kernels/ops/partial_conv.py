@@ -215,15 +215,9 @@ def _partial_conv(
 
     grad_mode = torch.is_grad_enabled()
     weighted = grad_mode and mask is not None and mask.requires_grad
-    if weighted and backend is None:
-        backend = "reference"
-    chosen = op.choose(backend, device, input.dtype)
-    if weighted and chosen != "reference":
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
-        )
+    chosen = op.choose(backend, (input, weight, bias, mask), input.dtype, mask=mask)
     # A graph for other programs holds torch's own operators only.
-    if not plain and (torch.compiler.is_exporting() or torch._C._get_tracing_state()):
+    if not plain and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         chosen = "reference"
     if weighted:
         ratio, planes = _mask_planes.compute("reference", mask, input.shape[2:], device, geometry, plan.dtype)
