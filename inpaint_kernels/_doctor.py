@@ -47,11 +47,12 @@ def _missing_kernels(name: str) -> list[str]:
     for op in _library.OPS.values():
         if name in op.routes:
             operators += [op.routes[name].forward, op.routes[name].backward]
-    names = [operator._schema.name for operator in operators]
+    key = _DISPATCH_KEYS[name]
+    # A torch that does not tell is trusted, and so is the library.
     return [
-        qualified.split("::")[1]
-        for qualified in names
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEYS[name])
+        operator.name().partition("::")[2]
+        for operator in operators
+        if hasattr(operator, "has_kernel_for_dispatch_key") and not operator.has_kernel_for_dispatch_key(key)
     ]
 
 

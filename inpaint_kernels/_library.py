@@ -48,13 +48,14 @@ class _Route:
 
         def gradients(ctx: Any, needs: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
             run: Callable[..., Any] | None = backward_op
-            if torch.is_grad_enabled() or any([_torch_private.is_batched(g) for g in grads if g is not None]):
+            grads = grads[: op.outputs]
+            if torch.is_grad_enabled() or any(_torch_private.is_batched(g) for g in grads if g is not None):
                 run = None
             elif is_plain(grads):
                 run = run_backward
             elif unserved(grads) is not None:
                 run = None
-            return op.backward(ctx, run, needs, *grads[: op.outputs])
+            return op.backward(ctx, run, needs, *grads)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
@@ -139,7 +140,7 @@ def is_plain(args: Sequence[Any]) -> bool:
         and _torch_private.current_mode() is None
         and not _torch_private.transformed(args)
         and not _torch_private.may_be_dual()
-        and not torch.jit.is_tracing()
+        and not _torch_private.is_traced()
         and _PLAIN.issuperset(map(type, args))
     )
 
@@ -272,7 +273,7 @@ class Op:
         if refused is None and torch.is_grad_enabled():
             for name, value in fixed.items():
                 given = [value] if isinstance(value, Tensor) else value or ()
-                if any([t.requires_grad for t in given]):
+                if any(t.requires_grad for t in given):
                     refused = f"computes no gradient to {name}; use backend='reference' or {name}.detach()"
         if refused is None and not is_plain(tensors):
             watcher = unserved(tensors)

@@ -41,6 +41,9 @@ def flop_registries() -> list[dict[Any, Any]]:
     return [registry for registry in found if isinstance(registry, dict)]
 
 
+# Not None, or True, under torch.jit.trace; the public name takes 40 ns more. Torch.jit as a whole may go.
+is_traced: Callable[[], Any] = _find("_C._get_tracing_state") or _find("jit.is_tracing") or (lambda: False)
+
 _transforms_active: Callable[[], bool] | None = _find("_C._are_functorch_transforms_active")
 
 
@@ -81,14 +84,6 @@ def is_of_a_tracer(kind: type) -> bool:
     Were they to move, they would count as subclasses of the user, which get the formula instead of an operator.
     """
     return kind.__module__.startswith("torch._subclasses.")
-
-
-_has_kernel: Callable[[str, str], bool] | None = _find("_C._dispatch_has_kernel_for_dispatch_key")
-
-
-def has_kernel(operator: str, key: str) -> bool:
-    """Whether a library registered the operator for a dispatch key; without the name nothing is known to be missing."""
-    return _has_kernel is None or _has_kernel(operator, key)
 
 
 _mkldnn_has_bfloat16: Callable[[], bool] | None = _find("ops.mkldnn._is_mkldnn_bf16_supported")

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "plumbing": {"plumbing"},
     "top": {"objectives", "nn", "features", "ops", "plumbing", "top"},
 }
-PLUMBING = {"_library", "_backend", "_extension"}
+PLUMBING = {"_library", "_backend", "_extension", "_torch_private"}
 
 
 # As `python -m inpaint_kernels doctor`.
@@ -208,7 +208,7 @@ def test_doctor_reports_a_library_of_other_sources(tmp_path: Path) -> None:
     assert "_C.so lacks " in run.stdout
     operators = [kernel["cpu"] for kernels in _library.KERNELS.values() for kernel in kernels]
     operators += [op.routes["cpu"].forward for op in _library.OPS.values() if op.implement is None]
-    assert all(operator._schema.name.split("::")[1] in run.stdout for operator in operators)
+    assert all(operator.name().split("::")[1] in run.stdout for operator in operators)
 
 
 def test_doctor_reports_a_triton_that_does_not_import(tmp_path: Path) -> None:

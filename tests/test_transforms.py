@@ -17,7 +17,13 @@ from transform_cases import CASES, Case
 import inpaint_kernels as ik
 
 # One of each shape of work.
-COMPILED = ("masked_mse", "total_variation l2 composite", "stacked_images", "style with weights", "partial_conv2d")
+COMPILED = (
+    "masked_mse",
+    "total_variation l2 composite",
+    "stacked_images",
+    "style with weights",
+    "partial_conv2d",
+)
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -330,3 +336,78 @@ def test_a_user_formula_for_flops_stays(kernel: Backend) -> None:
     with FlopCounterMode(display=False, custom_mapping={operator: lambda *_, **__: 7}) as counter:
         ik.gram_matrix(torch.rand(1, 2, 3, 3, device=kernel.device), backend=kernel.name)
     assert counter.get_total_flops() == 7
+
+
+def test_layers_under_torch_func() -> None:
+    """As torch.nn.Conv2d: gradients by parameters, and an ensemble of layers in one vmap."""
+    layers = [ik.nn.PartialConv2d(2, 3, 3, padding=1, dtype=torch.float64) for _ in range(3)]
+    x, _, _, mask = CASES["partial_conv2d"].tensors()
+    loss = lambda p: torch.func.functional_call(layers[0], p, (x, mask)).square().sum()  # noqa: E731
+    parameters = dict(layers[0].named_parameters())
+    found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    layers[0](x, mask).square().sum().backward()
+    close(found, {name: p.grad for name, p in parameters.items()})
+    along = {name: torch.ones_like(p) for name, p in parameters.items()}
+    with forward_ad.dual_level():
+        for name, p in parameters.items():
+            delattr(layers[0], name)
+            setattr(layers[0], name, forward_ad.make_dual(p.detach(), along[name]))
+        tangent = forward_ad.unpack_dual(layers[0](x, mask).square().sum()).tangent
+    close(tangent, sum(p.grad.sum() for p in parameters.values()))
+    stacked, buffers = torch.func.stack_module_state(layers[1:])
+    found = torch.vmap(lambda p, b: torch.func.functional_call(layers[1], (p, b), (x, mask)))(
+        stacked, buffers
+    )
+    close(found, torch.stack([layer(x, mask) for layer in layers[1:]]))
+
+
+def streamed(**options: Any) -> ik.nn.PerceptualStyleLoss:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+    trunk = ik.features.FrozenTrunk(network, ["0", "2"])
+    return ik.nn.PerceptualStyleLoss(trunk, chunk=1, **options)
+
+
+def test_streamed_losses_refuse_other_derivatives() -> None:
+    """They keep one gradient; what they do not have they do not leave out in silence."""
+    pred, target = torch.rand(2, 2, 3, 8, 8)
+    loss = streamed()
+    expected = "the streamed loss does not serve .*chunk=None"
+    with pytest.raises(RuntimeError, match=expected):
+        torch.func.grad(lambda p: loss(p, target).total)(pred)
+    for moved in range(2):
+        with forward_ad.dual_level():
+            images = [pred, target]
+            images[moved] = forward_ad.make_dual(images[moved], torch.ones_like(pred))
+            with pytest.raises(RuntimeError, match=expected):
+                loss(*images)
+    learned = torch.ones(2, requires_grad=True)
+    for name, value in {
+        "perceptual_weights": learned,
+        "style_weights": [1.0, learned[1]],
+        "style_weight": learned[0],
+        "perceptual_weight": learned[0],
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} requires a gradient.*chunk=None does"):
+            streamed(**{name: value})(pred, target)
+        with torch.no_grad():
+            streamed(**{name: value})(pred, target)
+    for module in (ik.nn.PerceptualLoss, ik.nn.StyleLoss):
+        with pytest.raises(ValueError, match="weights requires a gradient"):
+            module(loss.trunk, weights=learned, chunk=1)(pred, target)
+        module(loss.trunk, weights=learned)(pred, target).backward()
+        assert learned.grad is not None
+        learned.grad = None
+
+
+@pytest.mark.parametrize("function", [ik.masked_l1_loss, ik.hole_valid_loss, ik.inpainting_pixel_loss])
+def test_global_means_refuse_derivatives_by_the_mask(function: Callable[..., Any]) -> None:
+    """Their counts have none."""
+    pred, target, mask = CASES["masked_l1"].tensors()
+    call = lambda m: function(pred, target, m, process_group=object())  # noqa: E731
+    with pytest.raises(ValueError, match="process_group computes no derivative by mask"):
+        torch.func.jvp(call, (mask,), (mask,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(ValueError, match="process_group computes no derivative by mask"),
+    ):
+        call(forward_ad.make_dual(mask, mask))

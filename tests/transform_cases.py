@@ -122,7 +122,9 @@ CASES = {
     "style with weights": _weighted_layers(ik.style_loss, penalty="l2"),
     "feature_distance l1": _layers(ik.feature_distance),
     "feature_distance l2": _layers(ik.feature_distance, penalty="l2", layer_reduction="mean"),
-    "feature_distance with a mask": Case(_masked_features, ((4, 3, 4, 5), (2, 3, 4, 5), (2, 1, 4, 5)), 1, (2,)),
+    "feature_distance with a mask": Case(
+        _masked_features, ((4, 3, 4, 5), (2, 3, 4, 5), (2, 1, 4, 5)), 1, (2,)
+    ),
     "feature_distance with weights": _weighted_layers(ik.feature_distance),
     "partial_conv2d": _partial_conv(ik.partial_conv2d, 2, mask_update="binary"),
     "partial_conv2d mat": _partial_conv(

@@ -139,9 +139,16 @@ def _number_or_scalar(weight: Any) -> Any:
 
 def tensor_weights(weights: Sequence[Any]) -> str | None:
     """What kernels do not do with those of `layer_weights`."""
-    if any([isinstance(weight, Tensor) for weight in weights]):
+    if any(isinstance(weight, Tensor) for weight in weights):
         return "takes weights as numbers, without their gradient; use backend='reference'"
     return None
+
+
+def check_streamed(*tensors: Tensor) -> None:
+    """A streamed loss runs autograd's backward itself, so it has no other derivatives."""
+    watcher = _library.transform_of(tensors)
+    if watcher is not None:
+        raise RuntimeError(f"the streamed loss does not serve {watcher}; use the plain path (chunk=None)")
 
 
 def check_batches(layer: int, input: Tensor, batch: int) -> None:

@@ -161,7 +161,9 @@ def check_group_mask(mask: Tensor | None) -> None:
     if mask is None:
         return
     if (mask.requires_grad and torch.is_grad_enabled()) or _library.transform_of((mask,)) is not None:
-        raise ValueError("process_group computes no derivative by mask; use mask.detach(), outside of torch.func")
+        raise ValueError(
+            "process_group computes no derivative by mask; use mask.detach(), outside of torch.func"
+        )
 
 
 def accumulate(pred: Tensor, target: Tensor) -> torch.dtype:

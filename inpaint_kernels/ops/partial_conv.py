@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _library
+from .. import _library, _torch_private
 from ..reference import partial_conv as reference
 from . import _mask_planes, _partial_conv_plan
 from ._partial_conv import op
@@ -217,7 +217,7 @@ def _partial_conv(
     weighted = grad_mode and mask is not None and mask.requires_grad
     chosen = op.choose(backend, (input, weight, bias, mask), input.dtype, mask=mask)
     # A graph for other programs holds torch's own operators only.
-    if not plain and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if not plain and (torch.compiler.is_exporting() or _torch_private.is_traced()):
         chosen = "reference"
     if weighted:
         ratio, planes = _mask_planes.compute("reference", mask, input.shape[2:], device, geometry, plan.dtype)

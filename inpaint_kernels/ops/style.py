@@ -160,9 +160,9 @@ def style_loss(
     Returns:
         A scalar, float32; float64 if an input is float64.
 
-    Differentiable in `input` and `target`, twice (in given Gram matrices and `weights` through the reference). The difference is
-    formed before any rounding, and the backward is one product with a symmetric C x C matrix for each layer. It keeps
-    that matrix and a reference to the features.
+    Differentiable in `input` and `target`, twice, in given Gram matrices and `weights` through the reference. The
+    difference is formed before any rounding, and the backward is one product with a symmetric C x C matrix for each
+    layer. It keeps that matrix and a reference to the features.
 
     Raises:
         TypeError: an argument is no floating tensor or sequence of them.

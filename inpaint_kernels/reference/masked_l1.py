@@ -38,8 +38,8 @@ def penalty_grad(d: Tensor, penalty: str, param: float) -> Tensor:
 
 
 def is_differentiated(weight: Tensor) -> bool:
-    """Whether a derivative by the weight may be asked for: it requires a gradient, or forward-mode AD or torch.func may
-    watch it. A compiler does not let us ask for those."""
+    """Whether a derivative by the weight may be asked for: it requires a gradient, or forward-mode AD or torch.func
+    watch it, which cannot be asked for under a compiler."""
     if weight.requires_grad or torch.compiler.is_compiling():
         return True
     is_dual = torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
