@@ -2,57 +2,69 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils import _python_dispatch
 
-from . import _backend
+from . import _backend, _torch_private
+from ._torch_private import below_autograd as below_autograd
 
 NAMESPACE = "inpaint_kernels"
 BACKENDS = ("cpu", "triton", "cuda")
 OPS: dict[str, Op] = {}
-# What `define_kernel` made, by op.
+# What `define_kernel` made, by op: names of operators by backend.
 KERNELS: dict[str, list[dict[str, Any]]] = {}
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Formulas of FlopCounterMode, by operator.
+_FLOPS: dict[Any, Callable[..., int]] = {}
 
-# A registered autograd rule costs about 7 us a call even without a gradient. Calls that need no rule, or whose
-# rule is `_Route.function`, go below it. Should the private name go away, they are slower and still right.
-below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+# Operators outlive the modules of this package: a later import finds them, and puts its own functions in the place of
+# those that they call. Both are noted at the operators' namespace, which stays.
+_namespace = getattr(torch.ops, NAMESPACE)
+if "registered" not in vars(_namespace):
+    _namespace.registered = (torch.library.Library(NAMESPACE, "FRAGMENT"), {})
+_library: torch.library.Library
+_functions: dict[str, dict[str, Any]]  # by operator: its schema, and Python's functions by part
+_library, _functions = _namespace.registered
 
 
 class _Route:
     """One backend of one op: its forward and backward operators, and the eager autograd node over them."""
 
     def __init__(self, op: Op, backend: str) -> None:
-        self.forward = forward_op = _define(
-            f"{op.name}_{backend}", op.schema, functools.partial(op.fake, backend)
-        )
-        self.backward = backward_op = _define(
-            f"{op.name}_backward_{backend}", op.backward_schema, op.backward_fake
-        )
+        name, backward_name = f"{op.name}_{backend}", f"{op.name}_backward_{backend}"
+        self.forward = _define(name, op.schema, functools.partial(op.fake, backend))
+        self.backward = backward_op = _define(backward_name, op.backward_schema, op.backward_fake)
         self.composed: Callable[..., Any] | None = None
         run_backward: Callable[..., Any] = backward_op
         if op.implement is not None:
             self.composed, run_backward = (functools.partial(f, backend) for f in op.implement)
+        for operator, formula in zip((name, backward_name), op.flops or (), strict=False):
+            _count_flops(operator, formula)
 
-        nothing = (None,) * len(forward_op._schema.arguments)
+        def gradients(ctx: Any, needs: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+            run: Callable[..., Any] | None = backward_op
+            grads = grads[: op.outputs]
+            if torch.is_grad_enabled() or any(_torch_private.is_batched(g) for g in grads if g is not None):
+                run = None
+            elif is_plain(grads):
+                run = run_backward
+            elif unserved(grads) is not None:
+                run = None
+            return op.backward(ctx, run, needs, *grads)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
-            direct = op.implement is not None and is_plain(grads)
-            found = op.backward(ctx, run_backward if direct else backward_op, needs, *grads[: op.outputs])
+            found = gradients(ctx, needs, grads)
             if op.lists:
                 return found + tuple(
                     [None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :]
                 )
-            return found + nothing[len(found) :]
+            return found + (None,) * (len(needs) - len(found))
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)
@@ -61,7 +73,13 @@ class _Route:
             ctx.backend = backend
             op.save(ctx, inputs, output)
 
-        torch.library.register_autograd(forward_op._schema.name, backward, setup_context=setup, lib=_library)
+        _register(
+            name,
+            {"autograd": backward, "setup": setup},
+            lambda f: torch.library.register_autograd(
+                _qualified(name), f["autograd"], setup_context=f["setup"], lib=_library
+            ),
+        )
 
         class Function(torch.autograd.Function):
             # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
@@ -84,8 +102,7 @@ class _Route:
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                needs = _unflatten(ctx.lengths, ctx.needs_input_grad[1:])
-                found = op.backward(ctx, backward_op, needs, *grads[: op.outputs])
+                found = gradients(ctx, _unflatten(ctx.lengths, ctx.needs_input_grad[1:]), grads)
                 given = _flatten(found)[1]
                 return (None, *given, *(None,) * (len(ctx.needs_input_grad) - 1 - len(given)))
 
@@ -111,16 +128,55 @@ _PLAIN = frozenset(
 )
 
 
-def is_plain(args: tuple[Any, ...]) -> bool:
-    """No compiler, trace, mode or transform (vmap) of torch, and no subclass among the arguments, wants to see the
-    operators that are called."""
+def is_plain(args: Sequence[Any]) -> bool:
+    """Nothing in torch watches this call: no compiler, trace, mode, transform or level of forward-mode AD, and no
+    subclass among the arguments.
+
+    This is the one test before a way around the dispatcher or below autograd. Where it fails, `unserved` tells
+    whether a kernel will do at all.
+    """
     return (
         not torch.compiler.is_compiling()
-        and _python_dispatch._get_current_dispatch_mode() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and _torch_private.current_mode() is None
+        and not _torch_private.transformed(args)
+        and not _torch_private.may_be_dual()
+        and not _torch_private.is_traced()
         and _PLAIN.issuperset(map(type, args))
     )
+
+
+def transform_of(tensors: Sequence[Any]) -> str | None:
+    """What takes other derivatives of this call than those of autograd's backward; None if nothing does."""
+    if _torch_private.transformed(tensors):
+        return "torch.func transforms"
+    if _torch_private.may_be_dual() and (torch.compiler.is_compiling() or any(map(_is_dual, tensors))):
+        return "forward-mode derivatives"
+    return None
+
+
+def _is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+
+
+def unserved(tensors: Sequence[Any]) -> str | None:
+    """What no kernel serves in a call that is not plain, so that it takes the formula; None if kernels will do."""
+    if not torch.compiler.is_compiling():
+        for registry in _torch_private.flop_registries():
+            for operator, formula in _FLOPS.items():
+                registry.setdefault(operator, formula)
+    found = transform_of(tensors)
+    if found is not None:
+        return found
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind not in _PLAIN and not _torch_private.is_of_a_tracer(kind):
+            return f"tensors of type {kind.__name__}"
+    return None
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """As ``ctx.save_for_backward``; inference tensors, which autograd cannot keep, as copies."""
+    ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
 
 
 def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:
@@ -157,12 +213,14 @@ class Op:
             a forward keeps for its own backward may differ.
         save: `save(ctx, inputs, output)` stores what the backward needs; `ctx.backend` is there already.
         backward: `backward(ctx, op, needs, *grads)` returns the gradients of the leading inputs (a list for a list);
-            `needs` tells which are wanted, nested likewise. With grad mode on (`create_graph=True`) it must use
-            differentiable torch functions instead of `op`.
+            `needs` tells which are wanted, nested likewise. `op` is None where the gradients are differentiated again
+            (`create_graph=True`, forward-mode AD, torch.func): differentiable torch functions then take its place.
         lists: whether an argument is a list of tensors.
         implement: for an op made of kernels (see `define_kernel`) around calls of torch: `(forward, backward)`, each
             called with the backend first. Without it, every backend registers the two functions itself.
         backends: those with kernels, besides `reference`.
+        flops: for FlopCounterMode, `(forward, backward)`: each takes the operator's arguments and the keyword
+            `out_val`, its output. Nothing is counted without them.
     """
 
     def __init__(
@@ -179,11 +237,12 @@ class Op:
         backends: tuple[str, ...] = BACKENDS,
         lists: bool = False,
         implement: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
     ) -> None:
         self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
         self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
         self.backends = backends
-        self.lists, self.implement = lists, implement
+        self.lists, self.implement, self.flops = lists, implement, flops
         self.routes = {backend: _Route(self, backend) for backend in backends}
         if implement is not None:
             for backend in backends:
@@ -194,9 +253,40 @@ class Op:
                 _implement(f"{name}{suffix}_triton", _lazy_triton(name, function))
         OPS[name] = self
 
-    def choose(self, backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
-        """Backend of this call; raises when a forced one cannot run."""
-        return _backend.choose(self.name, self.backends, backend, device, *dtypes)
+    def choose(
+        self,
+        backend: str | None,
+        tensors: Sequence[Tensor | None],
+        *dtypes: torch.dtype,
+        refused: str | None = None,
+        **fixed: Tensor | Sequence[Tensor] | None,
+    ) -> str:
+        """Backend of this call, the reference where no kernel will do; raises when a forced one cannot run.
+
+        Args:
+            backend: as the caller of the public function gave it.
+            tensors: all of the call, which tell the device and whether anything watches.
+            dtypes: what has to be computed in.
+            refused: what kernels do not do in this call.
+            fixed: by argument, the tensors that kernels compute no gradient to.
+        """
+        if refused is None and torch.is_grad_enabled():
+            for name, value in fixed.items():
+                given = [value] if isinstance(value, Tensor) else value or ()
+                if any(t.requires_grad for t in given):
+                    refused = f"computes no gradient to {name}; use backend='reference' or {name}.detach()"
+        if refused is None and not is_plain(tensors):
+            watcher = unserved(tensors)
+            if watcher is not None:
+                refused = f"does not serve {watcher}; use backend='reference'"
+        if refused is not None and backend is None:
+            return "reference"
+        first = tensors[0]
+        assert first is not None
+        chosen = _backend.choose(self.name, self.backends, backend, first.device, *dtypes)
+        if refused is not None and chosen != "reference":
+            raise RuntimeError(f"{self.name}: backend {chosen!r} {refused}")
+        return chosen
 
     def __call__(self, backend: str, needs_grad: bool, *args: Any) -> Any:
         """Runs one compiled backend; returns the differentiable outputs (a tensor when there is one)."""
@@ -216,17 +306,63 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
+def _qualified(name: str) -> str:
+    return f"{NAMESPACE}::{name}"
+
+
+def _packet(name: str) -> Any:
+    return getattr(_namespace, name)
+
+
 def _define(name: str, schema: str, fake: Callable[..., Any] | None) -> Any:
-    _library.define(name + schema)
+    if name not in _functions:
+        _library.define(name + schema)
+        _functions[name] = {"schema": schema}
+    elif _functions[name]["schema"] != schema:
+        raise ImportError(
+            f"{_qualified(name)} was registered with another schema by an earlier import; start Python anew"
+        )
     if fake is not None:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        _register(
+            name,
+            {"fake": fake},
+            lambda f: torch.library.register_fake(_qualified(name), f["fake"], lib=_library),
+        )
+    return _packet(name).default
+
+
+def _register(
+    name: str, given: dict[str, Callable[..., Any]], register: Callable[[dict[str, Callable[..., Any]]], Any]
+) -> None:
+    """Notes Python's functions of an operator; the first time, registers ones that call what is noted."""
+    noted = _functions[name]
+    known = noted.keys() >= given.keys()
+    noted.update(given)
+    if not known:
+        register({part: functools.partial(_call, noted, part) for part in given})
+
+
+def _call(noted: dict[str, Any], part: str, /, *args: Any, **options: Any) -> Any:
+    return noted[part](*args, **options)
+
+
+def _count_flops(name: str, formula: Callable[..., int]) -> None:
+    _FLOPS[_packet(name)] = formula
+    if not _torch_private.FINDS_COUNTERS:
+        from torch.utils.flop_counter import register_flop_formula
+
+        add = register_flop_formula(_packet(name), get_raw=True)
+        _register(name, {"flops": formula}, lambda f: add(f["flops"]))
 
 
 def _implement(name: str, function: Callable[..., Any]) -> None:
     """Python code as the implementation of an operator, also on the CPU (Triton's interpreter)."""
-    for key in ("CUDA", "CPU"):
-        _library.impl(name, function, key)
+
+    def register(functions: dict[str, Callable[..., Any]]) -> None:
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, functions["kernel"], key)
+
+    _register(name, {"kernel": function}, register)
 
 
 def define_kernel(
@@ -250,8 +386,8 @@ def define_kernel(
 
 def define_setting(name: str, read: Callable[[], bool]) -> None:
     """The operator `<name>() -> bool`: a setting of torch for kernels in C++, whose stable ABI does not reach it."""
-    _library.define(f"{name}() -> bool")
-    _library.impl(name, read, "CompositeExplicitAutograd")
+    _define(name, "() -> bool", None)
+    _register(name, {"read": read}, lambda f: _library.impl(name, f["read"], "CompositeExplicitAutograd"))
 
 
 def _lazy_triton(module: str, function: str) -> Callable[..., Any]:

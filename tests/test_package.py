@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "plumbing": {"plumbing"},
     "top": {"objectives", "nn", "features", "ops", "plumbing", "top"},
 }
-PLUMBING = {"_library", "_backend", "_extension", "_cuda_support", "_kernels"}
+PLUMBING = {"_library", "_backend", "_extension", "_cuda_support", "_kernels", "_torch_private"}
 
 
 # As `python -m inpaint_kernels doctor`.

@@ -37,7 +37,7 @@ def main() -> int:
     print(f"{inpaint_kernels.__file__}, torch {torch.__version__}")
     problems = []
     for name, op in _library.OPS.items():
-        backend = op.choose(None, torch.device("cpu"), torch.float32, torch.float32)
+        backend = op.choose(None, [torch.zeros(())], torch.float32)
         print(f"  {name} runs on {backend}")
         if arguments.expect not in (None, backend):
             problems.append(f"{name} runs on {backend}, not on {arguments.expect}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features.trunk import FrozenTrunk, check_size
+from ..ops import _checks
 
 # (features of the predictions, what they are compared with) -> scalar, a mean over the samples
 Term = Callable[[list[Tensor], Any], Tensor]
@@ -187,6 +188,16 @@ def check_chunk(chunk: int | None) -> int | None:
     return chunk
 
 
+def check_learned(**values: Any) -> None:
+    """What a streamed loss computes no gradient to must not require one."""
+    for name, value in values.items():
+        tensors = value if isinstance(value, Sequence) else [value]
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+            raise ValueError(
+                f"{name} requires a gradient, which the streamed loss does not compute; chunk=None does"
+            )
+
+
 def check_images(pred: Tensor, target: Tensor) -> None:
     """pred (k N, C, H, W) against target (N, C, H, W)."""
     for name, value in (("pred", pred), ("target", target)):
@@ -216,6 +227,7 @@ def weighted_terms(
     Streamed (`chunk` of the N samples at a time), only the total is differentiable, and in `pred` alone.
     """
     if chunk is not None:
+        _checks.check_streamed(pred)
         return _streamed(trunk, terms, weights, inputs, pred, samples, chunk)
     images, goal = inputs(pred, 0, samples)
     features = trunk(images)
@@ -235,10 +247,9 @@ def trunk_terms(
     check_images(pred, target)
     check_size(trunk, "pred", pred)
     target_grad = target.requires_grad and torch.is_grad_enabled()
-    if chunk is not None and target_grad:
-        raise ValueError(
-            "target requires a gradient, which the streamed loss does not compute; chunk=None does"
-        )
+    if chunk is not None:
+        check_learned(target=target)
+        _checks.check_streamed(target)
 
     def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, list[Tensor]]:
         with torch.set_grad_enabled(target_grad):

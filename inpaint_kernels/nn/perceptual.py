@@ -8,10 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..features.trunk import FrozenTrunk, check_trunk
+from ..ops._checks import LayerWeights
 from ..ops._named_tuples import serializable
 from ..ops.feature_distance import feature_distance
 from ..ops.style import style_loss
-from ._streaming import Term, check_chunk, trunk_terms
+from ._streaming import Term, check_chunk, check_learned, trunk_terms
 
 
 @serializable
@@ -38,7 +39,7 @@ class PerceptualLoss(nn.Module):
 
     Args:
         trunk: a `FrozenTrunk`, for example ``ik.features.vgg16()``.
-        weights: one factor for each tap, 1 by default.
+        weights: one factor for each tap, 1 by default; a tensor may require a gradient, unless the loss is streamed.
         penalty: "l1", "l2" or "charbonnier".
         layer_reduction: "sum" or "mean" over the taps.
         chunk: None keeps the trunk's activations for the backward, as any network does. A number streams: trunk
@@ -66,7 +67,7 @@ class PerceptualLoss(nn.Module):
         self,
         trunk: FrozenTrunk,
         *,
-        weights: Sequence[float] | None = None,
+        weights: LayerWeights = None,
         penalty: str = "l1",
         layer_reduction: str = "sum",
         chunk: int | None = None,
@@ -82,6 +83,8 @@ class PerceptualLoss(nn.Module):
         )
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        if self.chunk is not None:
+            check_learned(weights=self.weights)
         return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
 
 
@@ -90,7 +93,7 @@ class StyleLoss(nn.Module):
 
     Args:
         trunk: a `FrozenTrunk`.
-        weights: one factor for each tap, 1 by default.
+        weights: one factor for each tap, 1 by default; a tensor may require a gradient, unless the loss is streamed.
         penalty: "l1", "l2" or None, as `style_loss`.
         normalize: "chw", "hw", "none" or "gatys", as `style_loss`.
         chunk: None, or the number of samples streamed at a time, as `PerceptualLoss`.
@@ -111,7 +114,7 @@ class StyleLoss(nn.Module):
         self,
         trunk: FrozenTrunk,
         *,
-        weights: Sequence[float] | None = None,
+        weights: LayerWeights = None,
         penalty: str | None = None,
         normalize: str = "chw",
         chunk: int | None = None,
@@ -125,6 +128,8 @@ class StyleLoss(nn.Module):
         return style_loss(input, target, weights=self.weights, penalty=self.penalty, normalize=self.normalize)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        if self.chunk is not None:
+            check_learned(weights=self.weights)
         return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
 
 
@@ -164,8 +169,8 @@ class PerceptualStyleLoss(nn.Module):
         style_taps: Sequence[str | int] | None = None,
         perceptual_weight: float = 1.0,
         style_weight: float = 1.0,
-        perceptual_weights: Sequence[float] | None = None,
-        style_weights: Sequence[float] | None = None,
+        perceptual_weights: LayerWeights = None,
+        style_weights: LayerWeights = None,
         penalty: str = "l1",
         layer_reduction: str = "sum",
         normalize: str = "chw",
@@ -174,6 +179,7 @@ class PerceptualStyleLoss(nn.Module):
         super().__init__()
         self.trunk, self.chunk = check_trunk(trunk), check_chunk(chunk)
         self.factors = [perceptual_weight, style_weight]
+        self.layer_weights = {"perceptual_weights": perceptual_weights, "style_weights": style_weights}
         perceptual = PerceptualLoss(
             trunk, weights=perceptual_weights, penalty=penalty, layer_reduction=layer_reduction
         )
@@ -184,6 +190,10 @@ class PerceptualStyleLoss(nn.Module):
         ]
 
     def forward(self, pred: Tensor, target: Tensor) -> PerceptualStyle:
+        if self.chunk is not None:
+            check_learned(
+                perceptual_weight=self.factors[0], style_weight=self.factors[1], **self.layer_weights
+            )
         return PerceptualStyle(*trunk_terms(self.trunk, self.terms, self.factors, pred, target, self.chunk))
 
 

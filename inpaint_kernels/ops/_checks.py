@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _library
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASK_DTYPES = (*FLOATS, torch.bool)
 PENALTIES = ("l1", "l2", "charbonnier", "huber")
 NORMALIZATIONS = ("mask", "image", "sample")
 REDUCTIONS = ("mean", "sum", "none")
+LayerWeights = float | Tensor | Sequence[float] | Sequence[Tensor] | None
 
 
 def check_images(pred: Tensor, target: Tensor, name: str = "pred") -> None:
@@ -121,18 +125,46 @@ def as_layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(value)
 
 
-def layer_weights(weights: float | Sequence[float] | None, layers: int) -> list[float]:
-    """One weight for each layer; None means 1."""
+def layer_weights(weights: LayerWeights, layers: int) -> list[Any]:
+    """One weight for each layer; None means 1. Numbers, and tensors of one element that no kernel may read."""
     if weights is None:
         return [1.0] * layers
-    given = [weights] if isinstance(weights, (int, float)) else weights
+    single = isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and weights.ndim == 0)
+    given: Any = [weights] if single else weights
     try:
-        found = [float(weight) for weight in given]
+        found = [_number_or_scalar(weight) for weight in given]
     except (TypeError, ValueError):
-        raise TypeError(f"weights must be a number or a sequence of numbers, got {weights!r}") from None
+        raise TypeError(
+            f"weights must be a number, a sequence of numbers or of tensors of one element, got {weights!r}"
+        ) from None
     if len(found) != layers:
         raise ValueError(f"weights has {len(found)} entries for {layers} layers")
     return found
+
+
+def _number_or_scalar(weight: Any) -> Any:
+    if not isinstance(weight, Tensor):
+        return float(weight)
+    if weight.numel() != 1 or weight.is_complex():
+        raise ValueError
+    learned = weight.requires_grad and torch.is_grad_enabled()
+    if learned or weight.device.type != "cpu" or not _library.is_plain((weight,)):
+        return weight.reshape(())
+    return float(weight.detach())
+
+
+def tensor_weights(weights: Sequence[Any]) -> str | None:
+    """What kernels do not do with those of `layer_weights`."""
+    if any(isinstance(weight, Tensor) for weight in weights):
+        return "takes weights as numbers, without their gradient; use backend='reference'"
+    return None
+
+
+def check_streamed(*tensors: Tensor) -> None:
+    """A streamed loss runs autograd's backward itself, so it has no other derivatives."""
+    watcher = _library.transform_of(tensors)
+    if watcher is not None:
+        raise RuntimeError(f"the streamed loss does not serve {watcher}; use the plain path (chunk=None)")
 
 
 def check_batches(layer: int, input: Tensor, batch: int) -> None:

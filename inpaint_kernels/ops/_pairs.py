@@ -94,15 +94,30 @@ def unpack_signs(
     return found
 
 
-def sum_gradient(
+def weights(
+    like: Tensor, mask: Tensor | None, region: str, mask_is_hole: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the pairs across and downwards; None where every pair counts."""
+    if region == "image":
+        return None, None
+    assert mask is not None
+    hole, _ = region_weights(like, like, mask, "hole" if mask_is_hole else "valid")
+    down, across, _ = pair_weights(hole, region)
+    return across, down
+
+
+def signs_gradient(
     across: Tensor, down: Tensor, mask: Tensor | None, region: str, mask_is_hole: bool
 ) -> Tensor:
     """Gradient of the weighted differences by the image, given what each of them is multiplied with."""
     across, down = across[..., :-1], down[..., :-1, :]
-    if region != "image":
-        assert mask is not None
-        hole, _ = region_weights(across, across, mask, "hole" if mask_is_hole else "valid")
-        down_weight, across_weight, _ = pair_weights(hole, region)
+    across_weight, down_weight = weights(across, mask, region, mask_is_hole)
+    if across_weight is not None and down_weight is not None:
         across, down = across * across_weight, down * down_weight
+    return sum_gradient(across, down)
+
+
+def sum_gradient(across: Tensor, down: Tensor) -> Tensor:
+    """What the gradients by the differences, next pixel minus this one, add up to at each pixel."""
     pad = torch.nn.functional.pad
     return pad(across, (1, 0)) - pad(across, (0, 1)) + pad(down, (0, 0, 1, 0)) - pad(down, (0, 0, 0, 1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, _torch_private
 from ..reference import partial_conv as reference
 
 
@@ -132,7 +133,7 @@ def _inner(
 
 
 def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _torch_private.has_fast_bfloat16()
 
 
 def _has_only_avx2() -> bool:
@@ -332,7 +333,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     """The operands that the wanted gradients read, and the two planes, which take as much as two channels."""
     input, weight, bias, mask, ratio, new_mask = inputs[:6]
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(
+    _library.save_for_backward(
+        ctx,
         input if needs[1] else None,
         weight if needs[0] else None,
         mask if needs[0] or needs[1] else None,
@@ -351,7 +353,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return None, None, None
     input_dtype, weight_dtype, bias_dtype = ctx.dtypes
     saved = (grad, *ctx.saved_tensors, *ctx.sizes)
-    if torch.is_grad_enabled():
+    if op is None:
         given = (*saved, input_dtype, *ctx.settings)
         found = _formula(*given)
     else:
@@ -424,4 +426,10 @@ op = _library.Op(
     save=_save,
     backward=_backward,
     implement=(forward, backward),
+    flops=(
+        lambda input, weight, *_, out_val: 2 * out_val.numel() * math.prod(weight.shape[1:]),
+        lambda grad, input, weight, *rest, out_val: (
+            2 * grad.numel() * math.prod(rest[5][1:]) * ((input is not None) + (weight is not None))
+        ),
+    ),
 )

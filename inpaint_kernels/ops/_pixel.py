@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..reference.masked_l1 import accumulate_dtype, masked_loss_grad
 
 
@@ -78,7 +79,7 @@ def save_for_backward(
 ) -> None:
     """l1 keeps 2 bits an element; the other penalties keep references to pred and target."""
     kept = (signs, None) if penalty == "l1" else (pred, target)
-    ctx.save_for_backward(scale, mask, *kept)
+    _library.save_for_backward(ctx, scale, mask, *kept)
     ctx.penalty = penalty
     ctx.image = (pred.shape, is_channels_last(pred), pred.dtype, target.dtype)
 
@@ -124,7 +125,7 @@ def unpack_signs(signs: Tensor, size: Any, channels_last: bool, dtype: torch.dty
 
 def sum_copies(value: Tensor, batch: int) -> Tensor:
     """(k N, ...) summed over the k predictions to (N, ...)."""
-    return value if value.shape[0] == batch else value.unflatten(0, (-1, batch)).sum(0)
+    return value if value.shape[0] == batch else value.reshape(-1, batch, *value.shape[1:]).sum(0)
 
 
 def global_factor(local: Tensor, process_group: Any) -> Tensor:
@@ -158,8 +159,12 @@ def mean_count(image: Tensor, weight: Tensor | None, normalize: str) -> Tensor:
 def check_group(process_group: Any, mask: Tensor | None = None) -> None:
     """A group that this process is in, and a mask without gradient: a global mean's would lack a term, as the counts
     are detached."""
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("process_group computes no gradient to mask; use mask.detach()")
+    if mask is not None and (
+        (mask.requires_grad and torch.is_grad_enabled()) or _library.transform_of((mask,)) is not None
+    ):
+        raise ValueError(
+            "process_group computes no derivative by mask; use mask.detach(), outside of torch.func"
+        )
     import torch.distributed as dist
 
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):

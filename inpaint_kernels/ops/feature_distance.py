@@ -55,7 +55,7 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     features, targets, masks, _, penalty, param, _, _ = inputs
     kept = output[2] if penalty == "l1" else [*features, *targets]
-    ctx.save_for_backward(output[1], *masks, *kept)
+    _library.save_for_backward(ctx, output[1], *masks, *kept)
     ctx.settings = (penalty, param, len(masks))
     ctx.layers = [
         ((*x.shape, y.shape[0]), _pixel.is_channels_last(x), x.dtype, y.dtype)
@@ -90,7 +90,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
         return grad_input, grad_target
     saved = ctx.saved_tensors
     wanted = [i for i in range(count) if needs[0][i] or needs[1][i]]
-    if torch.is_grad_enabled():
+    if op is None:
         found = [_formula(ctx, i, grad, saved) for i in wanted]
     else:
         penalty, param, mask_count = ctx.settings
@@ -140,7 +140,7 @@ def feature_distance(
     input: Tensor | Sequence[Tensor],
     target: Tensor | Sequence[Tensor],
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: _checks.LayerWeights = None,
     penalty: str = "l1",
     mask: Tensor | Sequence[Tensor] | None = None,
     normalize: str = "mask",
@@ -159,7 +159,8 @@ def feature_distance(
             A batch k times the target's is k predictions, in the order of torch.cat (raw and composite against
             truth), against one target that is read once; the mean is over all k N samples.
         target: features (N, C, H, W) of the same layers; the dtype may differ.
-        weights: one factor for each layer, 1 by default.
+        weights: one factor for each layer, 1 by default. A tensor, or a sequence with some, may require a gradient;
+            then, and for one on a GPU, which no kernel reads as a number, the reference runs.
         penalty: "l1", "l2" (squared error) or "charbonnier".
         mask: spatial weights at the layers' resolutions, one for each layer: batch 1, N (shared by the predictions)
             or k N; shapes and dtypes as in `masked_l1_loss`. Where one is exactly 0, NaN and Inf are ignored.
@@ -172,7 +173,7 @@ def feature_distance(
         A scalar, float32; float64 if an input is float64.
 
     Differentiable in `input` and `target` (l1: subgradient 0 where they are equal), twice. l1 keeps 2 bits an element
-    of the input. If a mask requires a gradient the differentiable reference runs instead of a kernel.
+    of the input. If a mask or `weights` requires a gradient the differentiable reference runs instead of a kernel.
 
     Raises:
         TypeError: an argument is no floating tensor or sequence of them.
@@ -219,20 +220,18 @@ def feature_distance(
             )
             masks[layer] = _checks.check_mask(masks[layer], y if shared else x)
         needs = needs or x.requires_grad or y.requires_grad
-    grad_enabled = torch.is_grad_enabled()
-    needs = needs and grad_enabled
-    weighted = grad_enabled and any(m.requires_grad for m in masks)
-    if weighted and backend is None:
-        backend = "reference"
-    dtypes = {x.dtype for x in inputs} | {y.dtype for y in targets}
-    chosen = _op.choose(backend, inputs[0].device, *sorted(dtypes, key=str))
+    needs = needs and torch.is_grad_enabled()
+    features = [*inputs, *targets]
+    chosen = _op.choose(
+        backend,
+        [*features, *masks],
+        *[x.dtype for x in features],
+        refused=_checks.tensor_weights(factors),
+        mask=masks,
+    )
     if chosen == "reference":
         return reference.feature_distance(
             inputs, targets, factors, masks or None, penalty=penalty, param=param, normalize=normalize
-        )
-    if weighted:
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     out: Tensor = _op(
         chosen,

@@ -26,19 +26,19 @@ def _backward_fake(grad: Tensor, features: Tensor, normalize: str) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, ctx.normalize = inputs
-    ctx.save_for_backward(features)
+    _library.save_for_backward(ctx, features)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,)
     (features,) = ctx.saved_tensors
-    if not torch.is_grad_enabled():
+    if op is not None:
         return (op(grad, features, ctx.normalize),)
     n, c, h, w = features.shape
     x = features.to(grad.dtype).reshape(n, c, h * w)
     scale = reference.gram_scale(ctx.normalize, c, h * w)
-    with torch.autocast(x.device.type, enabled=False):
+    with reference.without_autocast(x):
         product = torch.bmm(grad + grad.mT, x) * scale
     return (product.reshape(n, c, h, w).to(features.dtype),)
 
@@ -51,6 +51,12 @@ def _allows_tf32() -> bool:
 # Of the CUDA kernels of gram and style.
 _library.define_setting("allows_tf32", _allows_tf32)
 
+
+def product_flops(features: Tensor) -> int:
+    """Of F F^T, and of the product of a C x C matrix with F."""
+    return 2 * features.numel() * features.shape[1]
+
+
 _op = _library.Op(
     "gram",
     schema="(Tensor features, str normalize) -> Tensor",
@@ -60,6 +66,10 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
+    flops=(
+        lambda features, *_, out_val: product_flops(features),
+        lambda grad, features, *_, out_val: product_flops(features),
+    ),
 )
 
 
@@ -102,7 +112,7 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", backend: str | None
     """
     _checks.check_features("features", features)
     _checks.check_choice("normalize", normalize, NORMALIZATIONS)
-    chosen = _op.choose(backend, features.device, features.dtype)
+    chosen = _op.choose(backend, (features,), features.dtype)
     if chosen == "reference":
         return reference.gram_matrix(features, normalize=normalize)
     needs = features.requires_grad and torch.is_grad_enabled()

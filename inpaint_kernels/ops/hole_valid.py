@@ -76,7 +76,7 @@ def _backward(
         return None, None
     kept = _pixel.saved(ctx)
     needs = needs[:2]
-    if torch.is_grad_enabled():
+    if op is None:
         assert kept.mask is not None
         mask = kept.mask.to(kept.scale.dtype)
         hole, valid = (mask, 1 - mask) if ctx.mask_is_hole else (1 - mask, mask)
@@ -205,18 +205,12 @@ def hole_valid_loss(
         )
         counts = region_counts(pred, target, mask, normalize, mask_is)
         return HoleValid(*_pixel.global_means(local, counts, process_group))
-    if mask.requires_grad and torch.is_grad_enabled() and backend is None:
-        backend = "reference"
-    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
     if chosen == "reference":
         return HoleValid(
             *reference.hole_valid(
                 pred, target, mask, penalty=penalty, param=param, normalize=normalize, mask_is=mask_is
             )
-        )
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     grad = _pixel.needs_grad(pred, target)
     hole, valid = _op(

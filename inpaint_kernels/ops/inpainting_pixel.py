@@ -79,7 +79,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     pred, target, mask, *weights, _, tv_region, _, mask_is_hole, _ = inputs
     ctx.options = (*weights, tv_region, mask_is_hole)
     ctx.image = (pred.shape, _pixel.is_channels_last(pred), pred.dtype, target.dtype)
-    ctx.save_for_backward(*output[4:], mask)
+    _library.save_for_backward(ctx, *output[4:], mask)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -87,7 +87,7 @@ def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Ten
         return None, None
     scale, tv_scale, signs, mask = ctx.saved_tensors
     needs = needs[:2]
-    if not torch.is_grad_enabled():
+    if op is not None:
         found = op(*grads, scale, tv_scale, signs, mask, *ctx.image, *ctx.options, *needs)
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     # Every term is constant almost everywhere: its second derivative by pred and target is zero.
@@ -98,7 +98,7 @@ def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Ten
         grad + total * weight for grad, weight in zip(raw, weights, strict=True)
     )
     across, down, sign = _pairs.unpack_signs(signs, 6, size, channels_last, scale.dtype, ctx.backend)
-    tv = _pairs.sum_gradient(
+    tv = _pairs.signs_gradient(
         tv_grad * tv_scale[1] * across, tv_grad * tv_scale[0] * down, mask, tv_region, mask_is_hole
     )
     hole, valid = hole_valid.region_weights(tv, tv, mask, "hole" if mask_is_hole else "valid")
@@ -220,10 +220,7 @@ def inpainting_pixel_loss(
         )
         hole, valid, tv = _pixel.global_means(local, counts, process_group)
         return InpaintingPixel(_weighted(weights, (hole, valid, tv)), hole, valid, tv)
-    mask_grad = mask.requires_grad and torch.is_grad_enabled()
-    if mask_grad and backend is None:
-        backend = "reference"
-    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
     if chosen == "reference":
         terms = reference.inpainting_pixel(
             pred,
@@ -236,10 +233,6 @@ def inpainting_pixel_loss(
             mask_is=mask_is,
         )
         return InpaintingPixel(_weighted(weights, terms), *terms)
-    if mask_grad:
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
-        )
     if tv_penalty == "l2":
         hole, valid = hole_valid_loss(
             pred, target, mask, normalize=normalize, mask_is=mask_is, backend=chosen

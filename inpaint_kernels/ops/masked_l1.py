@@ -63,7 +63,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return None, None
     kept = _pixel.saved(ctx)
     needs = needs[:2]
-    if torch.is_grad_enabled():
+    if op is None:
         coefficient = grad * kept.scale[:, :, None, None] if grad.ndim == 0 else grad
         return _pixel.as_gradients(ctx, _pixel.gradient_formula(ctx, kept, coefficient, kept.mask), needs)
     grad_pred, grad_target = op(
@@ -111,16 +111,10 @@ def _masked_loss(
         if reduction != "mean":
             raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
         return _global_mean(pred, target, mask, penalty, param, normalize, process_group, backend)
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled() and backend is None:
-        backend = "reference"
-    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
     if chosen == "reference":
         return reference.masked_loss(
             pred, target, mask, penalty=penalty, param=param, reduction=reduction, normalize=normalize
-        )
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     grad = _pixel.needs_grad(pred, target)
     out: Tensor = _op(

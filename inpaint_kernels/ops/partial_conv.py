@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _library
+from .. import _library, _torch_private
 from ..reference import partial_conv as reference
 from . import _checks, _partial_conv_plan
 from ._named_tuples import serializable
@@ -219,23 +219,19 @@ def _partial_conv(
 
     grad_mode = torch.is_grad_enabled()
     weighted = grad_mode and mask is not None and mask.requires_grad
-    if weighted and backend is None:
-        backend = "reference"
-    chosen = op.choose(backend, device, input.dtype)
-    if weighted and chosen != "reference":
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
-        )
+    chosen = op.choose(backend, (input, weight, bias, mask), input.dtype, mask=mask)
     # A graph for other programs holds torch's own operators only.
-    exporting = not plain and (torch.compiler.is_exporting() or torch._C._get_tracing_state())
+    exporting = not plain and (torch.compiler.is_exporting() or _torch_private.is_traced())
     if exporting:
         chosen = "reference"
     if mask is None:
         known = torch.ones((1, 1, *input.shape[2:]), dtype=plan.window[-1], device=device)
     else:
-        # Of a mask that requires a gradient every element is due its own, and a graph must hold for other strides;
-        # torch.compile guards those.
-        narrow = plain or (torch.compiler.is_compiling() and not exporting)
+        # Of a mask that is differentiated every element is due its own derivative, and a graph must hold for other
+        # strides; torch.compile guards those.
+        narrow = plain or (
+            torch.compiler.is_compiling() and not exporting and _library.transform_of((mask,)) is None
+        )
         known = mask = _as_planes(mask.contiguous() if exporting else mask, dims, narrow and not weighted)
     if chosen == "reference":
         ratio, new_mask = reference.window_planes(known, *plan.window)

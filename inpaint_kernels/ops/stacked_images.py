@@ -67,7 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     pred, target, mask, parts, scale, _, swap, mask_is_hole = inputs
     ctx.options = (parts, scale, swap, mask_is_hole)
     ctx.image = (pred.shape, _pixel.is_channels_last(pred), pred.dtype, target.dtype)
-    ctx.save_for_backward(mask)
+    _library.save_for_backward(ctx, mask)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -75,7 +75,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
         return None, None
     (mask,) = ctx.saved_tensors
     needs = needs[:2]
-    if not torch.is_grad_enabled():
+    if op is not None:
         found = op(grad, mask, *ctx.image, *ctx.options, *needs)
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     # The op is linear: its gradient written in torch is differentiable in `grad`, and constant in the images.
@@ -83,7 +83,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     size, _, pred_dtype, target_dtype = ctx.image
     value = grad.to(torch.float64 if torch.float64 in (pred_dtype, target_dtype) else torch.float32)
     if scale:
-        value = value * value.new_tensor(scale).view(1, -1, 1, 1)
+        value = value * torch.tensor(scale, dtype=value.dtype, device=value.device).view(1, -1, 1, 1)
     if swap:
         value = value.flip(1)
     if value.shape[1] != size[1]:
@@ -108,7 +108,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
             before = sums[i]
             if share_of is not None:
                 sums[i] = share_of if before is None else before + share_of
-    zero = value.new_zeros(size)
+    zero = torch.zeros(size, dtype=value.dtype, device=value.device)
     pred_grad, target_grad = (zero if found is None else found for found in sums)
     return (
         pred_grad.to(pred_dtype) if needs[0] else None,
@@ -224,10 +224,7 @@ def stacked_images(
             raise ValueError(f"scale has {len(scales)} entries, shift has {len(shifts)}")
         channels = max(len(scales), len(shifts))
         scales, shifts = (value * channels if len(value) == 1 else value for value in (scales, shifts))
-    mask_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    if mask_grad and backend is None:
-        backend = "reference"
-    chosen = _op.choose(backend, pred.device, pred.dtype, target.dtype)
+    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
     if max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU.get(chosen, 1 << 30):
         if backend is not None:
             raise RuntimeError(
@@ -246,10 +243,6 @@ def stacked_images(
             shift=torch.tensor(shifts, dtype=dtype, device=pred.device) if shifts else None,
             swap=swap_channels,
             mask_is=mask_is,
-        )
-    if mask_grad:
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     found: Tensor = _op(
         chosen,

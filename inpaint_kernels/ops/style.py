@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import style as reference
-from ..reference.gram import gram_matrix, gram_scale
+from ..reference.gram import gram_matrix, gram_scale, without_autocast
 from ..reference.masked_l1 import accumulate_dtype
 from . import _checks, _pixel
+from .gram import product_flops
 
 NORMALIZATIONS = ("chw", "hw", "none", "gatys")
 
@@ -42,7 +43,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     features, targets, weights, penalty, normalize, _, _ = inputs
     # Targets are kept only where a gradient is asked for: nothing else needs their features alive.
     wanted = [t if t.requires_grad else None for t in targets]
-    ctx.save_for_backward(*output[1], *features, *wanted)
+    _library.save_for_backward(ctx, *output[1], *features, *wanted)
     ctx.settings = (weights, penalty, normalize, [t.shape[0] for t in targets])
 
 
@@ -62,7 +63,7 @@ def _graph_factor(factor: Tensor, x: Tensor, target: Tensor | None, weight: floa
 
 def _product(factor: Tensor, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return torch.bmm(factor, x.to(factor.dtype).reshape(n, c, h * w)).reshape(n, c, h, w)
 
 
@@ -84,7 +85,7 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
             continue
         # A factor carries the scale of the input's Gram matrix; the target's differs if its size does.
         ratios = [_gram_scale(normalize, maps[i]) / _gram_scale(normalize, features[i]) for i in wanted]
-        if not torch.is_grad_enabled():
+        if op is not None:
             scaled = [factors[i] if r == 1 else factors[i] * r for i, r in zip(wanted, ratios, strict=True)]
             found = op(grad, scaled, [maps[i] for i in wanted], sign)
         else:
@@ -101,6 +102,19 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
     return grads
 
 
+def _flops(
+    input: list[Tensor],
+    target: list[Tensor],
+    weights: list[float],
+    penalty: str,
+    normalize: str,
+    target_is_gram: bool,
+    save: bool,
+    out_val: Any,
+) -> int:
+    return sum(map(product_flops, input if target_is_gram else [*input, *target]))
+
+
 _op = _library.Op(
     "style",
     schema="(Tensor[] input, Tensor[] target, float[] weights, str penalty, str normalize, bool target_is_gram, "
@@ -112,6 +126,7 @@ _op = _library.Op(
     save=_save,
     backward=_backward,
     lists=True,
+    flops=(_flops, lambda grad, factors, features, sign, out_val: sum(map(product_flops, features))),
 )
 
 
@@ -119,7 +134,7 @@ def style_loss(
     input: Tensor | Sequence[Tensor],
     target: Tensor | Sequence[Tensor],
     *,
-    weights: float | Sequence[float] | None = None,
+    weights: _checks.LayerWeights = None,
     penalty: str | None = None,
     normalize: str = "chw",
     target_is_gram: bool = False,
@@ -136,7 +151,7 @@ def style_loss(
             A batch k times the target's is k predictions, in the order of torch.cat, against one target that is
             read once; the mean is over all k N samples.
         target: features (N, C, H', W') of the same layers, or with `target_is_gram` their Gram matrices (N, C, C).
-        weights: one factor for each layer, 1 by default.
+        weights: one factor for each layer, 1 by default; tensors as in `feature_distance`.
         penalty: "l1" or "l2"; None means "l1", and "l2" for ``normalize="gatys"``, which takes no other.
         normalize: "chw", "hw", "none" or "gatys".
         target_is_gram: `target` holds matrices from `gram_matrix` with the same `normalize` ("none" for "gatys").
@@ -145,10 +160,10 @@ def style_loss(
     Returns:
         A scalar, float32; float64 if an input is float64.
 
-    Differentiable in `input` and `target`, twice (in given Gram matrices through the reference). The difference is
-    formed before any rounding, and the backward is one product with a symmetric C x C matrix for each layer. It keeps
-    that matrix and a reference to the features. Precision of float32 products, NaN and Inf: see `gram_matrix`;
-    make given Gram matrices at the precision they are compared at.
+    Differentiable in `input` and `target`, twice, in given Gram matrices and `weights` through the reference. The
+    difference is formed before any rounding, and the backward is one product with a symmetric C x C matrix for each
+    layer. It keeps that matrix and a reference to the features. Precision of float32 products, NaN and Inf: see
+    `gram_matrix`; make given Gram matrices at the precision they are compared at.
 
     Raises:
         TypeError: an argument is no floating tensor or sequence of them.
@@ -177,18 +192,17 @@ def style_loss(
         _check_layer(layer, x, y, inputs[0].device, target_is_gram)
         needs = needs or x.requires_grad or y.requires_grad
     needs = needs and torch.is_grad_enabled()
-    gram_grad = target_is_gram and torch.is_grad_enabled() and any(y.requires_grad for y in targets)
-    if gram_grad and backend is None:
-        backend = "reference"
-    dtypes = {x.dtype for x in inputs} | {y.dtype for y in targets}
-    chosen = _op.choose(backend, inputs[0].device, *sorted(dtypes, key=str))
+    features = [*inputs, *targets]
+    chosen = _op.choose(
+        backend,
+        features,
+        *[x.dtype for x in features],
+        refused=_checks.tensor_weights(factors),
+        target=targets if target_is_gram else None,
+    )
     if chosen == "reference":
         return reference.style_loss(
             inputs, targets, factors, penalty=penalty, normalize=normalize, target_is_gram=target_is_gram
-        )
-    if gram_grad:
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to given Gram matrices; use backend='reference'"
         )
     out: Tensor = _op(chosen, needs, inputs, targets, factors, penalty, normalize, target_is_gram, needs)
     return out

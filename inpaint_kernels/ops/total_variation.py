@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import _library
 from ..reference import hole_valid, partial_conv
 from ..reference import total_variation as reference
+from ..reference.composite import composite
+from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pairs, _pixel
 from .masked_l1 import _IMAGE
 
@@ -57,16 +59,16 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, target, mask, region, penalty, normalize, mask_is_hole, _ = inputs
+    image, target, mask, region, penalty, _, mask_is_hole, _ = inputs
     scale, signs = output[1:]
     ctx.options = region, penalty, mask_is_hole
-    ctx.normalize, ctx.composite = normalize, target is not None
+    ctx.composite = target is not None
     other = image if target is None else target
     ctx.image = (image.shape, _pixel.is_channels_last(image), image.dtype, other.dtype)
     if penalty == "l1":
-        ctx.save_for_backward(scale, signs, mask, None, None)
+        _library.save_for_backward(ctx, scale, signs, mask, None, None)
     else:
-        ctx.save_for_backward(scale, None, mask, image, target)
+        _library.save_for_backward(ctx, scale, None, mask, image, target)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -75,29 +77,26 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     scale, signs, mask, image, target = ctx.saved_tensors
     region, penalty, mask_is_hole = ctx.options
     needs = needs[:2]
-    if not torch.is_grad_enabled():
+    if op is not None:
         found = op(grad, scale, signs, mask, image, target, *ctx.image, ctx.composite, *ctx.options, *needs)
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     mask_is = "hole" if mask_is_hole else "valid"
-    if penalty == "l2":
-        # New nodes of the graph: one image may be made of the other, or be the other.
-        image, target = image.view_as(image), target if target is None else target.view_as(target)
-        value = reference.total_variation(
-            image,
-            mask,
-            target=target,
-            region=region,
-            penalty=penalty,
-            normalize=ctx.normalize,
-            mask_is=mask_is,
-        )
-        wanted = [tensor for tensor, need in zip((image, target), needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
-        return next(grads) if needs[0] else None, next(grads) if needs[1] else None
-    # l1 is constant almost everywhere: its second derivative by the images is zero.
     size, channels_last, image_dtype, target_dtype = ctx.image
-    across, down = _pairs.unpack_signs(signs, 4, size, channels_last, scale.dtype, ctx.backend)
-    value = _pairs.sum_gradient(grad * scale[1] * across, grad * scale[0] * down, mask, region, mask_is_hole)
+    if penalty == "l1":
+        # Constant almost everywhere: its second derivative by the images is zero.
+        across, down = _pairs.unpack_signs(signs, 4, size, channels_last, scale.dtype, ctx.backend)
+        value = _pairs.signs_gradient(
+            grad * scale[1] * across, grad * scale[0] * down, mask, region, mask_is_hole
+        )
+    else:
+        x = image.to(scale.dtype)
+        if target is not None:
+            x = composite(x, target.to(scale.dtype), mask, mask_is=mask_is)
+        across_weight, down_weight = _pairs.weights(x, mask, region, mask_is_hole)
+        value = _pairs.sum_gradient(
+            masked_loss_grad(x[..., 1:], x[..., :-1], across_weight, grad * scale[1], penalty, 0.0),
+            masked_loss_grad(x[..., 1:, :], x[..., :-1, :], down_weight, grad * scale[0], penalty, 0.0),
+        )
     if not ctx.composite:
         return value.to(image_dtype), None
     hole, valid = hole_valid.region_weights(value, value, mask, mask_is)
@@ -212,17 +211,10 @@ def total_variation_loss(
         (value,) = _pixel.global_means((local,), (count,), process_group)
         return value
     other = image if target is None else target
-    mask_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    if mask_grad and backend is None:
-        backend = "reference"
-    chosen = _op.choose(backend, image.device, image.dtype, other.dtype)
+    chosen = _op.choose(backend, (image, target, mask), image.dtype, other.dtype, mask=mask)
     if chosen == "reference":
         return reference.total_variation(
             image, mask, target=target, region=region, penalty=penalty, normalize=normalize, mask_is=mask_is
-        )
-    if mask_grad:
-        raise RuntimeError(
-            f"backend {chosen!r} computes no gradient to mask; use backend='reference' or mask.detach()"
         )
     grad = _pixel.needs_grad(image, other)
     found: Tensor = _op(

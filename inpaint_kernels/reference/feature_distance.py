@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype, reduce_map, weighted_map
+from .masked_l1 import accumulate_dtype, as_factor, reduce_map, weighted_map
 
 
 def feature_distance(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
     masks: Sequence[Tensor] | None,
     *,
     penalty: str,
@@ -30,5 +30,5 @@ def feature_distance(
         if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, x.shape[0]):
             mask = mask.repeat(copies, 1, 1, 1)
         value = weighted_map(x, goal, mask, penalty, param)
-        total = total + weight * reduce_map(value, mask, normalize)
+        total = total + as_factor(weight, total) * reduce_map(value, mask, normalize)
     return total

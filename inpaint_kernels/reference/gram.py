@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,16 @@ def gram_scale(normalize: str, channels: int, pixels: int) -> float:
     return 1.0 / count if count else 1.0
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast for what is computed on the device of x; meta tensors and others know none."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def gram_matrix(features: Tensor, *, normalize: str) -> Tensor:
     """(N, C, C) Gram matrices of (N, C, H, W) features, float32 (float64 for float64)."""
     x = features.to(accumulate_dtype(features)).flatten(2)
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(x):
         return torch.bmm(x, x.mT) * gram_scale(normalize, x.shape[1], x.shape[2])

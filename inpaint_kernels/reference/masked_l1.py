@@ -37,6 +37,15 @@ def penalty_grad(d: Tensor, penalty: str, param: float) -> Tensor:
     return d.clamp(-param, param)
 
 
+def is_differentiated(weight: Tensor) -> bool:
+    """Whether a derivative by the weight may be asked for: it requires a gradient, or forward-mode AD or torch.func
+    watch it, which cannot be asked for under a compiler."""
+    if weight.requires_grad or torch.compiler.is_compiling():
+        return True
+    is_dual = torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+    return is_dual or torch.func.debug_unwrap(weight) is not weight
+
+
 def counted_difference(pred: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """pred - target in the accumulation dtype, 0 where the weight is exactly 0.
 
@@ -48,7 +57,7 @@ def counted_difference(pred: Tensor, target: Tensor, weight: Tensor | None) -> T
     if weight is None:
         return d
     ignored = weight == 0
-    if weight.requires_grad:
+    if is_differentiated(weight):
         # The derivative by the weight is the penalty, also at weight 0: drop only what is not finite.
         ignored = ignored & ~torch.isfinite(d)
     return torch.where(ignored, torch.zeros((), dtype=dtype, device=d.device), d)
@@ -61,6 +70,11 @@ def weighted_map(pred: Tensor, target: Tensor, weight: Tensor | None, penalty: s
     if weight is None:
         return value
     return value * weight.to(value.dtype)
+
+
+def as_factor(weight: float | Tensor, total: Tensor) -> float | Tensor:
+    """A weight that may be a tensor, in the dtype and on the device of what it multiplies."""
+    return weight.to(total) if isinstance(weight, Tensor) else weight
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

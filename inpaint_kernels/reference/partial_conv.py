@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype
+from .masked_l1 import accumulate_dtype, is_differentiated
 
 
 def box_sum(
@@ -86,7 +86,7 @@ def masked_input(input: Tensor, mask: Tensor) -> Tensor:
     """input * mask in the input's dtype, 0 where the mask is exactly 0 whatever lies there."""
     dtype = accumulate_dtype(input)
     ignored = mask == 0
-    if mask.requires_grad:
+    if is_differentiated(mask):
         # The derivative by the mask is the input, also at mask 0: drop only what is not finite.
         ignored = ignored & ~torch.isfinite(input)
     zero = torch.zeros((), dtype=dtype, device=input.device)

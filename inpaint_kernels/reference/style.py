@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .gram import gram_matrix
-from .masked_l1 import accumulate_dtype
+from .masked_l1 import accumulate_dtype, as_factor
 
 
 def style_coefficient(normalize: str, channels: int, pixels: int, predictions: int) -> float:
@@ -23,7 +23,7 @@ def style_coefficient(normalize: str, channels: int, pixels: int, predictions: i
 def style_loss(
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
     *,
     penalty: str,
     normalize: str,
@@ -40,5 +40,5 @@ def style_loss(
         difference = gram - goal.repeat(copies, 1, 1)
         value = difference.abs() if penalty == "l1" else difference * difference
         factor = style_coefficient(normalize, x.shape[1], x.shape[2] * x.shape[3], x.shape[0])
-        total = total + value.sum() * (weight * factor)
+        total = total + value.sum() * (as_factor(weight, total) * factor)
     return total
