@@ -94,3 +94,8 @@ def has_fast_bfloat16() -> bool:
     if _mkldnn_has_bfloat16 is None:
         return "AVX512" in torch.backends.cpu.get_cpu_capability()
     return bool(_mkldnn_has_bfloat16())
+
+
+# torch registers named tuples for torch.export.save by this name alone. Without it programs that return one still
+# export, and torch.export.save refuses them.
+register_named_tuple: Callable[..., None] | None = _find("utils._pytree._register_namedtuple")

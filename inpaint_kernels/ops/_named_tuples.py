@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch.utils import _pytree
+from .. import _torch_private
 
 Class = TypeVar("Class", bound=type)
 
@@ -12,10 +12,9 @@ Class = TypeVar("Class", bound=type)
 def serializable(cls: Class) -> Class:
     """Registers a named tuple, so that exported programs that return it can be saved.
 
-    torch serialises registered types only, and registers named tuples by a private name alone. Without that name
-    such programs still export, and `torch.export.save` refuses them.
+    torch serialises registered types only.
     """
-    register = getattr(_pytree, "_register_namedtuple", None)
+    register = _torch_private.register_named_tuple
     if register is not None:
         register(cls, serialized_type_name=f"inpaint_kernels.{cls.__name__}")
     return cls
