@@ -108,11 +108,11 @@ test_files() {
   grep -E "$late" <<<"$found"
 }
 
-# The last test begins ten seconds before the end, which leaves them for pytest's own.
+# The last test begins fifteen seconds before the end: for what is still running and for pytest's own end.
 tests() {
   # shellcheck disable=SC2046,SC2086
   within "$1" env OMP_NUM_THREADS=1 "${@:2}" "$python" -m pytest -q -n "$jobs" --maxschedchunk 16 -p pytest_gpu \
-    -p no:cacheprovider --tb=short --no-summary --failures "$out/failures.txt" --until $((began + $1 - 10)) \
+    -p no:cacheprovider --tb=short --no-summary --failures "$out/failures.txt" --until $((began + $1 - 15)) \
     --without size=batch ${TEST_ARGS:-$(test_files)}
 }
 
@@ -125,7 +125,7 @@ bench() {
 
 # Out of time is what it usually is; bench compiles the rest.
 fill() {
-  BENCH_ARGS="--compile-only ${BENCH_ARGS:-}" TORCHINDUCTOR_COMPILE_THREADS=4 bench "$triton_end" 15 nice -n 19 env \
+  BENCH_ARGS="--compile-only ${BENCH_ARGS:-}" TORCHINDUCTOR_COMPILE_THREADS=4 bench "$triton_end" 15 nice -n 10 env \
     || [ $? -eq 124 ]
 }
 
@@ -140,7 +140,8 @@ benchmarks() {
 }
 
 stage report report.txt report
-stage sanitizer smoke.txt smoke "$cuda_end" --sanitizer &
+# A few at a time: beside them smoke compiles.
+stage sanitizer smoke.txt smoke "$cuda_end" --sanitizer --jobs 4 &
 stage smoke smoke.txt smoke "$smoke_end"
 stage fill bench.txt fill &
 stage cuda tests.txt tests "$cuda_end" INPAINT_KERNELS_TEST_BACKENDS="$compiled"

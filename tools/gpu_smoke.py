@@ -83,14 +83,15 @@ def jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
 
 
 def publish(job: Job, red: bool, failures: Path | None) -> None:
-    """Prints what came of a job; of one that is red its last lines, which name what is wrong."""
+    """Prints what came of a job; of one that is red the lines that name what is wrong."""
     lines, seconds = job.lines(), time.time() - job.started
     checks = sum(line.startswith("ok ") for line in lines)
     wrong = [line for line in lines if not line.startswith("ok ")]
     print(f"{'RED' if red else 'ok '} {job.name}: {checks} checks passed, {seconds:.1f} s", flush=True)
     if not red:
         return
-    shown = wrong[-30:]
+    # The first error is the cause, the last lines the sum of them or where the process died.
+    shown = wrong if len(wrong) <= 40 else [*wrong[:25], "...", *wrong[-15:]]
     print("".join(f"    {line}\n" for line in shown), end="", flush=True)
     if failures is not None:
         with failures.open("a") as file:

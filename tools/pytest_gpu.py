@@ -100,7 +100,9 @@ class _Recorder:
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         self.collected = Counter(map(_file, ids))
 
-    # Not in the terminal's summary, which `--no-summary` leaves out with all the tracebacks.
+    # Not in the terminal's summary, which `--no-summary` leaves out with the tracebacks. First, because xdist then
+    # waits for its processes, which may take longer than there is time.
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         terminal: Any = session.config.pluginmanager.get_plugin("terminalreporter")
         if self.is_worker or terminal is None:
