@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree
 import inpaint_kernels as ik
 from inpaint_kernels.nn.perceptual import PerceptualStyle
 from inpaint_kernels.objectives._objective import Truth
+from inpaint_kernels.ops._named_tuples import serializable
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETING, reason="runs no kernel of Triton"),
@@ -171,3 +172,10 @@ print(bool((found.new_mask == 1).all()))
     done = run_code(code, {**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
+
+
+def test_a_result_is_registered_anew() -> None:
+    """As by a package whose modules were purged and that is imported again."""
+    kinds = [serializable(NamedTuple("Twice", [("value", int)])) for _ in range(2)]
+    written = _pytree.treespec_dumps(_pytree.tree_flatten(kinds[1](1))[1])
+    assert type(_pytree.tree_unflatten([2], _pytree.treespec_loads(written))) is kinds[1]
