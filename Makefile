@@ -32,8 +32,9 @@ demo: $(VENV)/.stamp-demo build ## train a small inpainting network on real phot
 style: $(VENV)/.stamp-demo build ## move a photograph toward the style of another one
 	$(BIN)/python examples/style_transfer.py $(ARGS)
 
+# Without what `test-resources` compiles ahead of time, on two Tritons of its own.
 test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton through its interpreter
-	$(PYTEST) -n 2 tests $(ARGS)
+	$(PYTEST) -n 2 tests --ignore-glob='*/test_resources*' $(ARGS)
 	$(MAKE) test-interpreter
 
 # In a process of its own: interpreted and compiled kernels cannot live side by side. SHARED=n: one test in n, the

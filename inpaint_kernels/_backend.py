@@ -113,7 +113,11 @@ def _resolve(
             raise ValueError(f"backend: got {backend!r}, allowed: {', '.join(BACKENDS)}")
         reason = unavailable(backend, available, device, dtypes)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+            problem = _extension.problem(backend, device) if backend in ("cpu", "cuda") else None
+            remedy = (
+                f". To mend it: {problem.remedy}" if problem is not None and problem.reason == reason else ""
+            )
+            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}{remedy}")
         return backend
     reasons: tuple[tuple[str, str], ...] = ()
     for candidate in AUTOMATIC.get(device.type, ("reference",)):

@@ -164,8 +164,8 @@ def test_layouts(pred: str, target: str) -> None:
     check_inpainting_pixel(*pair, region_mask("n1hw", size), "dilated_hole-default")
 
 
-def test_bool_and_bytes_as_weights() -> None:
-    """A bool tensor may hold any byte, all but 0 are true; a byte is a weight, 255 as well."""
+def test_bool_of_any_byte() -> None:
+    """A bool tensor may hold any byte, all but 0 are true."""
     size = SIZES["vectors"]
     pred, target = image_pair(size)
     mask = region_mask("n1hw", size, "u8", "binary")
@@ -175,7 +175,6 @@ def test_bool_and_bytes_as_weights() -> None:
         images = [laid_out(x, layout) for x in (pred, target)]
         truth = call(*images, mask)
         assert all(map(same_bits, truth, call(*images, bytes_255.view(torch.bool))))
-        check_inpainting_pixel(*images, bytes_255, "dilated_hole-mask", "mask")
 
 
 @covering(size=SIZES, layout=BOTH, mask_is=MASK_IS)
@@ -270,6 +269,7 @@ def test_second_derivatives(mode: str, layout: str) -> None:
             [*pair, mask, torch.tensor(0.7)],
             wanted=(0, 1, 3),
             magnitudes={0: None, 1: None, 3: None},
+            output_magnitudes={0: None, 1: None},
         )
 
 

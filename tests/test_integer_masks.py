@@ -101,3 +101,24 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         TypeError, match=r"mask must be floating, bool or an integer, got torch\.(complex|float8)"
     ):
         ik.masked_l1_loss(pred, target, known.to(dtype))
+
+
+@pytest.mark.parametrize("op", ["masked_l1", "partial_conv", "invert_mask"])
+def test_exported_programs_hold_for_masks_of_other_strides(op: str) -> None:
+    """The example's mask is expanded along the batch, the next one is not."""
+    functions = {
+        "masked_l1": ik.masked_l1_loss,
+        "partial_conv": lambda p, t, m: ik.partial_conv2d(p, torch.ones(2, 3, 3, 3), None, m).output,
+        "invert_mask": lambda p, t, m: ik.invert_mask(m),
+    }
+
+    class Module(torch.nn.Module):
+        def forward(self, pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+            found: Tensor = functions[op](pred, target, mask)
+            return found
+
+    pred, target, known = images("cpu")
+    pred, given = pred.detach(), known.to(torch.uint8) * 255
+    example = torch.ones_like(given[:1]).expand(given.shape)
+    program = torch.export.export(Module(), (pred, target, example)).module()
+    assert torch.equal(program(pred, target, given), Module()(pred, target, given))

@@ -45,6 +45,9 @@ def binary(mask: Tensor) -> Tensor:
         return mask
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"mask must be floating, bool or an integer, got {mask.dtype}")
+    if not _library.is_plain((mask,)):
+        # A graph that is recorded here must hold for masks of other strides.
+        return mask != 0
     # Broadcast dimensions stay broadcast: only what is in memory is compared.
     stored = mask
     for dim, stride in enumerate(mask.stride()):
