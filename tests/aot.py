@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,26 +64,21 @@ def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Res
     backend, bind = _binder(launch.kernel, capability)
     options = {"num_warps": launch.warps, "debug": False}
     bound, specialization, rest = bind(**launch.arguments, **options)
-    # As the launcher's cache of compiled kernels: two calls with the same key share one kernel.
-    key = f"{specialization}{aligned}"
-    known = _COMPILED.get((launch.kernel, launch.warps, capability, key))
+    key = (*launch_key(launch, capability), capability, aligned)
+    known = _COMPILED.get(key)
     if known is None:
         packed = launch.kernel._pack_args(backend, options, bound, specialization, rest)
-        known = _compile(launch.kernel, *packed, capability, aligned)
-        _COMPILED[launch.kernel, launch.warps, capability, key] = known
+        known = _COMPILED[key] = _compile(launch.kernel, *packed, capability, aligned)
     return known
 
 
-_COMPILED: dict[tuple[Any, int, int, str], Resources] = {}
+_COMPILED: dict[tuple[Any, ...], Resources] = {}
 
 
-@contextlib.contextmanager
-def count_compilations() -> Iterator[list[str]]:
-    """Names of the kernels that are compiled inside."""
-    before = set(_COMPILED)
-    names: list[str] = []
-    yield names
-    names += [f"{kernel.__name__} {key}" for kernel, _, _, key in _COMPILED.keys() - before]
+def launch_key(launch: Launch, capability: int = 90) -> tuple[Any, int, str]:
+    """Under which the launcher keeps the compiled kernel: launches with the same key share one."""
+    _, bind = _binder(launch.kernel, capability)
+    return launch.kernel, launch.warps, str(bind(**launch.arguments, num_warps=launch.warps)[1])
 
 
 @functools.cache
