@@ -28,12 +28,48 @@ from ._terms import (
     FeatureMatching,
     FeatureTerm,
     Judged,
+    LPIPS,
     Pixel,
     Term,
     TotalVariation,
     features_of,
     logits_of,
 )
+
+
+# What the docstring of every objective says of its arguments.
+_ARGUMENTS = """
+    Args:
+        preset: a key of `presets`; the first by default.
+        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' layers; None builds the one named
+            above, and none at all when the terms on features weigh 0.
+        weights, channels_last, autocast: of the trunk that is built, see `ik.features.vgg16`.
+        chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
+            for so many samples at a time inside the forward, and of the terms on features only their gradient by
+            `pred` is kept. Value and gradient are the same; those raw terms are then not differentiable, `total` is,
+            once. Under ``torch.compile`` this breaks the graph.
+        process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means over
+            samples, right under DDP with equal batches.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
+        {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
+            and returned as 0.
+
+    ``forward(pred, target, mask=None, *, fake=None, real=None, truth=None)`` takes images (N, C, H, W), C = 3 or 1
+    (replicated for the trunk), a mask as `hole_valid_loss`, and for terms with a discriminator what it returns for the
+    prediction (`fake`) and for the truth (`real`): logits, a list of them, or
+    ``DiscriminatorOutput(logits, features)``. It returns ``{result}({terms})``, unweighted but for the total.
+    ``truth = objective.prepare(target, mask)`` spares the trunk's pass over a target that is used again.
+    ``discriminator_input(image, target, mask)`` is what the discriminator is shown of a prediction, or of the target
+    itself, ``discriminator_loss(real=, fake=, mask=)`` its loss.
+
+    Differentiable in `pred`, and in `fake` and, through it, the discriminator; `target` and `mask` get no gradient.
+    `settings` shows every number. The trunk follows ``.to(...)`` but is no submodule: neither `parameters()` nor
+    `state_dict()` of a model that holds the objective contain it. Hence `to_empty` keeps its weights, and an objective
+    is not built on the meta device.
+
+    Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
+    device, for what a term needs and does not get, and for images and masks as the ops do.
+"""
 
 
 @serializable
@@ -138,14 +174,20 @@ class Objective(nn.Module):
         super().__init_subclass__(**options)
         if "presets" not in vars(cls):
             return
-        own = list(inspect.signature(Objective.__init__).parameters.values())[1:-1]
-        own[0] = own[0].replace(default=next(iter(cls.presets)))
-        fields = dataclasses.fields(next(iter(cls.presets.values())))
         keyword = inspect.Parameter.KEYWORD_ONLY
+        given = inspect.signature(Objective.__init__).parameters | inspect.signature(cls.__init__).parameters
+        _, preset, *options = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = dataclasses.fields(next(iter(cls.presets.values())))
         settings = [
             inspect.Parameter(f.name, keyword, default=None, annotation=f"{f.type} | None") for f in fields
         ]
-        cls.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
+        preset = preset.replace(default=next(iter(cls.presets)))
+        cls.__signature__ = inspect.Signature([preset, *options, *settings])  # type: ignore[attr-defined]
+        if cls.__doc__:
+            names = ", ".join(field.name for field in fields)
+            terms = ", ".join(cls.result._fields)
+            arguments = _ARGUMENTS.format(settings=names, result=cls.result.__name__, terms=terms)
+            cls.__doc__ = cls.__doc__.replace("{arguments}", arguments.strip())
 
     def __init__(
         self,
@@ -187,7 +229,7 @@ class Objective(nn.Module):
             trunk = check_trunk(build(layers, weights=weights, preprocess="none", **options), layers)
         else:
             check_trunk(trunk, layers)
-        self._hidden = (trunk,)
+        self._hidden: tuple[Any, ...] = (trunk,)
 
     def table(self, s: Any) -> dict[str, Term]:
         """The terms by name, made of the settings; one of weight 0 is not computed and returned as 0."""
@@ -202,6 +244,9 @@ class Objective(nn.Module):
         super()._apply(fn, recurse)
         if recurse and self.trunk is not None:
             self.trunk._apply(functools.partial(_moved, fn))
+            for term in self._terms.values():
+                if isinstance(term, LPIPS):
+                    term.heads.follow(fn)
         return self
 
     def extra_repr(self) -> str:
@@ -291,10 +336,10 @@ class Objective(nn.Module):
                 raise ValueError("mask is missing: the discriminator is shown composites")
             known = self._composited(target, mask)
             image = composite(image, known, mask, mask_is=self.settings.mask_is, backend=self.backend)
-        return self.shown(image, mask, condition)
+        return self.shown(image, self._known(mask), condition)
 
-    def shown(self, image: Tensor, mask: Tensor | None, condition: Tensor | None) -> Tensor:
-        """The image with what else a method's discriminator reads."""
+    def shown(self, image: Tensor, known: Tensor | None, condition: Tensor | None) -> Tensor:
+        """The image with what else a method's discriminator reads; the mask `known` is 1 where a pixel is known."""
         if condition is not None:
             raise ValueError(f"condition: the discriminator of {type(self).__name__} reads none")
         return image
@@ -317,7 +362,7 @@ class Objective(nn.Module):
     # Parts
 
     def _known(self, mask: Tensor | None) -> Tensor | None:
-        """The mask with 1 = known, as the adversarial terms take it."""
+        """The mask with 1 = known."""
         if mask is None:
             return None
         mask = _checks.binary(mask).detach()
@@ -328,7 +373,8 @@ class Objective(nn.Module):
     def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
-        if reads_mask(self._terms) or any(set(each.images) - {"raw"} for each in self._passes):
+        features = [term for each in self._passes for term in each.terms.values()]
+        if reads_mask(self._terms) or any(set(t.images) - {"raw"} or t.known_only for t in features):
             raise ValueError("mask is missing: these settings tell the hole from known pixels, which needs it")
         return None
 
@@ -438,20 +484,25 @@ class Objective(nn.Module):
                     goal = Truth(tuple(self._maps_of(each, known, weights, preprocessed)))
             else:
                 goal = truth.rows(begin, end)
-            return self._images(rows, composited[begin:end], weights, each.images, preprocessed), goal
+            images = self._images(rows, composited[begin:end], weights, each.images, preprocessed)
+            return images, (goal, self._known(weights))
 
         def term_at(index: int, term: FeatureTerm) -> StreamedTerm:
-            def distance(maps: list[Tensor], goal: Truth) -> Tensor:
+            def distance(maps: list[Tensor], goal: tuple[Truth, Tensor | None]) -> Tensor:
                 own = each.picked(term, maps, each.images, list(term.images))
-                return term.distance(own, goal.terms[index], self.backend)
+                truths, known = goal
+                return term.distance(own, truths.terms[index], known if term.known_only else None, self.backend)
 
             return distance
 
+        samples = pred.shape[0]
         terms = [term_at(index, term) for index, term in enumerate(each.terms.values())]
-        weights = [term.weight for term in each.terms.values()]
+        sizes = [samples if term.batch_sum else 1 for term in each.terms.values()]
+        weights = [term.weight * size for term, size in zip(each.terms.values(), sizes, strict=True)]
         run = functools.partial(trunk, layers=each.layers)
-        total, *found = weighted_terms(run, terms, weights, inputs, pred, pred.shape[0], self.chunk)
-        return total, dict(zip(each.terms, found, strict=True))
+        total, *found = weighted_terms(run, terms, weights, inputs, pred, samples, self.chunk)
+        values = [value if size == 1 else value * size for value, size in zip(found, sizes, strict=True)]
+        return total, dict(zip(each.terms, values, strict=True))
 
 
 def _added(found: dict[str, Tensor], total: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..features.trunk import PREPROCESSINGS
 from ..ops import _checks, _pairs
 from ..ops.adversarial import MODES
+from ..ops.mask_operators import RESIZE_MODES
 
 # Fields that name one of a few things.
 _CHOICES = {
@@ -20,6 +21,10 @@ _CHOICES = {
     "tv_image": ("composite", "raw"),
     "pixel_space": ("image", "trunk"),
     "gan_mode": MODES,
+    "layer_reduction": ("sum", "mean"),
+    "mask_resize": RESIZE_MODES,
+    "penalty": ("l1", "l2"),
+    "labels": ("released", "paper"),
     "discriminator_image": ("raw", "composite"),
 }
 IMAGES = ("raw", "composite", "hole_raw")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..features.lpips_heads import LPIPSHeads
 from ..ops._named_tuples import serializable
 from ..ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_loss
 from ..ops.feature_distance import feature_distance
 from ..ops.feature_matching import feature_matching_loss
 from ..ops.gram import gram_matrix
+from ..ops.mask_operators import resize_mask
 from ..ops.style import style_loss
+from ..reference.lpips import lpips_distance
+from ..reference.masked_l1 import accumulate_dtype
 
 # What a part of the predictions is compared with.
 TRUTH_OF = {"raw": "target", "composite": "target", "hole_raw": "hole_target"}
@@ -86,6 +91,11 @@ class FeatureTerm(Term):
 
     layers: tuple[str, ...]
     images: tuple[str, ...]
+    layer_weights: tuple[float, ...] | None = None
+
+    # Whether the distance is weighed with the known mask, and whether it is summed over the batch.
+    known_only = False
+    batch_sum = False
 
     def __post_init__(self) -> None:
         if len({TRUTH_OF[image] for image in self.images}) > 1:
@@ -93,30 +103,68 @@ class FeatureTerm(Term):
                 f"predictions: {', '.join(self.images)} are compared with different images; "
                 "give them terms of their own"
             )
+        if self.layer_weights is not None and len(self.layer_weights) != len(self.layers):
+            raise ValueError(
+                f"layer_weights has {len(self.layer_weights)} entries for the {len(self.layers)} layers "
+                f"{', '.join(self.layers)}"
+            )
+
+    @property
+    def factors(self) -> list[float]:
+        """Of the layers; the ops take the mean over predictions, of which a term is the sum."""
+        return [weight * len(self.images) for weight in self.layer_weights or (1.0,) * len(self.layers)]
 
     def prepared(self, maps: list[Tensor], backend: str | None) -> list[Tensor]:
         """What is worth keeping of the maps of a target that is used again."""
         return maps
 
-    def distance(self, maps: list[Tensor], target: list[Tensor], backend: str | None) -> Tensor:
-        """Of the predictions' maps from those of the target, prepared or not."""
-        raise NotImplementedError
+    def distance(
+        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
+    ) -> Tensor:
+        """Of the predictions' maps from those of the target, prepared or not, a mean over samples.
 
-    def factors(self, layer_weights: tuple[float, ...] | None = None) -> list[float]:
-        """Of the layers; the ops take the mean over predictions, of which a term is the sum."""
-        return [weight * len(self.images) for weight in layer_weights or (1.0,) * len(self.layers)]
+        `known` is the mask for those that are `known_only`.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Perceptual(FeatureTerm):
     """Mean absolute difference of the maps, or with `penalty` "l2" the mean square."""
 
-    layer_weights: tuple[float, ...] | None = None
     penalty: str = "l1"
 
-    def distance(self, maps: list[Tensor], target: list[Tensor], backend: str | None) -> Tensor:
-        weights = self.factors(self.layer_weights)
-        return feature_distance(maps, target, weights=weights, penalty=self.penalty, backend=backend)
+    def distance(
+        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
+    ) -> Tensor:
+        return feature_distance(maps, target, weights=self.factors, penalty=self.penalty, backend=backend)
+
+
+@dataclass(frozen=True)
+class KnownPerceptual(Perceptual):
+    """That of known pixels, by a mask resized to each layer, over all elements of a sample, summed over samples."""
+
+    known_only = True
+    batch_sum = True
+
+    def distance(
+        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
+    ) -> Tensor:
+        assert known is not None
+        known = known.to(accumulate_dtype(known))
+        samples = target[0].shape[0]
+        masks = [
+            resize_mask(known, m.shape[-2:], "bilinear").expand(samples, 1, *m.shape[-2:]) for m in target
+        ]
+        return feature_distance(
+            maps,
+            target,
+            weights=self.factors,
+            penalty=self.penalty,
+            mask=masks,
+            normalize="image",
+            backend=backend,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,9 +174,23 @@ class Style(FeatureTerm):
     def prepared(self, maps: list[Tensor], backend: str | None) -> list[Tensor]:
         return [gram_matrix(features, backend=backend) for features in maps]
 
-    def distance(self, maps: list[Tensor], target: list[Tensor], backend: str | None) -> Tensor:
+    def distance(
+        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
+    ) -> Tensor:
         is_gram = target[0].ndim == 3
-        return style_loss(maps, target, weights=self.factors(), target_is_gram=is_gram, backend=backend)
+        return style_loss(maps, target, weights=self.factors, target_is_gram=is_gram, backend=backend)
+
+
+@dataclass(frozen=True)
+class LPIPS(FeatureTerm):
+    """Distance of unit feature vectors, channel by channel with the weights of `heads`."""
+
+    heads: LPIPSHeads = dataclasses.field(default_factory=lambda: LPIPSHeads("alex"))
+
+    def distance(
+        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
+    ) -> Tensor:
+        return lpips_distance(maps, target, self.heads.values).mean() * len(self.images)
 
 
 @dataclass(frozen=True)
@@ -146,11 +208,11 @@ class Adversarial(Term):
         """The factor that turns the mean over several logits into what is asked for."""
         return len(logits) if self.heads == "sum" and not isinstance(logits, Tensor) else 1
 
-    def generator(self, fake: Any, mask: Tensor | None) -> Tensor:
-        """Of the logits of a fake; `mask` (1 = known) is for terms that read it."""
+    def generator(self, fake: Any, known: Tensor | None) -> Tensor:
+        """Of the logits of a fake; the mask `known` is for those that read it."""
         return generator_loss(fake, mode=self.mode) * self.heads_of(fake)
 
-    def discriminator(self, real: Any, fake: Any, mask: Tensor | None) -> DiscriminatorLoss:
+    def discriminator(self, real: Any, fake: Any, known: Tensor | None) -> DiscriminatorLoss:
         found = discriminator_loss(real, fake, mode=self.mode, half=self.half)
         heads = self.heads_of(real)
         return found if heads == 1 else DiscriminatorLoss(*(value * heads for value in found))
@@ -162,9 +224,15 @@ class FeatureMatching(Term):
 
     penalty: str = "l1"
     layer_reduction: str = "sum"
+    known_only: bool = False
 
-    def matched(self, fake: Any, real: Any, mask: Tensor | None, backend: str | None) -> Tensor:
-        """Of lists of features; `mask` (1 = known) is for terms that read it."""
+    def matched(self, fake: Any, real: Any, known: Tensor | None, backend: str | None) -> Tensor:
+        """Of lists of features; `known_only` weighs them with the mask."""
         return feature_matching_loss(
-            fake, real, penalty=self.penalty, layer_reduction=self.layer_reduction, backend=backend
+            fake,
+            real,
+            penalty=self.penalty,
+            layer_reduction=self.layer_reduction,
+            mask=known if self.known_only else None,
+            backend=backend,
         )

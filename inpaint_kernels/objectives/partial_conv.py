@@ -114,33 +114,9 @@ class PartialConvObjective(Objective):
     naoto0804 makes the composite from the masked image, which matters for masks with fractions, as resized ones have:
     the truth then counts with the square of the mask. ``composite_from="target"`` turns that off.
 
-    Args:
-        preset: "paper", "nvidia" (the loss that NVIDIA released), "naoto0804" or "mmagic": keys of `presets`.
-        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' `layers`; None builds
-            ``ik.features.vgg16(layers, preprocess="none")``, and no trunk when perceptual and style weigh 0.
-        weights, channels_last, autocast: of the trunk that is built, see `vgg16`.
-        chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
-            for so many samples at a time inside the forward, and of perceptual and style only their gradient by
-            `pred` is kept. Value and gradient are the same; `perceptual` and `style` are then not differentiable,
-            `total` is, once. Under ``torch.compile`` this breaks the graph.
-        process_group: makes hole, valid and tv means over all ranks, as `masked_l1_loss` does. The other terms are
-            means over samples, right under DDP with equal batches.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
-        layers, predictions, preprocess, swap_channels, mask_is, hole_weight, valid_weight, tv_weight,
-            perceptual_weight, style_weight, normalize, tv_image, tv_region, tv_normalize, pixel_space: what is to
-            differ from the preset; see `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
+    The trunk that is built is a VGG16. "nvidia" takes no mask (all known) as well.
 
-    ``forward(pred, target, mask, *, truth=None)`` takes images (N, C, H, W), C = 3 or 1 (replicated for the trunk),
-    and a mask as `hole_valid_loss`; "nvidia" takes none (None: all known) as well. It returns
-    ``PartialConvTerms(total, hole, valid, tv, perceptual, style)``, unweighted but for the total.
-    ``truth = objective.prepare(target)`` spares the trunk's pass over a target that is used again.
-
-    Differentiable in `pred`; `target` and `mask` get no gradient. `settings` shows every number. The trunk follows
-    ``.to(...)`` but is no submodule: neither `parameters()` nor `state_dict()` of a model that holds the objective
-    contain it. Hence `to_empty` keeps its weights, and an objective is not built on the meta device.
-
-    Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
-    device, and for images and masks as the ops do.
+    {arguments}
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018; NVIDIA/partialconv,
     naoto0804/pytorch-inpainting-with-partial-conv, open-mmlab/mmagic. The paper leaves the denominator of total
