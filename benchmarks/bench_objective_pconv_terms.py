@@ -8,6 +8,7 @@ normalised images, the pixel terms, feature distances and Gram matrices, forward
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def fused(case: Case, backend: str) -> Formula:
     class Ready(ik.features.FrozenTrunk):
         given: dict[str, Tensor]
 
-        def forward(self, images: Tensor) -> list[Tensor]:
+        def forward(self, images: Tensor, layers: Sequence[str] | None = None) -> list[Tensor]:
             given = self.given
             if len(images) != len(given["back"]):
                 _read(images, given["sink"])

@@ -66,9 +66,9 @@ class FrozenTrunk(nn.Module):
             their images into blocks and back.
         autocast: None, or the dtype (torch.bfloat16, torch.float16) the trunk runs in under autocast.
 
-    ``forward(images, layers=None)`` takes (N, C, H, W) and returns a list of tensors, one for each tap; with `layers`,
-    some of `names`, only those, in that order, running no further than the last of them. After the preprocessing,
-    images of less than float64 are converted to the dtype of the network's weights.
+    ``forward(images, layers=None)`` takes (N, C, H, W) and returns a list of tensors, one for each tap; with
+    `layers`, some of `names`, only those, in that order, running no further than the last of them. After the
+    preprocessing, images of less than float64 are converted to the dtype of the network's weights.
 
     Differentiable in the images. Raises ValueError for an unknown tap or preprocessing, for images that are not
     (N, 1 or 3, H, W) under a preprocessing and for those that strides and poolings leave nothing of, TypeError for a

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,25 @@ from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term as StreamedTerm
 from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel
-from ..ops._named_tuples import serializable
 from ..ops.adversarial import DiscriminatorLoss
 from ..ops.composite import composite
 from ..ops.stacked_images import stacked_images
 from ._pixel_terms import pixel_terms, reads_mask
-from ._settings import Settings, chosen
+from ._settings import chosen
 from ._terms import (
+    LPIPS,
     TRUTH_OF,
     Adversarial,
     FeatureMatching,
     FeatureTerm,
     Judged,
-    LPIPS,
     Pixel,
     Term,
     TotalVariation,
     features_of,
     logits_of,
 )
-
+from ._trunk_passes import TrunkPass, Truth, check_trunk, trunk_passes
 
 # What the docstring of every objective says of its arguments.
 _ARGUMENTS = """
@@ -48,79 +47,29 @@ _ARGUMENTS = """
             for so many samples at a time inside the forward, and of the terms on features only their gradient by
             `pred` is kept. Value and gradient are the same; those raw terms are then not differentiable, `total` is,
             once. Under ``torch.compile`` this breaks the graph.
-        process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means over
+        process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means
+        over
             samples, right under DDP with equal batches.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
         {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
             and returned as 0.
 
     ``forward(pred, target, mask=None, *, fake=None, real=None, truth=None)`` takes images (N, C, H, W), C = 3 or 1
-    (replicated for the trunk), a mask as `hole_valid_loss`, and for terms with a discriminator what it returns for the
-    prediction (`fake`) and for the truth (`real`): logits, a list of them, or
-    ``DiscriminatorOutput(logits, features)``. It returns ``{result}({terms})``, unweighted but for the total.
-    ``truth = objective.prepare(target, mask)`` spares the trunk's pass over a target that is used again.
-    ``discriminator_input(image, target, mask)`` is what the discriminator is shown of a prediction, or of the target
-    itself, ``discriminator_loss(real=, fake=, mask=)`` its loss.
+    (replicated for the trunk), a mask as `hole_valid_loss`, and for terms with a discriminator what it returns for
+    the prediction (`fake`) and for the truth (`real`): logits, a list of them, or ``DiscriminatorOutput(logits,
+    features)``. It returns ``{result}({terms})``, unweighted but for the total. ``truth = objective.prepare(target,
+    mask)`` spares the trunk's pass over a target that is used again. ``discriminator_input(image, target, mask)``
+    is what the discriminator is shown of a prediction, or of the target itself, ``discriminator_loss(real=, fake=,
+    mask=)`` its loss.
 
     Differentiable in `pred`, and in `fake` and, through it, the discriminator; `target` and `mask` get no gradient.
     `settings` shows every number. The trunk follows ``.to(...)`` but is no submodule: neither `parameters()` nor
-    `state_dict()` of a model that holds the objective contain it. Hence `to_empty` keeps its weights, and an objective
-    is not built on the meta device.
+    `state_dict()` of a model that holds the objective contain it. Hence `to_empty` keeps its weights, and an
+    objective is not built on the meta device.
 
     Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
     device, for what a term needs and does not get, and for images and masks as the ops do.
 """
-
-
-@serializable
-class Truth(NamedTuple):
-    """What the feature terms of an objective compare with: for each of them tensors of batch N."""
-
-    terms: tuple[list[Tensor], ...]
-
-    def rows(self, begin: int, end: int) -> Truth:
-        return Truth(tuple([value[begin:end] for value in values] for values in self.terms))
-
-
-@dataclasses.dataclass
-class TrunkPass:
-    """Terms whose images overlap, and what they read together: the trunk runs once over all of it."""
-
-    terms: dict[str, FeatureTerm]
-    images: list[str]
-    truths: list[str]
-    layers: list[str]
-
-    def picked(self, term: FeatureTerm, maps: list[Tensor], parts: list[str], wanted: list[str]) -> list[Tensor]:
-        """The maps of a term's layers, and of the parts of the batch that it reads."""
-        found = [maps[self.layers.index(layer)] for layer in term.layers]
-        if wanted == parts:
-            return found
-        rows = [[parts.index(part) for part in wanted]]
-        return [torch.cat([m.chunk(len(parts))[row] for row in rows[0]]) for m in found]
-
-
-def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:
-    """A trunk that reads images as they are and is tapped at every one of `layers`."""
-    if not isinstance(trunk, FrozenTrunk):
-        raise TypeError(f"trunk must be a FrozenTrunk, got {type(trunk).__name__}")
-    if trunk.preprocess != "none":
-        raise ValueError(
-            f"trunk has preprocess={trunk.preprocess!r}; the objective preprocesses the images itself, so give "
-            "it one with preprocess='none'"
-        )
-    missing = [layer for layer in layers if layer not in trunk.names]
-    if missing:
-        raise ValueError(
-            f"trunk does not tap {', '.join(missing)}, it taps {', '.join(trunk.names)}; give it these taps, or "
-            "the objective other layers="
-        )
-    if any(t.is_meta for t in trunk.features.state_dict().values()):
-        raise ValueError(
-            "trunk is on the meta device and has no weights, and no checkpoint of a model would bring them: "
-            "build the objective outside of torch.device('meta')"
-        )
-    return trunk
 
 
 def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -134,26 +83,6 @@ def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
             "brings them back: build the objective anew"
         )
     return moved.copy_(value)
-
-
-def _passes(terms: Mapping[str, Term]) -> list[TrunkPass]:
-    """Terms that share an image share a pass. One over images that have no term in common would carry gradients that
-    are zero, and run some of the images further than their own terms read."""
-    found: list[TrunkPass] = []
-    for name, term in terms.items():
-        if not isinstance(term, FeatureTerm):
-            continue
-        merged = TrunkPass({}, [], [], [])
-        for other in [p for p in found if set(p.images) & set(term.images)]:
-            found.remove(other)
-            merged.terms |= other.terms
-        merged.terms[name] = term
-        for each in merged.terms.values():
-            merged.images += [image for image in each.images if image not in merged.images]
-            merged.layers += [layer for layer in each.layers if layer not in merged.layers]
-        merged.truths = list(dict.fromkeys(TRUTH_OF[image] for image in merged.images))
-        found.append(merged)
-    return found
 
 
 class Objective(nn.Module):
@@ -176,13 +105,13 @@ class Objective(nn.Module):
             return
         keyword = inspect.Parameter.KEYWORD_ONLY
         given = inspect.signature(Objective.__init__).parameters | inspect.signature(cls.__init__).parameters
-        _, preset, *options = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        _, first, *others = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         fields = dataclasses.fields(next(iter(cls.presets.values())))
         settings = [
             inspect.Parameter(f.name, keyword, default=None, annotation=f"{f.type} | None") for f in fields
         ]
-        preset = preset.replace(default=next(iter(cls.presets)))
-        cls.__signature__ = inspect.Signature([preset, *options, *settings])  # type: ignore[attr-defined]
+        first = first.replace(default=next(iter(cls.presets)))
+        cls.__signature__ = inspect.Signature([first, *others, *settings])  # type: ignore[attr-defined]
         if cls.__doc__:
             names = ", ".join(field.name for field in fields)
             terms = ", ".join(cls.result._fields)
@@ -203,11 +132,9 @@ class Objective(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.settings = chosen(
-            self.presets, next(iter(self.presets)) if preset is None else preset, settings
-        )
+        self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
-        self._passes = _passes(self._terms)
+        self._passes = trunk_passes(self._terms)
         if process_group is not None:
             _pixel.check_group(process_group)
         self.process_group, self.backend, self.chunk = process_group, backend, check_chunk(chunk)
@@ -301,7 +228,9 @@ class Objective(nn.Module):
         found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
         for each, begin in zip(self._passes, self._places(), strict=True):
             own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
-            found = _added(found, *self._feature_terms(each, last, target, mask, own, preprocessed, composited))
+            found = _added(
+                found, *self._feature_terms(each, last, target, mask, own, preprocessed, composited)
+            )
         for name, term in self._terms.items():
             if isinstance(term, Adversarial):
                 value = term.generator(logits_of("fake", fake), self._known(mask))
@@ -375,7 +304,9 @@ class Objective(nn.Module):
             return _checks.check_mask(mask, pred).detach()
         features = [term for each in self._passes for term in each.terms.values()]
         if reads_mask(self._terms) or any(set(t.images) - {"raw"} or t.known_only for t in features):
-            raise ValueError("mask is missing: these settings tell the hole from known pixels, which needs it")
+            raise ValueError(
+                "mask is missing: these settings tell the hole from known pixels, which needs it"
+            )
         return None
 
     def _composited(self, target: Tensor, mask: Tensor | None) -> Tensor:
@@ -475,7 +406,7 @@ class Objective(nn.Module):
 
         # Not one batch of predictions and target: its part without gradient would be kept with the others, and
         # filled with zeros on the way back.
-        def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, Truth]:
+        def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, tuple[Truth, Tensor | None]]:
             known = target[begin:end]
             shared = mask is None or mask.ndim == 2 or mask.shape[0] == 1
             weights = mask if mask is None or shared else mask[begin:end]
@@ -491,7 +422,9 @@ class Objective(nn.Module):
             def distance(maps: list[Tensor], goal: tuple[Truth, Tensor | None]) -> Tensor:
                 own = each.picked(term, maps, each.images, list(term.images))
                 truths, known = goal
-                return term.distance(own, truths.terms[index], known if term.known_only else None, self.backend)
+                return term.distance(
+                    own, truths.terms[index], known if term.known_only else None, self.backend
+                )
 
             return distance
 

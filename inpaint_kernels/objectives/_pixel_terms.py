@@ -25,7 +25,9 @@ def reads_mask(terms: Mapping[str, Term]) -> bool:
     regions = {term.region: term.weight for term in pixels}
     return (
         regions.get("hole") != regions.get("valid")
-        or any(term.by_hole_share or (term.region != "image" and term.normalize != "image") for term in pixels)
+        or any(
+            term.by_hole_share or (term.region != "image" and term.normalize != "image") for term in pixels
+        )
         or any(
             isinstance(term, TotalVariation) and (term.image == "composite" or term.region != "image")
             for term in terms.values()
@@ -85,7 +87,9 @@ def pixel_terms(
         assert isinstance(term, Pixel)
         if term.by_hole_share:
             assert mask is not None
-            found[whole] = _by_hole_share(pred, target, region_weights(pred, target, mask, mask_is)[0], **where)
+            found[whole] = _by_hole_share(
+                pred, target, region_weights(pred, target, mask, mask_is)[0], **where
+            )
         else:
             found[whole] = masked_l1_loss(pred, target, normalize="image", **where)
     if tv is not None and variation not in found:

@@ -86,7 +86,9 @@ class AdversarialSettings(Settings):
         super().__post_init__()
         interval = self.penalty_interval
         if not isinstance(interval, int) or isinstance(interval, bool) or interval < 0:
-            raise ValueError(f"penalty_interval must be a number of steps, 0 for no penalty, got {interval!r}")
+            raise ValueError(
+                f"penalty_interval must be a number of steps, 0 for no penalty, got {interval!r}"
+            )
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:

@@ -68,7 +68,8 @@ class Term:
 class Pixel(Term):
     """Mean absolute error of the raw prediction in a region: "image", "hole" or "valid".
 
-    `normalize` as `hole_valid_loss`. `by_hole_share`: divided by the share of the hole in the batch, 0 without a hole.
+    `normalize` as `hole_valid_loss`. `by_hole_share`: divided by the share of the hole in the batch, 0 without a
+    hole.
     """
 
     region: str = "image"

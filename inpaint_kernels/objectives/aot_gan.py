@@ -94,9 +94,9 @@ class _SoftMaskGuided(Adversarial):
 class AOTGANObjective(Objective):
     """L1, perceptual, style and adversarial term of AOT-GAN.
 
-    ``total = l1 + 0.1 perceptual + 250 style + 0.01 adversarial``: `l1`, `perceptual` and `style` as `CTNObjective`,
-    but style on whole images, from the same pass of the trunk. The discriminator's logits, enlarged to the size of the
-    mask (bilinear, corners aligned), are compared with a map by the squared error:
+    ``total = l1 + 0.1 perceptual + 250 style + 0.01 adversarial``: `l1`, `perceptual` and `style` as
+    `CTNObjective`, but style on whole images, from the same pass of the trunk. The discriminator's logits, enlarged
+    to the size of the mask (bilinear, corners aligned), are compared with a map by the squared error:
 
     ========== ============ ========================== ==================================================
     preset     real images  composites                 generator's term
@@ -105,8 +105,8 @@ class AOTGANObjective(Objective):
     "paper"    1            known pixels, blurred      1, averaged over the hole alone; 0 without a hole
     ========== ============ ========================== ==================================================
 
-    The released generator's term is multiplied by the mask only after its mean was taken, which cancels. The labels of
-    the paper are those that issue 2 of the repository reports. Blurred is a Gaussian of 71 x 71 with sigma 10.
+    The released generator's term is multiplied by the mask only after its mean was taken, which cancels. The labels
+    of the paper are those that issue 2 of the repository reports. Blurred is a Gaussian of 71 x 71 with sigma 10.
 
     Images are in [-1, 1], normalised for the trunk with the statistics of ImageNet, mask 1 = hole. The discriminator
     is shown composites.

@@ -54,8 +54,8 @@ class CMTObjective(Objective):
     ``adversarial = mean softplus(-D(c))``.
 
     The authors of CMT released neither their losses nor the weights of them; surveys list a reconstruction, a
-    perceptual and an adversarial term. The preset "community" is what a public reimplementation (HuyATon/thesis, 2025)
-    trains with. Take its numbers as a beginning: every one can be set.
+    perceptual and an adversarial term. The preset "community" is what a public reimplementation (HuyATon/thesis,
+    2025) trains with. Take its numbers as a beginning: every one can be set.
 
     Images are in [-1, 1] and go into the trunk as they are. ``mask_is`` is "valid" here as in most objectives, while
     CMT's own network takes 1 = hole. That network pastes the known pixels itself, which makes `valid` 0. The

@@ -47,22 +47,23 @@ class CoordFillSettings(AdversarialSettings):
 class CoordFillObjective(Objective):
     """LPIPS, adversarial and feature matching term of CoordFill.
 
-    ``total = 10 lpips + adversarial + 100 feature_matching`` with c the composite and y the truth: `lpips` is that of c
-    and y by an AlexNet with the heads of version 0.1; ``adversarial = mean -log D(c)``; ``feature_matching = sum mean
-    |D_k(c) - D_k(y)|`` over the four activations of the discriminator before its last convolution. There is no pixel
-    term. A feature vector of zeros has gradient 0 here, where the released code's is NaN.
+    ``total = 10 lpips + adversarial + 100 feature_matching`` with c the composite and y the truth: `lpips` is that
+    of c and y by an AlexNet with the heads of version 0.1; ``adversarial = mean -log D(c)``; ``feature_matching =
+    sum mean |D_k(c) - D_k(y)|`` over the four activations of the discriminator before its last convolution. There
+    is no pixel term. A feature vector of zeros has gradient 0 here, where the released code's is NaN.
 
     Images are in [-1, 1], mask 1 = known. The discriminator is shown composites and returns
-    ``DiscriminatorOutput(logits, features)``; its loss is the sum of both log-losses, not their average. They are taken
-    of logits, with the clamps that PyTorch gives a log-loss of a sigmoid ("clamped_bce"); ``gan_mode="nonsaturating"``
-    is the same formula without the clamps.
+    ``DiscriminatorOutput(logits, features)``; its loss is the sum of both log-losses, not their average. They are
+    taken of logits, with the clamps that PyTorch gives a log-loss of a sigmoid ("clamped_bce");
+    ``gan_mode="nonsaturating"`` is the same formula without the clamps.
 
     `heads`: "v0.1", the weights of LPIPS, or for another trunk a sequence of tensors (C,), one for each layer.
 
     {arguments}
 
     Liu et al., "CoordFill: Efficient High-Resolution Image Inpainting via Parameterized Coordinate Querying", 2023;
-    NiFangBaAGe/CoordFill; Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
+    NiFangBaAGe/CoordFill; Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
+    2018.
 
     Example:
         >>> import torch, inpaint_kernels as ik

@@ -60,13 +60,14 @@ class CTNObjective(Objective):
     ============= ====== =============================================================================
 
     Images are in [-1, 1] and go into the trunk as they are, mask 1 = known. The discriminator is shown the raw
-    prediction and the truth; its loss is the average of both log-losses. They are taken of logits, but with the clamps
-    that PyTorch gives a log-loss of a sigmoid ("clamped_bce"): in float32 a logit beyond 17 has no gradient.
+    prediction and the truth; its loss is the average of both log-losses. They are taken of logits, but with the
+    clamps that PyTorch gives a log-loss of a sigmoid ("clamped_bce"): in float32 a logit beyond 17 has no gradient.
     ``gan_mode="nonsaturating"`` is the same formula without the clamps.
 
     {arguments}
 
-    Deng et al., "Learning Contextual Transformer Network for Image Inpainting", 2021; dengyecode/ContextualTransformer.
+    Deng et al., "Learning Contextual Transformer Network for Image Inpainting", 2021;
+    dengyecode/ContextualTransformer.
 
     Example:
         >>> import torch, inpaint_kernels as ik

@@ -59,9 +59,9 @@ class DeepFillSettings(AdversarialSettings):
 class DeepFillObjective(Objective):
     """Hole, valid and adversarial term of the two-stage networks DeepFill v1 and v2, as mmagic trains them.
 
-    `pred` is (stage 1, stage 2). ``total = hole + valid + w adversarial`` with x a stage's prediction, y the truth and
-    h = 1 in the hole: ``hole = sum h |x - y| / sum h`` and ``valid`` the same over known pixels, both summed over the
-    stages; ``adversarial = -mean D(c)`` with c the composite of stage 2.
+    `pred` is (stage 1, stage 2). ``total = hole + valid + w adversarial`` with x a stage's prediction, y the truth
+    and h = 1 in the hole: ``hole = sum h |x - y| / sum h`` and ``valid`` the same over known pixels, both summed
+    over the stages; ``adversarial = -mean D(c)`` with c the composite of stage 2.
 
     ====== ====== =============================================== ===================================================
     preset w      discriminators                                  their loss
@@ -71,18 +71,18 @@ class DeepFillObjective(Objective):
     "v2"   0.1    one, which reads the mask (1 = hole), too       hinge: ``relu(1 - D(y)) + relu(1 + D(c))``
     ====== ====== =============================================== ===================================================
 
-    Drift is half the square of each of the four means. The norm of the gradient penalty is taken over the channels of
-    each pixel; the global critic's is weighed with the hole: ``gradient_penalty(discriminator, real, fake, mask)``. The
-    local critic sees patches around the hole, which are yours to cut, and its penalty takes no mask. v1 trains its
-    critics for five steps (places) or two (faces) to one of the generator.
+    Drift is half the square of each of the four means. The norm of the gradient penalty is taken over the channels
+    of each pixel; the global critic's is weighed with the hole: ``gradient_penalty(discriminator, real, fake,
+    mask)``. The local critic sees patches around the hole, which are yours to cut, and its penalty takes no mask.
+    v1 trains its critics for five steps (places) or two (faces) to one of the generator.
 
     Images are in [-1, 1], mask 1 = hole. The composite is made of the masked image, which matters for masks with
     fractions: ``v (v y) + h x``. There is no trunk.
 
     {arguments}
 
-    Yu et al., "Generative Image Inpainting with Contextual Attention", 2018, and "Free-Form Image Inpainting with Gated
-    Convolution", 2019; open-mmlab/mmagic.
+    Yu et al., "Generative Image Inpainting with Contextual Attention", 2018, and "Free-Form Image Inpainting with
+    Gated Convolution", 2019; open-mmlab/mmagic.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -163,7 +163,9 @@ class DeepFillObjective(Objective):
         known = self._known(mask)
         hole = None if known is None else 1 - known.to(real.dtype)
         weight = self.settings.gradient_penalty_weight
-        return gradient_penalty(discriminator, real, fake, mask=hole, norm="pixel", weight=weight, alpha=alpha)
+        return gradient_penalty(
+            discriminator, real, fake, mask=hole, norm="pixel", weight=weight, alpha=alpha
+        )
 
     def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
         raise ValueError("DeepFill's penalty is taken at mixed images: use gradient_penalty")

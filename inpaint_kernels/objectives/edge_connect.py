@@ -59,9 +59,9 @@ class EdgeConnectObjective(Objective):
     ``feature_matching = sum mean |D_k(x) - D_k(y)|`` over the outputs of all five convolutions of the discriminator,
     the logits among them: it returns ``DiscriminatorOutput(logits, [a, b, c, d, logits])``.
 
-    Images are in [0, 1] and go into the trunk as they are, mask 1 = hole. The discriminator of "inpaint" is shown the
-    raw prediction, that of "edge" the gray image and the edges: ``discriminator_input(edges, target, condition=gray)``.
-    Its loss is the average of both log-losses.
+    Images are in [0, 1] and go into the trunk as they are, mask 1 = hole. The discriminator of "inpaint" is shown
+    the raw prediction, that of "edge" the gray image and the edges: ``discriminator_input(edges, target,
+    condition=gray)``. Its loss is the average of both log-losses.
 
     {arguments}
 

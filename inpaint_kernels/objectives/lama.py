@@ -106,15 +106,16 @@ class LaMaObjective(Objective):
     ========== ========================== ============
 
     The trunk is yours: LaMa's is a dilated ResNet50, trained to segment ADE20K, tapped at its four stages
-    (``FrozenTrunk(resnet, ["layer1", "layer2", "layer3", "layer4"])``, or other taps as `perceptual_layers`). It stays in
-    evaluation mode; in the released code it is put into training mode by mistake. The VGG19 of LaMa's ablations has
-    average pooling; ``perceptual_weight=0.03, perceptual_known_only=True`` and its taps give that term.
+    (``FrozenTrunk(resnet, ["layer1", "layer2", "layer3", "layer4"])``, or other taps as `perceptual_layers`). It
+    stays in evaluation mode; in the released code it is put into training mode by mistake. The VGG19 of LaMa's
+    ablations has average pooling; ``perceptual_weight=0.03, perceptual_known_only=True`` and its taps give that
+    term.
 
     Images are in [0, 1], mask 1 = hole. The discriminator is shown the raw prediction and returns
-    ``DiscriminatorOutput(logits, features)``, the features being its activations before the last convolution. For it,
-    known pixels of a prediction count as real: ``mean(softplus(-D(y))) + mean(h softplus(D(x)) + (1 - h)
-    softplus(-D(x)))`` with h resized to the logits; the paper multiplies this, too, by 10. ``discriminator_penalty`` is
-    ``0.001 |dD(y)/dy|^2``, in every step.
+    ``DiscriminatorOutput(logits, features)``, the features being its activations before the last convolution. For
+    it, known pixels of a prediction count as real: ``mean(softplus(-D(y))) + mean(h softplus(D(x)) + (1 - h)
+    softplus(-D(x)))`` with h resized to the logits; the paper multiplies this, too, by 10.
+    ``discriminator_penalty`` is ``0.001 |dD(y)/dy|^2``, in every step.
 
     {arguments}
 

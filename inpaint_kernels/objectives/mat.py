@@ -49,9 +49,9 @@ class MATSettings(AdversarialSettings):
 class MATObjective(Objective):
     """Perceptual and adversarial term of MAT, and the R1 penalty of its two discriminators.
 
-    ``total = adversarial + 0.1 perceptual`` with c the composite of the final image and y the truth:
-    ``perceptual = 1/4 mean |phi(c) - phi(y)|`` at conv4_4 of a VGG19 plus 1/2 of that at conv5_4, both before their
-    ReLU; ``adversarial = mean softplus(-D(c)) + mean softplus(-D1(c1))``, the sum over the final and the first stage's
+    ``total = adversarial + 0.1 perceptual`` with c the composite of the final image and y the truth: ``perceptual =
+    1/4 mean |phi(c) - phi(y)|`` at conv4_4 of a VGG19 plus 1/2 of that at conv5_4, both before their ReLU;
+    ``adversarial = mean softplus(-D(c)) + mean softplus(-D1(c1))``, the sum over the final and the first stage's
     image, each with a discriminator of its own. There is no pixel term; the released code only logs one.
 
     Images are in [-1, 1], mask 1 = known. A prediction is the final image, or (first stage, final image).
