@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..features.torchvision_nets import Weights
 from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term as StreamedTerm
-from ..nn._streaming import check_chunk, weighted_terms
+from ..nn._streaming import check_chunk, weighted_sum, weighted_terms
 from ..ops import _checks, _pixel
 from ..ops.adversarial import DiscriminatorLoss
 from ..ops.composite import composite
@@ -135,6 +135,11 @@ class Objective(nn.Module):
         self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
         self._passes = trunk_passes(self._terms)
+        self._pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
+        features = [term for each in self._passes for term in each.terms.values()]
+        self._reads_mask = reads_mask(self._pixels) or any(
+            set(term.images) - {"raw"} or term.known_only for term in features
+        )
         if process_group is not None:
             _pixel.check_group(process_group)
         self.process_group, self.backend, self.chunk = process_group, backend, check_chunk(chunk)
@@ -239,10 +244,12 @@ class Objective(nn.Module):
                 value = term.matched(*features, self._known(mask), self.backend)
             else:
                 continue
-            found = _added(found, value * term.weight, {name: value})
-        dtype = _pixel.accumulate(last, target)
+            found = _added(found, weighted_sum([value], [term.weight]), {name: value})
         missing = [name for name in self.result._fields if name not in found]
-        return self.result(**found, **{name: last.new_zeros((), dtype=dtype) for name in missing})
+        if missing:
+            zero = last.new_zeros((), dtype=_pixel.accumulate(last, target))
+            found |= dict.fromkeys(missing, zero)
+        return self.result(**found)
 
     # The discriminator's side
 
@@ -302,8 +309,7 @@ class Objective(nn.Module):
     def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
-        features = [term for each in self._passes for term in each.terms.values()]
-        if reads_mask(self._terms) or any(set(t.images) - {"raw"} or t.known_only for t in features):
+        if self._reads_mask:
             raise ValueError(
                 "mask is missing: these settings tell the hole from known pixels, which needs it"
             )
@@ -323,11 +329,10 @@ class Objective(nn.Module):
         self, stages: list[Tensor], target: Tensor, composited: Tensor, mask: Tensor | None
     ) -> dict[str, Tensor]:
         """The pixel terms by name and their weighted total, summed over the stages that the objective compares."""
-        terms = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
         found: dict[str, Tensor] = {}
         where = {"process_group": self.process_group, "backend": self.backend}
         for stage in stages if getattr(self.settings, "every_stage", False) else stages[-1:]:
-            new = pixel_terms(terms, stage, target, composited, mask, self.settings.mask_is, where)
+            new = pixel_terms(self._pixels, stage, target, composited, mask, self.settings.mask_is, where)
             found = {name: found[name] + value for name, value in new.items()} if found else new
         return found
 
