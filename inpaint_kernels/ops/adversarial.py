@@ -247,6 +247,9 @@ def discriminator_loss(
     reals, fakes = as_entries("real_logits", real_logits), as_entries("fake_logits", fake_logits)
     if len(reals) != len(fakes):
         raise ValueError(f"fake_logits has {len(fakes)} entries, real_logits has {len(reals)}")
+    devices = [next(iter(entries.values())).device for entries in (reals, fakes)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"fake_logits is on {devices[1]}, real_logits is on {devices[0]}")
     real = mean_of_entries([mean(_as_real(_accumulated(x), mode, label_smoothing)) for x in reals.values()])
     values = []
     for name, entry in fakes.items():
