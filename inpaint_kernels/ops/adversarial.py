@@ -149,7 +149,8 @@ def generator_loss(
             bfloat16 (computed in float32), float32 or float64.
         mode: see above.
         mask: 1 = known, 0 = hole, at any resolution: (N, 1, H, W), (1, 1, H, W) or (H, W); floating, bool or an
-            integer (nonzero counts as 1). For logits (N, C, H', W') alone.
+            integer (nonzero counts as 1). For logits (N, C, H', W') alone. One that `resize_mask` brought to (H', W')
+            in another mode is taken as it is.
         extra_hole_weight: how much more a logit in the hole counts; with 0 the mask has no effect.
 
     Returns:
