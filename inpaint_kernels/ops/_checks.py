@@ -83,7 +83,7 @@ def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
 
 
 def check_image_mask(mask: Tensor, name: str, features: Tensor, batches: Sequence[int]) -> Tensor:
-    """A mask at the resolution of the images that `features`, called `name`, come from; of one of the `batches`."""
+    """A mask of images, of one of the `batches`, for `features` made of them that errors call `name`."""
     mask = binary(mask)
     if mask.device != features.device:
         raise ValueError(f"mask is on {mask.device}, {name} is on {features.device}")

@@ -149,7 +149,8 @@ def generator_loss(
             bfloat16 (computed in float32), float32 or float64.
         mode: see above.
         mask: 1 = known, 0 = hole, at any resolution: (N, 1, H, W), (1, 1, H, W) or (H, W); floating, bool or an
-            integer (nonzero counts as 1). For logits (N, C, H', W') alone.
+            integer (nonzero counts as 1). For logits (N, C, H', W') alone. One that `resize_mask` brought to (H', W')
+            in another mode is taken as it is.
         extra_hole_weight: how much more a logit in the hole counts; with 0 the mask has no effect.
 
     Returns:
@@ -247,6 +248,9 @@ def discriminator_loss(
     reals, fakes = as_entries("real_logits", real_logits), as_entries("fake_logits", fake_logits)
     if len(reals) != len(fakes):
         raise ValueError(f"fake_logits has {len(fakes)} entries, real_logits has {len(reals)}")
+    devices = [next(iter(entries.values())).device for entries in (reals, fakes)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"fake_logits is on {devices[1]}, real_logits is on {devices[0]}")
     real = mean_of_entries([mean(_as_real(_accumulated(x), mode, label_smoothing)) for x in reals.values()])
     values = []
     for name, entry in fakes.items():
