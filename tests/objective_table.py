@@ -155,7 +155,8 @@ class Inputs:
         return {"fake": self.judged(loss, self.pred), "real": self.judged(loss, self.target)}
 
     def terms(self, loss: Any, **options: Any) -> Any:
-        return loss(self.pred, self.target, self.mask, **{**self.outputs(loss), **options})
+        judged = {} if "fake" in options else self.outputs(loss)
+        return loss(self.pred, self.target, self.mask, **judged, **options)
 
     def discriminator_loss(self, loss: Any) -> Any:
         detached = self.changed(leaves=[leaf.detach() for leaf in self.leaves])

@@ -140,6 +140,10 @@ class Objective(nn.Module):
             set(getattr(term, "images", ())) - {"raw"} or getattr(term, "known_only", False)
             for term in self._terms.values()
         )
+        self._composes = any(
+            "composite" in (*getattr(term, "images", ()), getattr(term, "image", None))
+            for term in self._terms.values()
+        )
         if process_group is not None:
             _pixel.check_group(process_group)
         self.process_group, self.backend, self.chunk = process_group, backend, check_chunk(chunk)
@@ -229,7 +233,7 @@ class Objective(nn.Module):
         if preprocessed:
             last = self._images(last, target, None, ("raw",))
             target = self._images(target, target, None, ("target",))
-        composited = self._composited(target, mask)
+        composited = self._composited(target, mask) if self._composes else target
         found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
         for each, begin in zip(self._passes, self._places(), strict=True):
             own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
