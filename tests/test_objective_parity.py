@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, INTERPRETING, Backend, backends_under_test
+from harness import DTYPES, Backend, backends_under_test
 from objective_table import Inputs, inputs, objective
 from parity_cases import Parity, load
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import published
 from published import composite
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="slow; the terms are tested by themselves")
 
 # The formulas in float64, kernels in every dtype they take.
 PRECISIONS = [
