@@ -80,7 +80,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 def _clamped_bce(x: Tensor, label: float) -> Tensor:
     probability = torch.sigmoid(x)
-    labels = probability.new_full((), label).expand_as(probability)
+    labels = torch.full_like(probability, label)
     # Autocast for CUDA refuses this function; the logits are in float32 already.
     with without_autocast(x):
         return F.binary_cross_entropy(probability, labels, reduction="none")
