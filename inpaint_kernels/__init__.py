@@ -3,6 +3,7 @@
 from . import _kernels, features, nn, objectives
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
+from .ops.gradient_loss import gradient_loss
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
 from .ops.inpainting_pixel import InpaintingPixel, inpainting_pixel_loss
@@ -32,6 +33,7 @@ __all__ = [
     "dilate_mask",
     "feature_distance",
     "features",
+    "gradient_loss",
     "gram_matrix",
     "hole_valid_loss",
     "inpainting_pixel_loss",
