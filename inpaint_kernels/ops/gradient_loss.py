@@ -44,7 +44,9 @@ def _from_kernels(
     else:
         # d is the composite of the difference and zeros, which the kernel need not write; few bytes of zeros will do.
         zeros = torch.zeros_like(difference, dtype=torch.float16)
-        value = total_variation_loss(difference, mask, target=zeros, region=region, mask_is=mask_is, **options)
+        value = total_variation_loss(
+            difference, mask, target=zeros, region=region, mask_is=mask_is, **options
+        )
     summed = reference.pairs(difference, weights)[2]
     return value * torch.where(summed == 0, 0.0, difference.numel() / summed), summed
 
@@ -61,22 +63,22 @@ def gradient_loss(
     process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Penalty of the finite differences of the composite minus those of the truth: structure across the seam of a hole.
+    """Penalty of the differences of neighbours in the composite minus those in the truth: structure across the seam.
 
-    With h = 1 - `mask` (1 in the hole), c = ``composite(pred, target, mask)`` and d = c - target = h * (pred -
-    target): ``sum over pairs of w * p(d_next - d_this) / sum over pairs of w``, over the neighbours down and across
-    together, weights broadcast over channels. A pair weighs 1 (``region="image"``), or the product of the values at its
-    two pixels of h ("hole"), of h dilated by one pixel, a 3x3 maximum ("dilated_hole"), or of the hole together with a
-    band of `ring` pixels on both sides of its border ("ring"): ``R = clip(h + dilate(h) - erode(h), 0, 1)``, maximum
-    and minimum of h over the square of ``2 * ring + 1`` pixels, which ends at the border of the image.
+    With h = 1 - `mask` (1 in the hole) and d = ``composite(pred, target, mask) - target = h * (pred - target)``:
+    ``sum over pairs of w * p(d_next - d_this) / sum over pairs of w``, the pairs down and across taken together, the
+    weights broadcast over the channels. A pair weighs 1 (``region="image"``), or the product of the values at its two
+    pixels of h ("hole"), of h dilated by one pixel, a 3x3 maximum ("dilated_hole"), or of the hole together with a
+    band of `ring` pixels on both sides of its border ("ring"): ``R = clip(h + dilate(h) - erode(h), 0, 1)``, with
+    maximum and minimum of h over the square of ``2 * ring + 1`` pixels, which ends at the border of the image.
 
     Args:
         pred: images (N, C, H, W); float16, bfloat16, float32 or float64, any strides.
         target: the truth, as `pred` in shape and device; its dtype may differ.
         mask: 1 = known, 0 = hole, fractions mix; shapes and dtypes as `hole_valid_loss`. None, for region "image"
-            alone, compares `pred` itself: d = pred - target.
+            alone, compares all of `pred`: d = pred - target.
         region: "image", "hole", "dilated_hole" or "ring", see above.
-        ring: width of the band on either side of the border, in pixels, 0 or more; read by "ring" alone.
+        ring: width of the band on each side of the border, in pixels, 0 or more; read by "ring" alone.
         penalty: "l1", or "l2" for the squared difference.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole.
         process_group: for a mean over all ranks, as in `masked_l1_loss`: the summed weights are those of all ranks.
@@ -85,17 +87,18 @@ def gradient_loss(
     Returns:
         A scalar, float32, float64 if an image is float64. No pair, or an empty region, gives 0 with zero gradient.
 
-    Differentiable in `pred` and `target` (l1: subgradient 0 where two differences are equal), twice. If `mask` requires
-    a gradient the differentiable reference runs instead of a kernel. For the l1 gradient 4 bits an element are kept,
-    the mask and, for "ring", R; l2 keeps d. NaN on known pixels, and outside of the region, is ignored.
+    Differentiable in `pred` and `target` (l1: subgradient 0 where two differences are equal), twice. If `mask`
+    requires a gradient the differentiable reference runs instead of a kernel. The l1 gradient keeps 4 bits an element,
+    on the CPU 1 more a pixel of the mask, and for "ring" R; the l2 gradient keeps the difference of the images. What
+    lies on known pixels is ignored, even NaN.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above, or `ring` is no integer.
         ValueError: shapes or devices disagree, the mask is missing, `ring` is negative, or an option is unknown.
         RuntimeError: the `backend` asked for cannot run, with the reason.
 
-    The hole and a ring around its border are compared in released inpainting code by the Sobel magnitude of the luma;
-    plain differences of every channel are this loss.
+    Released inpainting code compares the Sobel magnitudes of the luma over the hole and a ring around its border;
+    this loss compares the differences of neighbours in every channel.
 
     Example:
         >>> import torch, inpaint_kernels as ik

@@ -17,8 +17,9 @@ def region_map(hole: Tensor, region: str, ring: int) -> Tensor:
     `hole`: 1 in the hole, 0 where pixels are known.
     """
     if region == "ring":
-        # The largest of -hole is minus the smallest of hole, which is what erodes.
-        return (hole + dilate(hole, ring) + dilate(-hole, ring)).clamp(0, 1)
+        # The largest of -hole is minus the smallest of hole, to which erosion takes it.
+        largest, minus_smallest = dilate(torch.stack((hole, -hole)), ring)
+        return (hole + largest + minus_smallest).clamp(0, 1)
     return dilate(hole) if region == "dilated_hole" else hole
 
 
