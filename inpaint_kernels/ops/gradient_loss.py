@@ -88,9 +88,9 @@ def gradient_loss(
         A scalar, float32, float64 if an image is float64. No pair, or an empty region, gives 0 with zero gradient.
 
     Differentiable in `pred` and `target` (l1: subgradient 0 where two differences are equal), twice. If `mask`
-    requires a gradient the differentiable reference runs instead of a kernel. The l1 gradient keeps 4 bits an element,
-    on the CPU 1 more a pixel of the mask, and for "ring" R; the l2 gradient keeps the difference of the images. What
-    lies on known pixels is ignored, even NaN.
+    requires a gradient the differentiable reference runs instead of a kernel. The l1 gradient keeps 4 bits an
+    element, on the CPU 1 more a pixel of the mask, and for "ring" R; the l2 gradient keeps the difference of the
+    images. What lies on known pixels is ignored, even NaN.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above, or `ring` is no integer.
