@@ -140,6 +140,54 @@ def total_variation_call(
     return call
 
 
+GRADIENT_REGIONS = ("image", "hole", "dilated_hole", "ring")
+
+
+def ring_of(hole: Tensor, ring: int) -> Tensor:
+    """The hole and `ring` pixels on both sides of its border."""
+    if hole.numel() == 0:
+        return hole
+    largest, smallest = (
+        pick(
+            F.pad(hole, (ring,) * 4, value=edge).unfold(2, 2 * ring + 1, 1).unfold(3, 2 * ring + 1, 1),
+            (-1, -2),
+        )
+        for pick, edge in ((torch.amax, -torch.inf), (torch.amin, torch.inf))
+    )
+    return (hole + largest - smallest).clamp(0, 1)
+
+
+def gradient_loss_formula(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    region: str = "ring",
+    ring: int = 2,
+    penalty: str = "l1",
+    mask_is: str = "valid",
+    select: bool = True,
+) -> Tensor:
+    image, weights = pred, torch.ones_like(pred)
+    if mask is not None:
+        image = composite_formula(pred, target, mask, mask_is=mask_is, select=select)
+        hole = regions_of(mask, pred.shape, mask_is)[0]
+        regions = {"image": lambda: weights, "hole": lambda: hole, "dilated_hole": lambda: dilated(hole)}
+        weights = regions.get(region, lambda: ring_of(hole, ring))() if pred.numel() else weights
+    numerator, denominator = image[:0].sum(), weights[:0].sum()
+    for dim in (2, 3):
+        weight = weights.narrow(dim, 1, image.shape[dim] - 1) * weights.narrow(dim, 0, image.shape[dim] - 1)
+        d = image.diff(dim=dim) - target.diff(dim=dim)
+        d = d.masked_fill(weight == 0, 0.0) if select else d
+        numerator = numerator + (weight * penalty_map(d, penalty)).sum()
+        denominator = denominator + weight.sum()
+    return ratio(numerator, denominator)
+
+
+def gradient_loss_call(backend: Backend | None, *, ring: int = 2, **options: Any) -> Callable[..., Tensor]:
+    return partial(ik.gradient_loss, ring=ring, **options, backend=backend and backend.name)
+
+
 # Unlike the defaults, so that an ignored one shows.
 TERM_WEIGHTS = {"hole_weight": 5.0, "valid_weight": 0.75, "tv_weight": 0.5}
 TERMS = ("total", "hole", "valid", "tv")

@@ -197,8 +197,10 @@ def test_derivatives(mode: str, masked: bool) -> None:
     torch.testing.assert_close(batched, tuple(torch.stack(pair) for pair in loops))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["nonsaturating", "hinge", "clamped_bce"])
 def test_compiles_whole(mode: str) -> None:
+    """Tracing takes seconds; the other modes are made of the same operators."""
+
     def step(real: Tensor, fake: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         smoothing = 0.0 if mode in ("hinge", "wgan") else 0.1
         heads = ([real, real.mean((2, 3), keepdim=True)], [fake, fake.mean((2, 3), keepdim=True)])

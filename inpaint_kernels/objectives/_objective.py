@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..features.torchvision_nets import Weights
 from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term as StreamedTerm
-from ..nn._streaming import check_chunk, weighted_sum, weighted_terms
+from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel
 from ..ops.adversarial import DiscriminatorLoss
 from ..ops.composite import composite
@@ -228,7 +228,8 @@ class Objective(nn.Module):
         if truth is not None:
             self._check_truth(truth, last.shape[0])
         mask = self._checked_mask(mask, last)
-        target = target.detach()
+        if target.requires_grad:
+            target = target.detach()
         preprocessed = getattr(self.settings, "pixel_space", "image") == "trunk"
         if preprocessed:
             last = self._images(last, target, None, ("raw",))
@@ -248,7 +249,7 @@ class Objective(nn.Module):
                 value = term.matched(*features, self._known(mask), self.backend)
             else:
                 continue
-            found = _added(found, weighted_sum([value], [term.weight]), {name: value})
+            found = _added(found, value, {name: value}, term.weight)
         missing = [name for name in self.result._fields if name not in found]
         if missing:
             zero = last.new_zeros((), dtype=_pixel.accumulate(last, target))
@@ -449,5 +450,12 @@ class Objective(nn.Module):
         return total, dict(zip(each.terms, values, strict=True))
 
 
-def _added(found: dict[str, Tensor], total: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**found, **terms, "total": found["total"] + total if "total" in found else total}
+def _added(
+    found: dict[str, Tensor], value: Tensor, terms: dict[str, Tensor], weight: float = 1.0
+) -> dict[str, Tensor]:
+    """`found` with more terms, and with their total times a weight added to its own."""
+    if "total" in found:
+        total = torch.add(found["total"], value, alpha=weight)
+    else:
+        total = value if weight == 1 else value * weight
+    return {**found, **terms, "total": total}

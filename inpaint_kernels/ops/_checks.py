@@ -139,6 +139,14 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    """An integer, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_features(name: str, value: Tensor) -> None:
     """A floating (N, C, H, W) tensor."""
     if not isinstance(value, Tensor):
