@@ -266,7 +266,10 @@ class Objective(nn.Module):
         *,
         condition: Tensor | None = None,
     ) -> Any:
-        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages."""
+        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages.
+
+        The target is recognised as `target` or ``target.detach()``, inside a compiled graph as `target` alone.
+        """
         if not isinstance(image, Tensor):
             stages = _checks.as_layers("image", image)
             return [self.discriminator_input(each, target, mask, condition=condition) for each in stages]
