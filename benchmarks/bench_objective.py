@@ -2,7 +2,7 @@
 
 The plain formula is the one that was released (`examples/published.py`): one trunk pass for every image and term.
 `ik-plain` is our objective, `ik-chunk1` the one that streams single samples. Almost all of the time goes into the
-convolutions. In the cases "no trunk" the terms on features weigh nothing, and what is left is the host's work.
+convolutions.
 """
 
 from __future__ import annotations
