@@ -136,9 +136,13 @@ class Objective(nn.Module):
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
         self._passes = trunk_passes(self._terms)
         self._pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
-        features = [term for each in self._passes for term in each.terms.values()]
         self._reads_mask = reads_mask(self._pixels) or any(
-            set(term.images) - {"raw"} or term.known_only for term in features
+            set(getattr(term, "images", ())) - {"raw"} or getattr(term, "known_only", False)
+            for term in self._terms.values()
+        )
+        self._composes = any(
+            "composite" in (*getattr(term, "images", ()), getattr(term, "image", None))
+            for term in self._terms.values()
         )
         if process_group is not None:
             _pixel.check_group(process_group)
@@ -215,7 +219,7 @@ class Objective(nn.Module):
         truth: Truth | None = None,
     ) -> Any:
         """The weighted total and the raw terms; arguments as the class says."""
-        stages = [pred] if isinstance(pred, Tensor) else list(pred)
+        stages = _checks.as_layers("pred", pred)
         for stage in stages:
             _checks.check_images(stage, target)
         last = stages[-1]
@@ -230,7 +234,7 @@ class Objective(nn.Module):
         if preprocessed:
             last = self._images(last, target, None, ("raw",))
             target = self._images(target, target, None, ("target",))
-        composited = self._composited(target, mask)
+        composited = self._composited(target, mask) if self._composes else target
         found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
         for each, begin in zip(self._passes, self._places(), strict=True):
             own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
@@ -264,14 +268,16 @@ class Objective(nn.Module):
     ) -> Any:
         """What the discriminator is shown of a prediction, or of the target itself; a list for several stages."""
         if not isinstance(image, Tensor):
-            return [self.discriminator_input(each, target, mask, condition=condition) for each in image]
+            stages = _checks.as_layers("image", image)
+            return [self.discriminator_input(each, target, mask, condition=condition) for each in stages]
         _checks.check_images(image, target, "image")
         if mask is not None:
-            mask = _checks.check_mask(mask, image, "image")
-        if getattr(self.settings, "discriminator_image", "raw") == "composite" and image is not target:
+            mask = _checks.check_mask(mask, image, "image").detach()
+        composed = getattr(self.settings, "discriminator_image", "raw") == "composite"
+        if composed and not _checks.is_same(image, target):
             if mask is None:
                 raise ValueError("mask is missing: the discriminator is shown composites")
-            known = self._composited(target, mask)
+            known = self._composited(target.detach(), mask)
             image = composite(image, known, mask, mask_is=self.settings.mask_is, backend=self.backend)
         return self.shown(image, self._known(mask), condition)
 

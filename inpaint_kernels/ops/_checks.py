@@ -56,6 +56,23 @@ def binary(mask: Tensor) -> Tensor:
     return (stored != 0).expand(mask.shape)
 
 
+def is_same(image: Tensor, target: Tensor) -> bool:
+    """Whether an image is the target: that tensor, or its memory, as ``target.detach()``, which no compiler sees."""
+    return image is target or (
+        _library.is_plain((image, target)) and not image.is_meta and image.is_set_to(target)
+    )
+
+
+def check_plane(mask: Tensor) -> Tensor:
+    """A mask that is the same for all channels."""
+    if mask.ndim == 4 and mask.shape[1] != 1:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; allowed here: (N, 1, H, W), (1, 1, H, W) or (H, W), one for all "
+            "channels"
+        )
+    return mask
+
+
 def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
     """The mask as a kernel takes it, its last two dimensions expanded to those of pred, an image called `name`."""
     mask = binary(mask)

@@ -12,8 +12,10 @@ from .masked_l1 import accumulate_dtype
 
 
 def unit_vectors(features: Tensor, eps: float) -> Tensor:
-    """Every pixel's channels over their norm plus `eps`; the norm of a zero vector has gradient 0."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
+    """Every pixel's channels over their norm plus `eps`; a zero vector stays one, with all derivatives 0."""
+    squares = features.square().sum(1, keepdim=True)
+    zero = squares == 0
+    return torch.where(zero, 0.0, features / (torch.where(zero, 1.0, squares).sqrt() + eps))
 
 
 def lpips_distance(
