@@ -60,8 +60,10 @@ test-resources: $(VENV)/.stamp-test build ## compile every Triton kernel ahead o
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then $(MAKE) $(TRITONS:%=test-resources-%); \
 	else echo 'Triton has no build for this platform: its kernels are not compiled'; fi
 
+# SHARED=n as above; the two Tritons take different shares.
 test-resources-%: build/triton-%
-	PYTHONPATH=$(CURDIR)/$< $(PYTEST) -n 2 tests/test_resources*.py $(ARGS)
+	TEST_SHARE=$$(($(SHARE) + $(patsubst 3.%.0,%,$*) / 2))/$(SHARED) PYTHONPATH=$(CURDIR)/$<:tools \
+	  $(PYTEST) -p pytest_share -n 2 tests/test_resources*.py $(ARGS)
 
 # The libraries as they were built, under the newest torch they are known to serve. An environment of its own: the
 # other one keeps its torch. OTHER_TORCH="torch==... torchvision==... --index-url <index>": another one, from elsewhere.

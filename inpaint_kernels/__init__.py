@@ -1,8 +1,10 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
 from . import _kernels, features, nn, objectives
+from .ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_loss
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
+from .ops.feature_matching import feature_matching_loss
 from .ops.gradient_loss import gradient_loss
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
@@ -15,6 +17,7 @@ from .ops.masked_l1 import (
     masked_mse_loss,
 )
 from .ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
+from .ops.penalties import gradient_penalty, r1_penalty
 from .ops.stacked_images import stacked_images
 from .ops.style import style_loss
 from .ops.total_variation import total_variation_loss
@@ -25,15 +28,20 @@ __version__ = "0.1.0"
 _kernels.check()
 
 __all__ = [
+    "DiscriminatorLoss",
     "HoleValid",
     "InpaintingPixel",
     "PartialConvOutput",
     "binarize_mask",
     "composite",
     "dilate_mask",
+    "discriminator_loss",
     "feature_distance",
+    "feature_matching_loss",
     "features",
+    "generator_loss",
     "gradient_loss",
+    "gradient_penalty",
     "gram_matrix",
     "hole_valid_loss",
     "inpainting_pixel_loss",
@@ -46,6 +54,7 @@ __all__ = [
     "objectives",
     "partial_conv2d",
     "partial_conv3d",
+    "r1_penalty",
     "resize_mask",
     "stacked_images",
     "style_loss",

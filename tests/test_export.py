@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 import inpaint_kernels as ik
 from inpaint_kernels.nn.perceptual import PerceptualStyle
-from inpaint_kernels.objectives._objective import Truth
+from inpaint_kernels.objectives._trunk_passes import Truth
 from inpaint_kernels.ops._named_tuples import serializable
 
 pytestmark = [

@@ -32,7 +32,7 @@ from training_checks import ops_called
 
 import inpaint_kernels as ik
 from inpaint_kernels.features import FrozenTrunk
-from inpaint_kernels.objectives import partial_conv
+from inpaint_kernels.objectives import _pixel_terms
 
 PRESETS = tuple(FORMULAS)
 Objective = ik.objectives.PartialConvObjective
@@ -129,7 +129,7 @@ def test_masks_without_fractions_make_the_usual_composite(dtype: torch.dtype) ->
     want = objective("naoto0804", composite_from="target")(pred, target, mask)
     torch.testing.assert_close(loss(pred, target, mask), want)
     with unittest.mock.patch.object(
-        partial_conv, "inpainting_pixel_loss", wraps=ik.inpainting_pixel_loss
+        _pixel_terms, "inpainting_pixel_loss", wraps=ik.inpainting_pixel_loss
     ) as one:
         loss(pred, target, mask)
     assert one.called == (dtype == torch.bool)

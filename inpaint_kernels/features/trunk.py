@@ -66,8 +66,9 @@ class FrozenTrunk(nn.Module):
             their images into blocks and back.
         autocast: None, or the dtype (torch.bfloat16, torch.float16) the trunk runs in under autocast.
 
-    ``forward(images)`` takes (N, C, H, W) and returns a list of tensors, one for each tap. After the preprocessing,
-    images of less than float64 are converted to the dtype of the network's weights.
+    ``forward(images, layers=None)`` takes (N, C, H, W) and returns a list of tensors, one for each tap; with
+    `layers`, some of `names`, only those, in that order, running no further than the last of them. After the
+    preprocessing, images of less than float64 are converted to the dtype of the network's weights.
 
     Differentiable in the images. Raises ValueError for an unknown tap or preprocessing, for images that are not
     (N, 1 or 3, H, W) under a preprocessing and for those that strides and poolings leave nothing of, TypeError for a
@@ -151,8 +152,9 @@ class FrozenTrunk(nn.Module):
             constant = torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
             setattr(self, name, constant)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, layers: Sequence[str] | None = None) -> list[Tensor]:
         check_size(self, "images", images)
+        taps = self.taps if layers is None else tuple(self.taps[self.names.index(name)] for name in layers)
         if self.preprocess != "none":
             images = self._preprocessed(images)
         elif self._copies_images:
@@ -163,9 +165,9 @@ class FrozenTrunk(nn.Module):
         if images.device.type == "cpu" if self.channels_last is None else self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast is None:
-            return self._run(images)
+            return self._run(images, taps)
         with torch.autocast(images.device.type, self.autocast):
-            return self._run(images)
+            return self._run(images, taps)
 
     def _preprocessed(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -181,20 +183,22 @@ class FrozenTrunk(nn.Module):
         mean, std = _PREPROCESS[self.preprocess]
         return torch.cat([(x - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
-    def _run(self, images: Tensor) -> list[Tensor]:
+    def _run(self, images: Tensor, taps: Sequence[str]) -> list[Tensor]:
         found: dict[str, Tensor] = {}
+        wanted = set(taps)
         if self.sequential:
             value = images
             for step in self._steps:
                 value = self.features.get_submodule(step.path)(value)
-                for tap in step.taps:
+                for tap in wanted.intersection(step.taps):
                     found[tap] = _checked(tap, value).clone() if step.copied else _checked(tap, value)
+                if len(found) == len(wanted):
+                    break
         else:
-            self._run_hooked(images, found)
-        return [found[tap] for tap in self.taps]
+            self._run_hooked(images, found, wanted)
+        return [found[tap] for tap in taps]
 
-    def _run_hooked(self, images: Tensor, found: dict[str, Tensor]) -> None:
-        wanted = set(self.taps)
+    def _run_hooked(self, images: Tensor, found: dict[str, Tensor], wanted: set[str]) -> None:
         pending: dict[nn.Module, list[str]] = {}
         for name, module in self.features.named_modules(remove_duplicate=False):
             pending.setdefault(module, []).append(name)

@@ -1,9 +1,12 @@
 """Losses and layers as modules."""
 
+from .adversarial import FeatureMatchingLoss, GANLoss
 from .partial_conv import PartialConv2d, PartialConv3d
 from .perceptual import PerceptualLoss, PerceptualStyle, PerceptualStyleLoss, StyleLoss
 
 __all__ = [
+    "FeatureMatchingLoss",
+    "GANLoss",
     "PartialConv2d",
     "PartialConv3d",
     "PerceptualLoss",

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..features.trunk import FrozenTrunk, check_size
 from ..ops import _checks
 
+# A frozen trunk, or what calls one.
+Trunk = Callable[[Tensor], list[Tensor]]
 # (features of the predictions, what they are compared with) -> scalar, a mean over the samples
 Term = Callable[[list[Tensor], Any], Tensor]
 # (rows of pred, first sample, end) -> (images the trunk reads, what the terms compare their features with)
@@ -66,9 +68,11 @@ class _Kept(torch.autograd.Function):
 
 
 def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value * weight
+    # Without multiplications by 1: of small images a launch is what a term costs.
+    parts = [value if weight == 1 else value * weight for value, weight in zip(values, weights, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     return total
 
 
@@ -78,7 +82,8 @@ def _power_of_two(x: Tensor, low: float, high: float) -> Tensor:
     return (bits & 0x7F800000).view(torch.float32).clamp(low, high)
 
 
-def _computes_in_float16(trunk: nn.Module, features: Sequence[Tensor]) -> bool:
+def _computes_in_float16(trunk: Trunk, features: Sequence[Tensor]) -> bool:
+    trunk = getattr(trunk, "func", trunk)  # of a functools.partial that chooses layers
     kind = features[0].device.type
     ambient = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtypes = {ambient, getattr(trunk, "autocast", None), getattr(trunk, "dtype", None)}
@@ -116,7 +121,7 @@ def _image_gradient(
 
 
 def _chunk_of(
-    trunk: nn.Module,
+    trunk: Trunk,
     terms: Sequence[Term],
     weights: Sequence[float],
     inputs: Inputs,
@@ -149,7 +154,7 @@ def _chunk_of(
 
 
 def _streamed(
-    trunk: nn.Module,
+    trunk: Trunk,
     terms: Sequence[Term],
     weights: Sequence[float],
     inputs: Inputs,
@@ -214,7 +219,7 @@ def check_images(pred: Tensor, target: Tensor) -> None:
 
 
 def weighted_terms(
-    trunk: nn.Module,
+    trunk: Trunk,
     terms: Sequence[Term],
     weights: Sequence[float],
     inputs: Inputs,

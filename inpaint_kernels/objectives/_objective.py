@@ -1,136 +1,75 @@
-"""What the objectives share: settings with presets, terms on the features of a frozen trunk, plain or streamed."""
+"""The base of the objectives: all terms of a table from one call, plain or streamed, and the discriminator's side."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..features.trunk import PREPROCESSINGS, FrozenTrunk, check_size, scale_and_shift
-from ..nn._streaming import Term, check_chunk, weighted_terms
-from ..ops import _checks
-from ..ops._named_tuples import serializable
-from ..ops.feature_distance import feature_distance
-from ..ops.gram import gram_matrix
+from ..features.torchvision_nets import Weights
+from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
+from ..nn._streaming import Term as StreamedTerm
+from ..nn._streaming import check_chunk, weighted_terms
+from ..ops import _checks, _pixel
+from ..ops.adversarial import DiscriminatorLoss
+from ..ops.composite import composite
 from ..ops.stacked_images import stacked_images
-from ..ops.style import style_loss
+from ._pixel_terms import pixel_terms, reads_mask
+from ._settings import chosen
+from ._terms import (
+    LPIPS,
+    TRUTH_OF,
+    Adversarial,
+    FeatureMatching,
+    FeatureTerm,
+    Judged,
+    Pixel,
+    Term,
+    TotalVariation,
+    features_of,
+    logits_of,
+)
+from ._trunk_passes import TrunkPass, Truth, check_trunk, trunk_passes
 
+# What the docstring of every objective says of its arguments.
+_ARGUMENTS = """
+    Args:
+        preset: a key of `presets`; the first by default.
+        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' layers; None builds the one named
+            above, and none at all when the terms on features weigh 0.
+        weights, channels_last, autocast: of the trunk that is built, see `ik.features.vgg16`.
+        chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
+            for so many samples at a time inside the forward, and of the terms on features only their gradient by
+            `pred` is kept. Value and gradient are the same; those raw terms are then not differentiable, `total` is,
+            once. Under ``torch.compile`` this breaks the graph.
+        process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means
+        over
+            samples, right under DDP with equal batches.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
+        {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
+            and returned as 0.
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a trunk reads, where it is tapped, and what composites are made of."""
+    ``forward(pred, target, mask=None, *, fake=None, real=None, truth=None)`` takes images (N, C, H, W), C = 3 or 1
+    (replicated for the trunk), a mask as `hole_valid_loss`, and for terms with a discriminator what it returns for
+    the prediction (`fake`) and for the truth (`real`): logits, a list of them, or ``DiscriminatorOutput(logits,
+    features)``. It returns ``{result}({terms})``, unweighted but for the total. ``truth = objective.prepare(target,
+    mask)`` spares the trunk's pass over a target that is used again. ``discriminator_input(image, target, mask)``
+    is what the discriminator is shown of a prediction, or of the target itself, ``discriminator_loss(real=, fake=,
+    mask=)`` its loss.
 
-    layers: tuple[str, ...]
-    predictions: tuple[str, ...] = ("raw", "composite")
-    preprocess: str = "imagenet"
-    swap_channels: bool = False
-    mask_is: str = "valid"
-    composite_from: str = "target"
+    Differentiable in `pred`, and in `fake` and, through it, the discriminator; `target` and `mask` get no gradient.
+    `settings` shows every number. The trunk follows ``.to(...)`` but is no submodule: neither `parameters()` nor
+    `state_dict()` of a model that holds the objective contain it. Hence `to_empty` keeps its weights, and an
+    objective is not built on the meta device.
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight"):
-                object.__setattr__(self, field.name, _checks.check_number(field.name, value))
-        for name in ("layers", "predictions"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise TypeError(f"{name} must be a sequence of names, got {value!r}")
-            if not value or len(set(value)) != len(value):
-                raise ValueError(f"{name} must name at least one and none twice, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        for part in self.predictions:
-            _checks.check_choice("predictions", part, ("raw", "composite"))
-        _checks.check_choice("preprocess", self.preprocess, PREPROCESSINGS)
-        _checks.check_choice("mask_is", self.mask_is, ("valid", "hole"))
-        _checks.check_choice("composite_from", self.composite_from, ("target", "masked_target"))
-        if not isinstance(self.swap_channels, bool):
-            raise TypeError(f"swap_channels must be True or False, got {self.swap_channels!r}")
-
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-def chosen(presets: Mapping[str, AnySettings], preset: str, given: Mapping[str, Any]) -> AnySettings:
-    """The settings of a preset, with what is `given` for its fields in their place: the arguments of an objective,
-    of which those that are None and those that are no field count for nothing here."""
-    _checks.check_choice("preset", preset, tuple(presets))
-    known = [field.name for field in dataclasses.fields(presets[preset])]
-    return dataclasses.replace(
-        presets[preset], **{name: given[name] for name in known if given[name] is not None}
-    )
-
-
-@dataclass(frozen=True)
-class FeatureTerm:
-    """A distance of feature maps, summed over `layers` and predictions; the ops take the mean over the latter."""
-
-    layers: tuple[str, ...]
-    predictions: int
-    backend: str | None
-
-    @property
-    def weights(self) -> list[float]:
-        return [float(self.predictions)] * len(self.layers)
-
-    def prepared(self, maps: list[Tensor]) -> list[Tensor]:
-        """What is worth keeping of the maps of a target that is used again."""
-        return maps
-
-    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
-        """Of the predictions' maps from those of the target, prepared or not."""
-        raise NotImplementedError
-
-
-class Perceptual(FeatureTerm):
-    """Mean absolute difference of the maps."""
-
-    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
-        return feature_distance(maps, target, weights=self.weights, backend=self.backend)
-
-
-class Style(FeatureTerm):
-    """Mean absolute difference of the Gram matrices, which are divided by C H W."""
-
-    def prepared(self, maps: list[Tensor]) -> list[Tensor]:
-        return [gram_matrix(features, backend=self.backend) for features in maps]
-
-    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
-        is_gram = target[0].ndim == 3
-        return style_loss(maps, target, weights=self.weights, target_is_gram=is_gram, backend=self.backend)
-
-
-@serializable
-class Truth(NamedTuple):
-    """What the feature terms of an objective compare with: for each of them tensors of batch N."""
-
-    terms: tuple[list[Tensor], ...]
-
-    def rows(self, begin: int, end: int) -> Truth:
-        return Truth(tuple([value[begin:end] for value in values] for values in self.terms))
-
-
-def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:
-    """A trunk that reads images as they are and is tapped at every one of `layers`."""
-    if not isinstance(trunk, FrozenTrunk):
-        raise TypeError(f"trunk must be a FrozenTrunk, got {type(trunk).__name__}")
-    if trunk.preprocess != "none":
-        raise ValueError(
-            f"trunk has preprocess={trunk.preprocess!r}; the objective preprocesses the images itself, so give "
-            "it one with preprocess='none'"
-        )
-    missing = [layer for layer in layers if layer not in trunk.names]
-    if missing:
-        raise ValueError(
-            f"trunk does not tap {', '.join(missing)}, it taps {', '.join(trunk.names)}; give it these taps, or "
-            "the objective other layers="
-        )
-    return trunk
+    Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
+    device, for what a term needs and does not get, and for images and masks as the ops do.
+"""
 
 
 def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -147,33 +86,86 @@ def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Base of the objectives: the trunk, the images it reads and the terms on its features.
+    """Base of the objectives, each of which is a table of terms (`table`) and presets of its settings.
 
     The trunk moves and converts with the objective (`.to`, `.half`, ...) but is no submodule: it is fixed, so no
     optimizer, checkpoint, weight average or DDP broadcast of a model that holds the objective should see it. As no
     checkpoint would bring its weights, `to_empty` keeps them, and a trunk without any is refused.
     """
 
-    settings: Settings
+    presets: ClassVar[Mapping[str, Any]]
+    result: ClassVar[type[Any]]  # a named tuple: total, then the terms of the table
+    net: ClassVar[Callable[..., FrozenTrunk] | None] = None  # builds the trunk; None: the caller brings it
+    settings: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """The signature names every setting; each of them is an argument that None leaves to the preset."""
+        super().__init_subclass__(**options)
+        if "presets" not in vars(cls):
+            return
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        given = inspect.signature(Objective.__init__).parameters | inspect.signature(cls.__init__).parameters
+        _, first, *others = [p for p in given.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = dataclasses.fields(next(iter(cls.presets.values())))
+        settings = [
+            inspect.Parameter(f.name, keyword, default=None, annotation=f"{f.type} | None") for f in fields
+        ]
+        first = first.replace(default=next(iter(cls.presets)))
+        cls.__signature__ = inspect.Signature([first, *others, *settings])  # type: ignore[attr-defined]
+        if cls.__doc__:
+            names = ", ".join(field.name for field in fields)
+            terms = ", ".join(cls.result._fields)
+            arguments = _ARGUMENTS.format(settings=names, result=cls.result.__name__, terms=terms)
+            cls.__doc__ = cls.__doc__.replace("{arguments}", arguments.strip())
 
     def __init__(
         self,
-        settings: Settings,
-        terms: Mapping[str, tuple[float, FeatureTerm]],
-        trunk: FrozenTrunk | None,
-        chunk: int | None,
-        backend: str | None,
+        preset: str | None = None,
+        *,
+        trunk: FrozenTrunk | None = None,
+        weights: Weights | None = "default",
+        chunk: int | None = None,
+        channels_last: bool | None = None,
+        autocast: torch.dtype | None = None,
+        process_group: Any = None,
+        backend: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if trunk is not None and any(t.is_meta for t in trunk.features.state_dict().values()):
+        self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
+        self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
+        self._passes = trunk_passes(self._terms)
+        self._pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
+        features = [term for each in self._passes for term in each.terms.values()]
+        self._reads_mask = reads_mask(self._pixels) or any(
+            set(term.images) - {"raw"} or term.known_only for term in features
+        )
+        if process_group is not None:
+            _pixel.check_group(process_group)
+        self.process_group, self.backend, self.chunk = process_group, backend, check_chunk(chunk)
+        if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):
             raise ValueError(
-                "trunk is on the meta device and has no weights, and no checkpoint of a model would bring them: "
-                "build the objective outside of torch.device('meta')"
+                "weights, channels_last and autocast are those of a trunk that is built; trunk= has its own"
             )
-        self.settings, self.backend, self.chunk = settings, backend, check_chunk(chunk)
-        self._terms = {name: term for name, (weight, term) in terms.items() if weight}
-        self._weights = [weight for weight, _ in terms.values() if weight]
-        self._hidden = (trunk,)
+        layers = list(dict.fromkeys(layer for each in self._passes for layer in each.layers))
+        if not layers:
+            trunk = None
+        elif trunk is None:
+            build = type(self).net
+            if build is None:
+                raise ValueError(
+                    f"trunk is missing: {type(self).__name__} compares features of a network that you bring, as "
+                    "FrozenTrunk(module, taps)"
+                )
+            options = {"channels_last": channels_last, "autocast": autocast}
+            trunk = check_trunk(build(layers, weights=weights, preprocess="none", **options), layers)
+        else:
+            check_trunk(trunk, layers)
+        self._hidden: tuple[Any, ...] = (trunk,)
+
+    def table(self, s: Any) -> dict[str, Term]:
+        """The terms by name, made of the settings; one of weight 0 is not computed and returned as 0."""
+        raise NotImplementedError
 
     @property
     def trunk(self) -> FrozenTrunk | None:
@@ -184,38 +176,181 @@ class Objective(nn.Module):
         super()._apply(fn, recurse)
         if recurse and self.trunk is not None:
             self.trunk._apply(functools.partial(_moved, fn))
+            for term in self._terms.values():
+                if isinstance(term, LPIPS):
+                    term.heads.follow(fn)
         return self
 
     def extra_repr(self) -> str:
         return f"{self.settings}, chunk={self.chunk}, backend={self.backend!r}"
 
-    def prepare(self, target: Tensor) -> Truth:
+    def prepare(self, target: Tensor, mask: Tensor | None = None) -> Truth:
         """What the feature terms need of a fixed target (N, C, H, W), for ``truth=`` of any number of calls.
 
-        Of the style layers these are Gram matrices: against those, equal images differ by a rounding.
+        `mask` is needed where a term reads images that are masked. Of the style layers these are Gram matrices:
+        against those, equal images differ by a rounding.
         """
         _checks.check_features("target", target)
         if self.trunk is not None:
             check_size(self.trunk, "target", target)
+        masked = [name for each in self._passes if each.truths != ["target"] for name in each.terms]
+        if masked and mask is None:
+            raise ValueError(f"mask is missing: {', '.join(masked)} compares images that are masked")
+        mask = None if mask is None else _checks.check_mask(mask, target).detach()
         with torch.no_grad():
-            truth = self._maps(self._images(target, target, None, ("target",)))
-            pairs = zip(self._terms.values(), truth.terms, strict=True)
-            return Truth(tuple(term.prepared(maps) for term, maps in pairs))
+            found = []
+            for each in self._passes:
+                for term, maps in zip(each.terms.values(), self._maps_of(each, target, mask), strict=True):
+                    found.append(term.prepared(maps, self.backend))
+            return Truth(tuple(found))
+
+    def forward(
+        self,
+        pred: Tensor | Sequence[Tensor],
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        fake: Judged | None = None,
+        real: Judged | None = None,
+        truth: Truth | None = None,
+    ) -> Any:
+        """The weighted total and the raw terms; arguments as the class says."""
+        stages = [pred] if isinstance(pred, Tensor) else list(pred)
+        for stage in stages:
+            _checks.check_images(stage, target)
+        last = stages[-1]
+        if self.trunk is not None:
+            check_size(self.trunk, "pred", last)
+        if truth is not None:
+            self._check_truth(truth, last.shape[0])
+        mask = self._checked_mask(mask, last)
+        if target.requires_grad:
+            target = target.detach()
+        preprocessed = getattr(self.settings, "pixel_space", "image") == "trunk"
+        if preprocessed:
+            last = self._images(last, target, None, ("raw",))
+            target = self._images(target, target, None, ("target",))
+        composited = self._composited(target, mask)
+        found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
+        for each, begin in zip(self._passes, self._places(), strict=True):
+            own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
+            found = _added(
+                found, *self._feature_terms(each, last, target, mask, own, preprocessed, composited)
+            )
+        for name, term in self._terms.items():
+            if isinstance(term, Adversarial):
+                value = term.generator(logits_of("fake", fake), self._known(mask))
+            elif isinstance(term, FeatureMatching):
+                features = features_of("fake", fake), features_of("real", real)
+                value = term.matched(*features, self._known(mask), self.backend)
+            else:
+                continue
+            found = _added(found, value, {name: value}, term.weight)
+        missing = [name for name in self.result._fields if name not in found]
+        if missing:
+            zero = last.new_zeros((), dtype=_pixel.accumulate(last, target))
+            found |= dict.fromkeys(missing, zero)
+        return self.result(**found)
+
+    # The discriminator's side
+
+    def discriminator_input(
+        self,
+        image: Tensor | Sequence[Tensor],
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+    ) -> Any:
+        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages."""
+        if not isinstance(image, Tensor):
+            return [self.discriminator_input(each, target, mask, condition=condition) for each in image]
+        _checks.check_images(image, target, "image")
+        if mask is not None:
+            mask = _checks.check_mask(mask, image, "image")
+        if getattr(self.settings, "discriminator_image", "raw") == "composite" and image is not target:
+            if mask is None:
+                raise ValueError("mask is missing: the discriminator is shown composites")
+            known = self._composited(target, mask)
+            image = composite(image, known, mask, mask_is=self.settings.mask_is, backend=self.backend)
+        return self.shown(image, self._known(mask), condition)
+
+    def shown(self, image: Tensor, known: Tensor | None, condition: Tensor | None) -> Tensor:
+        """The image with what else a method's discriminator reads; the mask `known` is 1 where a pixel is known."""
+        if condition is not None:
+            raise ValueError(f"condition: the discriminator of {type(self).__name__} reads none")
+        return image
+
+    def discriminator_loss(
+        self, *, real: Judged, fake: Judged, mask: Tensor | None = None
+    ) -> DiscriminatorLoss:
+        """(total, real, fake) from what the discriminator returns for the truth and for a detached prediction."""
+        term = next((t for t in self._terms.values() if isinstance(t, Adversarial)), None)
+        if term is None:
+            raise ValueError(
+                f"{type(self).__name__} has no adversarial term with these settings, so no discriminator to train"
+            )
+        return term.discriminator(logits_of("real", real), logits_of("fake", fake), self._known(mask))
+
+    def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
+        """The gradient penalty of the discriminator, for every ``settings.penalty_interval``-th of its steps."""
+        raise ValueError(f"{type(self).__name__} has no gradient penalty (settings.penalty_interval is 0)")
+
+    # Parts
+
+    def _known(self, mask: Tensor | None) -> Tensor | None:
+        """The mask with 1 = known."""
+        if mask is None:
+            return None
+        mask = _checks.binary(mask).detach()
+        if self.settings.mask_is == "valid":
+            return mask
+        return 1 - mask if mask.is_floating_point() else ~mask
+
+    def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
+        if mask is not None:
+            return _checks.check_mask(mask, pred).detach()
+        if self._reads_mask:
+            raise ValueError(
+                "mask is missing: these settings tell the hole from known pixels, which needs it"
+            )
+        return None
+
+    def _composited(self, target: Tensor, mask: Tensor | None) -> Tensor:
+        """What composites take their known pixels from."""
+        # Masking twice is masking once where a mask has no fractions.
+        if mask is None or self.settings.composite_from == "target" or not mask.is_floating_point():
+            return target
+        flipped = "valid" if self.settings.mask_is == "hole" else "hole"
+        return stacked_images(
+            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=self.backend
+        )
+
+    def _pixel_terms(
+        self, stages: list[Tensor], target: Tensor, composited: Tensor, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The pixel terms by name and their weighted total, summed over the stages that the objective compares."""
+        found: dict[str, Tensor] = {}
+        where = {"process_group": self.process_group, "backend": self.backend}
+        for stage in stages if getattr(self.settings, "every_stage", False) else stages[-1:]:
+            new = pixel_terms(self._pixels, stage, target, composited, mask, self.settings.mask_is, where)
+            found = {name: found[name] + value for name, value in new.items()} if found else new
+        return found
 
     def _images(
         self,
         pred: Tensor,
         target: Tensor,
         mask: Tensor | None,
-        parts: tuple[str, ...],
+        parts: Sequence[str],
         preprocessed: bool = False,
     ) -> Tensor:
         """The parts as one batch for the trunk; `preprocessed`: pred and target are what it reads already."""
         s = self.settings
         gray = pred.shape[1] == 1
         as_given = preprocessed or (s.preprocess == "none" and not s.swap_channels and not gray)
-        if as_given and parts in (("raw",), ("target",)):
-            return pred if parts == ("raw",) else target
+        if as_given and tuple(parts) in (("raw",), ("target",)):
+            return pred if tuple(parts) == ("raw",) else target
         scale = shift = None
         if s.preprocess != "none":
             scale, shift = scale_and_shift(s.preprocess)
@@ -233,70 +368,88 @@ class Objective(nn.Module):
             backend=self.backend,
         )
 
-    def _composited(self, target: Tensor, mask: Tensor | None) -> Tensor:
-        """What composites take their known pixels from."""
-        # Masking twice is masking once where a mask has no fractions.
-        if mask is None or self.settings.composite_from == "target" or not mask.is_floating_point():
-            return target
-        flipped = "valid" if self.settings.mask_is == "hole" else "hole"
-        return stacked_images(
-            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=self.backend
-        )
-
-    def _picked(self, term: FeatureTerm, maps: list[Tensor]) -> list[Tensor]:
+    def _maps_of(
+        self, each: TrunkPass, target: Tensor, mask: Tensor | None, preprocessed: bool = False
+    ) -> list[list[Tensor]]:
+        """The maps of a target that the terms of a pass compare with."""
         assert self.trunk is not None
-        return [maps[self.trunk.names.index(layer)] for layer in term.layers]
+        maps = self.trunk(self._images(target, target, mask, each.truths, preprocessed), each.layers)
+        return [
+            each.picked(term, maps, each.truths, [TRUTH_OF[term.images[0]]]) for term in each.terms.values()
+        ]
 
-    def _maps(self, images: Tensor) -> Truth:
-        if self.trunk is None:
-            return Truth(())
-        maps = self.trunk(images)
-        return Truth(tuple(self._picked(term, maps) for term in self._terms.values()))
+    def _places(self) -> list[int]:
+        """Where the terms of each pass begin in a `Truth`."""
+        counts = [len(each.terms) for each in self._passes]
+        return [sum(counts[:i]) for i in range(len(counts))]
 
     def _check_truth(self, truth: Truth, samples: int) -> None:
         if not isinstance(truth, Truth):
             raise TypeError(f"truth must come from prepare(target), got {type(truth).__name__}")
         batches = {value.shape[0] for values in truth.terms for value in values}
-        if len(truth.terms) != len(self._terms) or not batches <= {samples}:
+        names = [name for each in self._passes for name in each.terms]
+        if len(truth.terms) != len(names) or not batches <= {samples}:
             raise ValueError(
                 f"truth holds {len(truth.terms)} terms of batch {sorted(batches)}; this objective compares "
-                f"{', '.join(self._terms) or 'nothing'} with a target of batch {samples}: use its own prepare(target)"
+                f"{', '.join(names) or 'nothing'} with a target of batch {samples}: use its own prepare(target)"
             )
 
     def _feature_terms(
         self,
+        each: TrunkPass,
         pred: Tensor,
         target: Tensor,
         mask: Tensor | None,
         truth: Truth | None,
-        preprocessed: bool = False,
-        composited: Tensor | None = None,
+        preprocessed: bool,
+        composited: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(weighted total, raw terms by name): predictions through the trunk in one pass, the target, without
         gradient, in another; that is left out if its `truth` is given. `composited` stands for the target in
         composites."""
-        trunk, parts = self.trunk, self.settings.predictions
+        trunk = self.trunk
         assert trunk is not None
-        if truth is not None:
-            self._check_truth(truth, pred.shape[0])
 
         # Not one batch of predictions and target: its part without gradient would be kept with the others, and
         # filled with zeros on the way back.
-        def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, Truth]:
+        def inputs(rows: Tensor, begin: int, end: int) -> tuple[Tensor, tuple[Truth, Tensor | None]]:
             known = target[begin:end]
-            if truth is None:
-                with torch.no_grad():
-                    goal = self._maps(self._images(known, known, None, ("target",), preprocessed))
-            else:
-                goal = truth.rows(begin, end)
             shared = mask is None or mask.ndim == 2 or mask.shape[0] == 1
             weights = mask if mask is None or shared else mask[begin:end]
-            beside = known if composited is None else composited[begin:end]
-            return self._images(rows, beside, weights, parts, preprocessed), goal
+            if truth is None:
+                with torch.no_grad():
+                    goal = Truth(tuple(self._maps_of(each, known, weights, preprocessed)))
+            else:
+                goal = truth.rows(begin, end)
+            images = self._images(rows, composited[begin:end], weights, each.images, preprocessed)
+            return images, (goal, self._known(weights))
 
-        def term_at(index: int, term: FeatureTerm) -> Term:
-            return lambda maps, goal: term.distance(self._picked(term, maps), goal.terms[index])
+        def term_at(index: int, term: FeatureTerm) -> StreamedTerm:
+            def distance(maps: list[Tensor], goal: tuple[Truth, Tensor | None]) -> Tensor:
+                own = each.picked(term, maps, each.images, list(term.images))
+                truths, known = goal
+                return term.distance(
+                    own, truths.terms[index], known if term.known_only else None, self.backend
+                )
 
-        terms = [term_at(index, term) for index, term in enumerate(self._terms.values())]
-        total, *found = weighted_terms(trunk, terms, self._weights, inputs, pred, pred.shape[0], self.chunk)
-        return total, dict(zip(self._terms, found, strict=True))
+            return distance
+
+        samples = pred.shape[0]
+        terms = [term_at(index, term) for index, term in enumerate(each.terms.values())]
+        sizes = [samples if term.batch_sum else 1 for term in each.terms.values()]
+        weights = [term.weight * size for term, size in zip(each.terms.values(), sizes, strict=True)]
+        run = functools.partial(trunk, layers=each.layers)
+        total, *found = weighted_terms(run, terms, weights, inputs, pred, samples, self.chunk)
+        values = [value if size == 1 else value * size for value, size in zip(found, sizes, strict=True)]
+        return total, dict(zip(each.terms, values, strict=True))
+
+
+def _added(
+    found: dict[str, Tensor], value: Tensor, terms: dict[str, Tensor], weight: float = 1.0
+) -> dict[str, Tensor]:
+    """`found` with more terms, and with their total times a weight added to its own."""
+    if "total" in found:
+        total = torch.add(found["total"], value, alpha=weight)
+    else:
+        total = value if weight == 1 else value * weight
+    return {**found, **terms, "total": total}

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..features.torchvision_nets import Weights, vgg16
-from ..features.trunk import FrozenTrunk, check_size
-from ..nn._streaming import weighted_sum
-from ..ops import _checks, _pairs, _pixel
+from ..features.torchvision_nets import vgg16
 from ..ops._named_tuples import serializable
-from ..ops.hole_valid import hole_valid_loss
-from ..ops.inpainting_pixel import inpainting_pixel_loss
-from ..ops.masked_l1 import masked_l1_loss
-from ..ops.total_variation import total_variation_loss
-from ._objective import FeatureTerm, Objective, Perceptual, Settings, Style, Truth, check_trunk, chosen
+from ._objective import Objective
+from ._settings import Settings
+from ._terms import Perceptual, Pixel, Style, Term, TotalVariation
 
 
 @serializable
@@ -54,7 +47,9 @@ class PartialConvSettings(Settings):
         pixel_space: hole, valid and tv on the images as given ("image"), or as the trunk reads them ("trunk").
     """
 
+    preprocess: str = "imagenet"
     layers: tuple[str, ...] = ("pool1", "pool2", "pool3")
+    predictions: tuple[str, ...] = ("raw", "composite")
     hole_weight: float = 6.0
     valid_weight: float = 1.0
     tv_weight: float = 0.1
@@ -65,13 +60,6 @@ class PartialConvSettings(Settings):
     tv_region: str = "dilated_hole"
     tv_normalize: str = "image"
     pixel_space: str = "image"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _checks.check_choice("normalize", self.normalize, _checks.NORMALIZATIONS)
-        _checks.check_choice("tv_image", self.tv_image, ("composite", "raw"))
-        _pairs.check_options("tv_", self.tv_region, "l1", self.tv_normalize)
-        _checks.check_choice("pixel_space", self.pixel_space, ("image", "trunk"))
 
 
 _PRESETS = types.MappingProxyType(
@@ -126,33 +114,9 @@ class PartialConvObjective(Objective):
     naoto0804 makes the composite from the masked image, which matters for masks with fractions, as resized ones have:
     the truth then counts with the square of the mask. ``composite_from="target"`` turns that off.
 
-    Args:
-        preset: "paper", "nvidia" (the loss that NVIDIA released), "naoto0804" or "mmagic": keys of `presets`.
-        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' `layers`; None builds
-            ``ik.features.vgg16(layers, preprocess="none")``, and no trunk when perceptual and style weigh 0.
-        weights, channels_last, autocast: of the trunk that is built, see `vgg16`.
-        chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
-            for so many samples at a time inside the forward, and of perceptual and style only their gradient by
-            `pred` is kept. Value and gradient are the same; `perceptual` and `style` are then not differentiable,
-            `total` is, once. Under ``torch.compile`` this breaks the graph.
-        process_group: makes hole, valid and tv means over all ranks, as `masked_l1_loss` does. The other terms are
-            means over samples, right under DDP with equal batches.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
-        layers, predictions, preprocess, swap_channels, mask_is, hole_weight, valid_weight, tv_weight,
-            perceptual_weight, style_weight, normalize, tv_image, tv_region, tv_normalize, pixel_space: what is to
-            differ from the preset; see `PartialConvSettings`. A term that weighs 0 is not computed and returned as 0.
+    The trunk that is built is a VGG16. "nvidia" takes no mask (all known) as well.
 
-    ``forward(pred, target, mask, *, truth=None)`` takes images (N, C, H, W), C = 3 or 1 (replicated for the trunk),
-    and a mask as `hole_valid_loss`; "nvidia" takes none (None: all known) as well. It returns
-    ``PartialConvTerms(total, hole, valid, tv, perceptual, style)``, unweighted but for the total.
-    ``truth = objective.prepare(target)`` spares the trunk's pass over a target that is used again.
-
-    Differentiable in `pred`; `target` and `mask` get no gradient. `settings` shows every number. The trunk follows
-    ``.to(...)`` but is no submodule: neither `parameters()` nor `state_dict()` of a model that holds the objective
-    contain it. Hence `to_empty` keeps its weights, and an objective is not built on the meta device.
-
-    Raises TypeError for an unknown setting, ValueError for a bad one, for a trunk that does not fit or is on the meta
-    device, and for images and masks as the ops do.
+    {arguments}
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018; NVIDIA/partialconv,
     naoto0804/pytorch-inpainting-with-partial-conv, open-mmlab/mmagic. The paper leaves the denominator of total
@@ -170,132 +134,15 @@ class PartialConvObjective(Objective):
         (6.0, 240.0)
     """
 
-    presets: ClassVar[Mapping[str, PartialConvSettings]] = _PRESETS
-    settings: PartialConvSettings
+    presets = _PRESETS
+    result = PartialConvTerms
+    net = staticmethod(vgg16)
 
-    def __init__(
-        self,
-        preset: str = "paper",
-        *,
-        trunk: FrozenTrunk | None = None,
-        weights: Weights | None = "default",
-        chunk: int | None = None,
-        channels_last: bool | None = None,
-        autocast: torch.dtype | None = None,
-        process_group: Any = None,
-        backend: str | None = None,
-        layers: Sequence[str] | None = None,
-        predictions: Sequence[str] | None = None,
-        preprocess: str | None = None,
-        swap_channels: bool | None = None,
-        mask_is: str | None = None,
-        composite_from: str | None = None,
-        hole_weight: float | None = None,
-        valid_weight: float | None = None,
-        tv_weight: float | None = None,
-        perceptual_weight: float | None = None,
-        style_weight: float | None = None,
-        normalize: str | None = None,
-        tv_image: str | None = None,
-        tv_region: str | None = None,
-        tv_normalize: str | None = None,
-        pixel_space: str | None = None,
-    ) -> None:
-        s = chosen(self.presets, preset, locals())
-        if process_group is not None:
-            _pixel.check_group(process_group)
-        if trunk is not None and (weights != "default" or channels_last is not None or autocast is not None):
-            raise ValueError(
-                "weights, channels_last and autocast are those of a trunk that is built; trunk= has its own"
-            )
-        if not s.perceptual_weight and not s.style_weight:
-            trunk = None
-        elif trunk is None:
-            trunk = vgg16(
-                s.layers, weights=weights, preprocess="none", channels_last=channels_last, autocast=autocast
-            )
-        else:
-            check_trunk(trunk, s.layers)
-        feature = (s.layers, len(s.predictions), backend)
-        terms: dict[str, tuple[float, FeatureTerm]] = {
-            "perceptual": (s.perceptual_weight, Perceptual(*feature)),
-            "style": (s.style_weight, Style(*feature)),
+    def table(self, s: PartialConvSettings) -> dict[str, Term]:
+        return {
+            "hole": Pixel(s.hole_weight, "hole", s.normalize),
+            "valid": Pixel(s.valid_weight, "valid", s.normalize),
+            "tv": TotalVariation(s.tv_weight, s.tv_image, s.tv_region, s.tv_normalize),
+            "perceptual": Perceptual(s.perceptual_weight, s.layers, s.predictions),
+            "style": Style(s.style_weight, s.layers, s.predictions),
         }
-        super().__init__(s, terms, trunk, chunk, backend)
-        self.process_group = process_group
-
-    def forward(
-        self, pred: Tensor, target: Tensor, mask: Tensor | None = None, *, truth: Truth | None = None
-    ) -> PartialConvTerms:
-        _checks.check_images(pred, target)
-        if self.trunk is not None:
-            check_size(self.trunk, "pred", pred)
-        mask = self._checked_mask(mask, pred)
-        target = target.detach()
-        preprocessed = self.settings.pixel_space == "trunk"
-        if preprocessed:
-            pred = self._images(pred, target, None, ("raw",))
-            target = self._images(target, target, None, ("target",))
-        composited = self._composited(target, mask)
-        found = self._pixel_terms(pred, target, composited, mask)
-        if self.trunk is not None:
-            weighted, compared = self._feature_terms(pred, target, mask, truth, preprocessed, composited)
-            total = found["total"] + weighted if "total" in found else weighted
-            found = {**found, **compared, "total": total}
-        dtype = _pixel.accumulate(pred, target)
-        missing = [name for name in PartialConvTerms._fields if name not in found]
-        return PartialConvTerms(**found, **{name: pred.new_zeros((), dtype=dtype) for name in missing})
-
-    def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
-        if mask is not None:
-            return _checks.check_mask(mask, pred).detach()
-        s = self.settings
-        composite = self.trunk is not None and "composite" in s.predictions
-        if composite or (s.tv_weight and (s.tv_image == "composite" or s.tv_region != "image")):
-            raise ValueError("mask is missing: these settings compare composites or regions, which need it")
-        return None
-
-    def _pixel_terms(
-        self, pred: Tensor, target: Tensor, composited: Tensor, mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Those that weigh anything, and their weighted total as "total"; empty without any."""
-        s = self.settings
-        weights = {"hole": s.hole_weight, "valid": s.valid_weight, "tv": s.tv_weight}
-        where: dict[str, Any] = {"process_group": self.process_group, "backend": self.backend}
-        composite = s.tv_image == "composite"
-        found: dict[str, Tensor] = {}
-        if mask is None:
-            found["valid"] = masked_l1_loss(pred, target, normalize=s.normalize, **where)
-        elif (s.hole_weight or s.valid_weight) and s.tv_weight and composite and composited is target:
-            found = inpainting_pixel_loss(
-                pred,
-                target,
-                mask,
-                hole_weight=s.hole_weight,
-                valid_weight=s.valid_weight,
-                tv_weight=s.tv_weight,
-                normalize=s.normalize,
-                tv_region=s.tv_region,
-                tv_normalize=s.tv_normalize,
-                mask_is=s.mask_is,
-                **where,
-            )._asdict()
-        elif s.hole_weight or s.valid_weight:
-            found = hole_valid_loss(
-                pred, target, mask, normalize=s.normalize, mask_is=s.mask_is, **where
-            )._asdict()
-        if s.tv_weight and "tv" not in found:
-            found["tv"] = total_variation_loss(
-                pred,
-                mask if composite or s.tv_region != "image" else None,
-                target=composited if composite else None,
-                region=s.tv_region,
-                normalize=s.tv_normalize,
-                mask_is=s.mask_is,
-                **where,
-            )
-        total = found.pop("total", None)
-        found = {name: value for name, value in found.items() if weights[name]}
-        if total is None and found:
-            total = weighted_sum(list(found.values()), [weights[name] for name in found])
-        return found if total is None else {"total": total, **found}

@@ -82,6 +82,21 @@ def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
     return mask
 
 
+def check_image_mask(mask: Tensor, name: str, features: Tensor, batches: Sequence[int]) -> Tensor:
+    """A mask of images, of one of the `batches`, for `features` made of them that errors call `name`."""
+    mask = binary(mask)
+    if mask.device != features.device:
+        raise ValueError(f"mask is on {mask.device}, {name} is on {features.device}")
+    shape = mask.shape
+    fits = len(shape) == 2 or (len(shape) == 4 and shape[1] == 1 and shape[0] in batches)
+    if not fits or shape[-1] == 0 or shape[-2] == 0:
+        raise ValueError(
+            f"mask has shape {tuple(shape)}; for {name} {tuple(features.shape)} allowed: (N, 1, H, W), (1, 1, H, W) "
+            "or (H, W), at any resolution"
+        )
+    return mask
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:

@@ -55,6 +55,23 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
     return reference.dilate(_floating(found), radius).to(mask.dtype, copy=True)
 
 
+def resized(mask: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """`resize_mask` of arguments that were checked, with the mask's graph, in the dtype it is computed in."""
+    height, width = size
+    planes = _floating(mask).reshape(-1, 1, *mask.shape[-2:])
+    if mode == "adaptive_max":
+        planes = F.adaptive_max_pool2d(planes, (height, width))
+    elif mode == "area":
+        planes = F.adaptive_avg_pool2d(planes, (height, width))
+    elif mode == "nearest":
+        planes = F.interpolate(planes, (height, width), mode="nearest")
+    else:
+        planes = F.interpolate(
+            planes, (height, width), mode="bilinear", align_corners=mode == "bilinear_aligned"
+        )
+    return planes.reshape(*mask.shape[:-2], height, width)
+
+
 def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") -> Tensor:
     """The mask at another resolution, that of a feature map or of a critic's logits.
 
@@ -94,18 +111,7 @@ def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") 
     dtype = mask.dtype
     if not dtype.is_floating_point and mode not in ("nearest", "adaptive_max"):
         dtype = torch.float32
-    planes = _floating(found).reshape(-1, 1, *mask.shape[-2:])
-    if mode == "adaptive_max":
-        planes = F.adaptive_max_pool2d(planes, (height, width))
-    elif mode == "area":
-        planes = F.adaptive_avg_pool2d(planes, (height, width))
-    elif mode == "nearest":
-        planes = F.interpolate(planes, (height, width), mode="nearest")
-    else:
-        planes = F.interpolate(
-            planes, (height, width), mode="bilinear", align_corners=mode == "bilinear_aligned"
-        )
-    return planes.reshape(*mask.shape[:-2], height, width).to(dtype)
+    return resized(found, (height, width), mode).to(dtype)
 
 
 def binarize_mask(mask: Tensor, threshold: float = 0.5) -> Tensor:

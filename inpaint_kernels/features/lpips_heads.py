@@ -1,0 +1,43 @@
+"""The linear heads of LPIPS: a weight for every channel of every layer it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FILE = Path(__file__).with_name("lpips_heads_v0.1.pt")
+
+
+class LPIPSHeads:
+    """Weights (C,) of each layer, never negative: those of version 0.1 for a network, or the caller's own."""
+
+    def __init__(self, net: str, heads: str | Sequence[Tensor] = "v0.1") -> None:
+        if isinstance(heads, str):
+            if heads != "v0.1":
+                raise ValueError(f"heads: got {heads!r}, allowed: 'v0.1' or a sequence of tensors")
+            known = torch.load(_FILE, map_location="cpu", weights_only=True)
+            self.values = [value for key, value in known.items() if key.startswith(f"{net}.")]
+            return
+        self.values = []
+        for layer, value in enumerate(heads):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(f"heads[{layer}] must be a floating Tensor, got {value!r}")
+            if value.numel() != max(value.shape, default=0) or bool((value < 0).any()):
+                raise ValueError(
+                    f"heads[{layer}] must hold one non-negative weight for each channel, got shape "
+                    f"{tuple(value.shape)} and a minimum of {float(value.min()) if value.numel() else 0:g}"
+                )
+            self.values.append(value.detach().reshape(-1))
+
+    def check(self, channels: Sequence[int]) -> None:
+        """One weight for each channel of each layer."""
+        found = [len(value) for value in self.values]
+        if found != list(channels):
+            raise ValueError(f"heads have {found} weights for layers of {list(channels)} channels")
+
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Goes where `fn` takes a tensor; the numbers stay as exact as they are."""
+        self.values = [value.to(fn(value).device) for value in self.values]

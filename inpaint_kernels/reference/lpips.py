@@ -1,0 +1,35 @@
+"""The distance of LPIPS in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .gram import without_autocast
+from .masked_l1 import accumulate_dtype
+
+
+def unit_vectors(features: Tensor, eps: float) -> Tensor:
+    """Every pixel's channels over their norm plus `eps`; the norm of a zero vector has gradient 0."""
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
+
+
+def lpips_distance(
+    input: Sequence[Tensor], target: Sequence[Tensor], weights: Sequence[Tensor], eps: float = 1e-10
+) -> Tensor:
+    """(k N,): over layers the sum, over pixels the mean of ``sum_c w_c (u_c - v_c)^2`` of unit vectors u and v.
+
+    Of k predictions against one target; `weights` holds one of (C,) for each layer.
+    """
+    found = None
+    with without_autocast(input[0]):
+        for x, y, weight in zip(input, target, weights, strict=True):
+            dtype = accumulate_dtype(x, y)
+            u, v = (unit_vectors(features.to(dtype), eps) for features in (x, y))
+            difference = (u.unflatten(0, (-1, y.shape[0])) - v).square().flatten(0, 1)
+            layer = torch.einsum("nchw,c->nhw", difference, weight.to(dtype)).mean((1, 2))
+            found = layer if found is None else found + layer
+    assert found is not None
+    return found
