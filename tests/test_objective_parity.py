@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import published
 from published import composite
 
-
 # The formulas in float64, kernels in every dtype they take.
 PRECISIONS = [
     pytest.param(backend, DTYPES[dtype], id=f"{backend}-{dtype}")
