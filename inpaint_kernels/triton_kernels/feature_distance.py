@@ -28,19 +28,12 @@ def forward(
     make = torch.empty if len(used) == len(input) else torch.zeros
     scale = make(len(input), dtype=torch.float32, device=input[0].device)
     if used:
-        pixel.launch_forward(
-            [input[i] for i in used],
-            [target[i] for i in used],
-            [mask[i] if mask else None for i in used],
-            [signs[i] for i in used],
-            [loss],
-            scale,
-            penalty,
-            param,
-            normalize,
-            weights=[weights[i] for i in used],
-            numbers=used,
-        )
+        pairs = []
+        for i in used:
+            kept = mask[i] if mask else None, signs[i] if save_signs else None
+            pairs.append(pixel.Pair(target[i].shape[0], input[i], target[i], *kept))
+        factors = [weights[i] for i in used]
+        pixel.launch_forward(pairs, [loss], scale, penalty, param, normalize, weights=factors, numbers=used)
     return loss, scale, signs
 
 
@@ -64,17 +57,9 @@ def backward(
     ]
     used = [i for i, x in enumerate(grads) if x.numel()]
     if used:
-        nothing = torch.empty(0, dtype=torch.float32, device=grad.device)
-        pixel.launch_backward(
-            [grad],
-            scale,
-            *([given[i] if given else None for i in used] for given in (signs, mask, input, target)),
-            [grads[i] for i in used],
-            [nothing] * len(used),
-            [sizes[5 * i + 4] for i in used],
-            penalty,
-            param,
-            per_sample=False,
-            numbers=used,
-        )
+        pairs = []
+        for i in used:
+            x, y, m, s = (given[i] if given else None for given in (input, target, mask, signs))
+            pairs.append(pixel.Pair(sizes[5 * i + 4], x, y, m, s, grads[i]))
+        pixel.launch_backward(pairs, [grad], scale, penalty, param, per_sample=False, numbers=used)
     return grads

@@ -27,18 +27,9 @@ def forward(
     scale = make((n, 2), dtype=torch.float32, device=pred.device)
     signs = plan.empty_signs(pred, pred.shape, plan.is_channels_last(pred), save_signs)
     if pred.numel():
+        pair = pixel.Pair(n, pred, target, mask, signs if save_signs else None)
         pixel.launch_forward(
-            [pred],
-            [target],
-            [mask],
-            [signs],
-            [hole, valid],
-            scale,
-            penalty,
-            param,
-            normalize,
-            mask_is_hole=mask_is_hole,
-            samples=n,
+            [pair], [hole, valid], scale, penalty, param, normalize, mask_is_hole=mask_is_hole, samples=n
         )
     return hole, valid, scale, signs
 
@@ -63,18 +54,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/hole_valid.py`; a region without gradient contributes nothing."""
     found = plan.empty_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-    if any(x.numel() for x in found):
-        pixel.launch_backward(
-            [grad_hole, grad_valid],
-            scale,
-            [signs],
-            [mask],
-            [pred],
-            [target],
-            *([x] for x in found),
-            [size[0]],
-            penalty,
-            param,
-            mask_is_hole=mask_is_hole,
-        )
+    if any(g.numel() for g in found):
+        pair = pixel.Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
+        grads = grad_hole, grad_valid
+        pixel.launch_backward([pair], grads, scale, penalty, param, mask_is_hole=mask_is_hole)
     return found

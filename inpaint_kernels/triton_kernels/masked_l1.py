@@ -35,9 +35,8 @@ def forward(
     signs = plan.empty_signs(pred, pred.shape, channels_last, save_signs)
     if pred.numel():
         normalize = "sum" if reduction == "sum" else normalize
-        pixel.launch_forward(
-            [pred], [target], [mask], [signs], [out], scale, penalty, param, normalize, samples=n
-        )
+        pair = pixel.Pair(n, pred, target, mask, signs if save_signs else None)
+        pixel.launch_forward([pair], [out], scale, penalty, param, normalize, samples=n)
     return out, scale, signs
 
 
@@ -59,8 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/masked_l1.py`."""
     found = plan.empty_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-    if any(x.numel() for x in found):
-        pixel.launch_backward(
-            [grad], scale, [signs], [mask], [pred], [target], *([x] for x in found), [size[0]], penalty, param
-        )
+    if any(g.numel() for g in found):
+        pair = pixel.Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
+        pixel.launch_backward([pair], [grad], scale, penalty, param)
     return found

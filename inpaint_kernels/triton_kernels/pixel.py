@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -225,14 +226,15 @@ def layer_place(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`plan.Layer.sizes` and the place of a program among the tiles of its layer."""
+    """Sizes of a layer (`plan.Layer.sizes`), and the place of a program among its tiles."""
     length, groups, channels = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
     tiles, chunks, samples = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
     # Written as multiples of UNIT, which is how the compiler knows that wide loads are aligned.
     stride_n, stride_c = unpacked(sizes[6]).to(tl.int64) * UNIT, unpacked(sizes[7]).to(tl.int64) * UNIT
-    place = program_place(program, tiles, chunks, BLOCK_C, STEPS)
-    tile = tile_rows(length, groups, place[2], WHOLE, BLOCK_C, BLOCK_G, WIDTH)
-    return (length, groups, channels, samples), (stride_n, stride_c), place, tile
+    sample, first, tile = program_place(program, tiles, chunks, BLOCK_C, STEPS)
+    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    counts = length, groups, channels, samples, stride_n, stride_c
+    return counts, (sample, first, tile), (rows, group, element, inside)
 
 
 @triton.jit
@@ -243,13 +245,12 @@ def forward_layer(
     mask_ptr,  # see `load_weight`; None for MASK "none"
     signs_ptr,  # [COPIES * samples, channels, groups] int16, or None
     map_ptr,  # [samples, channels, length] or None
-    sums_ptr,  # [REGIONS, 1 or 2, programs of all layers]
+    sums_ptr,  # [regions, 1 or 2, programs of all layers]
     total,
     sizes,  # see `plan.Layer`
     param,
     PENALTY: tl.constexpr,
-    REGIONS: tl.constexpr,
-    HOLE: tl.constexpr,
+    HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     WEIGHTS: tl.constexpr,
     TILES: tl.constexpr,
     LAYER: tl.constexpr,
@@ -265,11 +266,10 @@ def forward_layer(
     BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
     STEPS: tl.constexpr = TILES[10 * LAYER + 8]
     WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
-    counts, strides, place, tile_of = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
-    length, groups, channels, samples = counts
-    stride_n, stride_c = strides
+    counts, place, inner = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
+    length, groups, channels, samples, stride_n, stride_c = counts
     sample, first, tile = place
-    rows, group, element, inside = tile_of
+    rows, group, element, inside = inner
     row_c, row_p, row_inside = rows
     loss = tl.zeros(element.shape, tl.float32)
     loss_2 = tl.zeros(element.shape, tl.float32)
@@ -297,7 +297,7 @@ def forward_layer(
             counted = exists
             if MASK == "none":
                 value = tl.where(exists, value, 0.0)
-            elif REGIONS == 1:
+            elif HOLE is None:
                 # Select, not only multiply: NaN and Inf under weight 0 do not count.
                 counted = exists & (weight != 0)
                 value = tl.where(counted, weight * value, 0.0)
@@ -327,7 +327,7 @@ def forward_layer(
         if WEIGHTS:
             sums_ptr += total
             tl.store(sums_ptr, tl.sum(weights) * SHARE)
-        if REGIONS == 2:
+        if HOLE is not None:
             sums_ptr += total
             tl.store(sums_ptr, tl.sum(loss_2))
             if WEIGHTS:
@@ -342,14 +342,13 @@ def forward_kernel(
     masks,
     signs,
     map_ptr,  # weighted penalties of the only layer instead of the sums, or None
-    sums_ptr,  # [REGIONS, 1 or 2, programs]: numerators, then summed weights if WEIGHTS
+    sums_ptr,  # [regions, 1 or 2, programs]: numerators, then summed weights if WEIGHTS
     firsts,  # first program of each layer, see `plan.packed`
     sizes,  # of each layer, see `plan.Layer`
     total,
     param,  # of the penalty
     PENALTY: tl.constexpr,
-    REGIONS: tl.constexpr,
-    HOLE: tl.constexpr,
+    HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     WEIGHTS: tl.constexpr,
     TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
     LAYERS: tl.constexpr,
@@ -370,7 +369,6 @@ def forward_kernel(
                 sizes[layer],
                 param,
                 PENALTY,
-                REGIONS,
                 HOLE,
                 WEIGHTS,
                 TILES,
@@ -440,7 +438,7 @@ def backward_layer(
     program,
     grad_ptr,  # [] of the first region or None; MAP: [samples, channels, length]
     grad_2_ptr,  # [] of the second one or None
-    scale_ptr,  # [samples, REGIONS] if PER_SAMPLE, else [1], or None
+    scale_ptr,  # [samples, regions] if PER_SAMPLE, else [1], or None
     signs_ptr,  # [COPIES * samples, channels, groups] int16 for l1, else None
     mask_ptr,  # see `load_weight`; None for MASK "none"
     input_ptr,  # [COPIES * samples, channels, length], None for l1
@@ -450,8 +448,7 @@ def backward_layer(
     sizes,  # see `plan.Layer`
     param,
     PENALTY: tl.constexpr,
-    REGIONS: tl.constexpr,
-    HOLE: tl.constexpr,
+    HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     MAP: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     TILES: tl.constexpr,
@@ -468,14 +465,13 @@ def backward_layer(
     BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
     STEPS: tl.constexpr = TILES[10 * LAYER + 8]
     WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
-    counts, strides, place, tile_of = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
-    length, groups, channels, samples = counts
-    stride_n, stride_c = strides
+    counts, place, inner = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
+    length, groups, channels, samples, stride_n, stride_c = counts
     sample, first, tile = place
-    rows, group, element, inside = tile_of
+    rows, group, element, inside = inner
     row_c, _, row_inside = rows
     if PER_SAMPLE and scale_ptr is not None:
-        scale_ptr += sample * REGIONS
+        scale_ptr += sample * (1 if HOLE is None else 2)
     if grad_ptr is not None and not MAP:
         factor = tl.load(grad_ptr).to(tl.float32)
         if scale_ptr is not None:
@@ -506,7 +502,7 @@ def backward_layer(
             if MASK == "none":
                 value += factor
                 counted = exists
-            elif REGIONS == 1:
+            elif HOLE is None:
                 value += factor
                 value *= weight
                 counted = weight != 0
@@ -537,7 +533,7 @@ def backward_layer(
 @triton.jit
 def backward_kernel(
     grads,  # of each region, see `backward_layer`
-    scale_ptr,  # [rows, REGIONS] or None
+    scale_ptr,  # [rows, regions] or None
     signs,  # of each layer
     masks,
     inputs,
@@ -548,8 +544,7 @@ def backward_kernel(
     sizes,  # of each layer, see `plan.Layer`
     param,  # of the penalty
     PENALTY: tl.constexpr,
-    REGIONS: tl.constexpr,
-    HOLE: tl.constexpr,
+    HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     MAP: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
@@ -574,7 +569,6 @@ def backward_kernel(
                 sizes[layer],
                 param,
                 PENALTY,
-                REGIONS,
                 HOLE,
                 MAP,
                 PER_SAMPLE,
@@ -583,55 +577,55 @@ def backward_kernel(
             )
 
 
+class Pair(NamedTuple):
+    """The tensors of one layer, not empty: predictions, targets, what is kept and computed of them."""
+
+    batch: int  # N
+    input: Any  # [k N, C, H, W]; None in the backward of l1
+    target: Any  # [N, C, H, W]; likewise
+    mask: Tensor | None  # [H, W] or [1|N|kN, 1|C, H, W]; None in all layers or in none
+    signs: Tensor | None  # uint8, l1 alone
+    grad_input: Tensor | None = None  # [k N, C, H, W]
+    grad_target: Tensor | None = None  # [N, C, H, W], only with one prediction
+
+
 def launch_forward(
-    input: Sequence[Tensor],  # [k N, C, H, W] of each layer
-    target: Sequence[Tensor],  # [N, C, H, W]
-    mask: Sequence[Tensor | None],  # [H, W] or [1|N|kN, 1|C, H, W]; None in all layers or in none
-    signs: Sequence[Tensor],  # uint8, one that is empty is not written
+    pairs: Sequence[Pair],
     outs: Sequence[Tensor],  # [] of each region, or the map [N, C, H, W] of the only layer
     scale: Tensor,  # [rows, regions], for a map not written
     penalty: str,
     param: float,
     normalize: str,
     *,
-    mask_is_hole: bool = False,
-    samples: int = 1,
+    mask_is_hole: bool | None = None,  # of two regions
+    samples: int = 1,  # rows of each layer
     weights: Sequence[float] = (1.0,),
-    numbers: Sequence[int] = (0,),
+    numbers: Sequence[int] = (0,),  # first row of each layer
 ) -> None:
-    """Both stages for layers that are not empty, in the layout of their inputs."""
+    """Both stages."""
     is_map = outs[0].ndim != 0
-    if mask[0] is None and normalize != "sum":
+    if pairs[0].mask is None and normalize != "sum":
         # Every element weighs 1: all normalisations divide by the number of elements.
         normalize = "image"
     has_weights = not is_map and normalize in ("mask", "sample")
-    last = [plan.is_channels_last(x) for x in input]
-    inputs = tuple(map(plan.in_layout, input, last))
-    targets = tuple(map(plan.in_layout, target, last))
-    elements = max(y.numel() for y in targets)
-    layers = [
-        plan.make_layer(
-            x.shape,
-            y.shape[0],
-            last[i],
-            mask[i],
-            signs[i].numel() != 0,
-            plan.stores_width(*outs) if is_map else plan.loads_width(x, y),
-            elements,
-        )
-        for i, (x, y) in enumerate(zip(inputs, targets, strict=True))
-    ]
+    last = [plan.is_channels_last(p.input) for p in pairs]
+    elements = max(p.target.numel() for p in pairs)
+    layers = []
+    for p, c in zip(pairs, last, strict=True):
+        width = plan.stores_width(*outs) if is_map else plan.loads_width(p.input, p.target)
+        save_signs = p.signs is not None
+        layers.append(plan.make_layer(p.input.shape, p.batch, c, p.mask, save_signs, width, elements))
     firsts = (0, *accumulate(layer.programs for layer in layers))
-    with plan.on_device(inputs[0]):
-        sums = outs[0]
+    with plan.on_device(scale):
+        sums = scale
         if not is_map:
             shape = len(outs), 1 + has_weights, firsts[-1]
-            sums = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
+            sums = torch.empty(shape, dtype=torch.float32, device=scale.device)
         forward_kernel[(firsts[-1],)](
-            inputs,
-            targets,
+            tuple(plan.in_layout(p.input, c) for p, c in zip(pairs, last, strict=True)),
+            tuple(plan.in_layout(p.target, c) for p, c in zip(pairs, last, strict=True)),
             tuple(layer.mask for layer in layers),
-            tuple(s.view(torch.int16) if s.numel() else None for s in signs),
+            tuple(p.signs if p.signs is None else p.signs.view(torch.int16) for p in pairs),
             outs[0] if is_map else None,
             sums,
             plan.packed(firsts),
@@ -639,7 +633,6 @@ def launch_forward(
             firsts[-1],
             param,
             penalty,
-            len(outs),
             mask_is_hole,
             has_weights,
             tuple(value for layer in layers for value in layer.tile),
@@ -647,7 +640,7 @@ def launch_forward(
             num_warps=layers[0].warps,
         )
         if not is_map:
-            numels = [x.numel() for x in inputs]
+            numels = [p.input.numel() for p in pairs]
             launch_finalise(sums, outs, scale, firsts, numels, normalize, samples, weights, numbers)
 
 
@@ -691,62 +684,48 @@ def launch_finalise(
 
 
 def launch_backward(
+    pairs: Sequence[Pair],
     grads: Sequence[Tensor | None],  # [] of each region, or [N, C, H, W] of a map
     scale: Tensor,  # [rows, regions]; empty for a map
-    signs: Sequence[Tensor | None],  # uint8 of each layer, l1 only
-    mask: Sequence[Tensor | None],  # [H, W] or [1|N|kN, 1|C, H, W]
-    input: Sequence[Tensor | None],  # [k N, C, H, W], not l1
-    target: Sequence[Tensor | None],  # [N, C, H, W], not l1
-    grad_input: Sequence[Tensor],  # [k N, C, H, W], or empty where it is not needed
-    grad_target: Sequence[Tensor],  # [N, C, H, W], or empty; only with one prediction
-    batches: Sequence[int],  # N
     penalty: str,
     param: float,
     *,
-    mask_is_hole: bool = False,
-    per_sample: bool = True,
-    numbers: Sequence[int] = (0,),
+    mask_is_hole: bool | None = None,  # of two regions
+    per_sample: bool = True,  # a row of `scale` is a sample, not a layer
+    numbers: Sequence[int] = (0,),  # first row of each layer
 ) -> None:
-    """Fills the gradients of layers that are not empty. `per_sample`: a row of `scale` is a sample, not a layer."""
+    """Fills the gradients of the pairs."""
     l1 = penalty == "l1"
-    like = [x if x.numel() else y for x, y in zip(grad_input, grad_target, strict=True)]
-    last = [plan.is_channels_last(x) for x in like]
+    images: list[Any] = [p.grad_target if p.grad_input is None else p.grad_input for p in pairs]
+    last = [plan.is_channels_last(x) for x in images]
     # The gradient of a summed map is one number expanded to the image: read it as such.
-    is_map = grads[0] is not None and grads[0].ndim != 0 and any(grads[0].stride())
-    if is_map:
-        grads = [plan.in_layout(grads[0], last[0])]
-    elements = max(x.numel() // x.shape[0] * n for x, n in zip(like, batches, strict=True))
-    layers = [
-        plan.make_layer(
-            x.shape,
-            n,
-            c,
-            # A 0/1 mask adds nothing to the signs of one region, which are 0 where it is 0.
-            None if l1 and len(grads) == 1 and m is not None and m.dtype == torch.bool else m,
-            l1,
-            plan.stores_width(g, h),
-            elements,
-            # The scale of a sample still matters without its mask.
-            per_sample and m is not None,
-        )
-        for x, n, c, m, g, h in zip(like, batches, last, mask, grad_input, grad_target, strict=True)
-    ]
+    grad = grads[0]
+    is_map = grad is not None and grad.ndim != 0 and any(grad.stride())
+    if grad is not None and is_map:
+        grads = [plan.in_layout(grad, last[0])]
+    elements = max(x.numel() // x.shape[0] * p.batch for x, p in zip(images, pairs, strict=True))
+    layers = []
+    for x, p, c in zip(images, pairs, last, strict=True):
+        width = plan.stores_width(*(g for g in (p.grad_input, p.grad_target) if g is not None))
+        # A 0/1 mask adds nothing to the signs of one region, which are 0 where it is 0; the scale of its sample does.
+        known = l1 and mask_is_hole is None and p.mask is not None and p.mask.dtype == torch.bool
+        mask, apart = None if known else p.mask, per_sample and p.mask is not None
+        layers.append(plan.make_layer(x.shape, p.batch, c, mask, l1, width, elements, apart))
     firsts = (0, *accumulate(layer.programs for layer in layers))
-    with plan.on_device(like[0]):
+    with plan.on_device(scale):
         backward_kernel[(firsts[-1],)](
             (*grads, None)[:2],
             scale.contiguous() if scale.numel() else None,
-            tuple(s.view(torch.int16) if s is not None else None for s in signs),
+            tuple(p.signs if p.signs is None else p.signs.view(torch.int16) for p in pairs),
             tuple(layer.mask for layer in layers),
-            tuple(x if x is None else plan.in_layout(x, c) for x, c in zip(input, last, strict=True)),
-            tuple(y if y is None else plan.in_layout(y, c) for y, c in zip(target, last, strict=True)),
-            tuple(g if g.numel() else None for g in grad_input),
-            tuple(g if g.numel() else None for g in grad_target),
+            tuple(None if l1 else plan.in_layout(p.input, c) for p, c in zip(pairs, last, strict=True)),
+            tuple(None if l1 else plan.in_layout(p.target, c) for p, c in zip(pairs, last, strict=True)),
+            tuple(p.grad_input for p in pairs),
+            tuple(p.grad_target for p in pairs),
             plan.packed(firsts),
             tuple(layer.sizes for layer in layers),
             param,
             penalty,
-            len(grads),
             mask_is_hole,
             is_map,
             per_sample,

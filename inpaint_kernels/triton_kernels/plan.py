@@ -247,14 +247,13 @@ def empty_gradients(
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """Buffers of (grad_pred, grad_target) [N, C, H, W]; one that is not needed is empty."""
-    return (
-        empty_image(like, size, channels_last, pred_dtype)
-        if need_pred
-        else torch.empty(0, dtype=pred_dtype, device=like.device),
-        empty_image(like, size, channels_last, target_dtype)
-        if need_target
-        else torch.empty(0, dtype=target_dtype, device=like.device),
+    pred, target = (
+        empty_image(like, size, channels_last, dtype)
+        if needed
+        else torch.empty(0, dtype=dtype, device=like.device)
+        for dtype, needed in ((pred_dtype, need_pred), (target_dtype, need_target))
     )
+    return pred, target
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
