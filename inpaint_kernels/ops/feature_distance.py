@@ -78,30 +78,6 @@ def _formula(ctx: Any, i: int, grad: Tensor) -> Tensor:
     return masked_loss_grad(features, target, mask, coefficient, penalty, param)
 
 
-def _run(ctx: Any, kernel: Any, wanted: list[int], in_full: Any, grad: Tensor) -> list[Tensor]:
-    """Gradients by the differences of the layers wanted, `in_full` tells which are not to be rounded."""
-    penalty, param, mask_count = ctx.settings
-    count, l1 = len(ctx.layers), penalty == "l1"
-    scale, *saved = ctx.saved_tensors
-    masks, kept = saved[:mask_count], saved[mask_count:]
-    # Slices: an index list would be copied to the device, which no CUDA graph can capture.
-    scales = scale if len(wanted) == count else torch.cat([scale[i : i + 1] for i in wanted])
-    found: list[Tensor] = kernel(
-        grad,
-        scales,
-        [kept[i] for i in wanted] if l1 else [],
-        [masks[i] for i in wanted] if mask_count else [],
-        [] if l1 else [kept[i] for i in wanted],
-        [] if l1 else [kept[count + i] for i in wanted],
-        [n for i in wanted for n in ctx.layers[i][0]],
-        [int(ctx.layers[i][1]) for i in wanted],
-        [_checks.FLOATS.index(scale.dtype if in_full[i] else ctx.layers[i][2]) for i in wanted],
-        penalty,
-        param,
-    )
-    return found
-
-
 def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
     count = len(ctx.layers)
     grad_input: list[Tensor | None] = [None] * count
@@ -109,16 +85,32 @@ def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[A
     if grad is None:
         return grad_input, grad_target
     wanted = [i for i in range(count) if needs[0][i] or needs[1][i]]
-    if kernel is not None:
-        # A target's gradient is a sum over the predictions: not of rounded terms.
-        found = _run(ctx, kernel, wanted, needs[1], grad)
-    elif ctx.settings[0] != "l1":
+    penalty, param, mask_count = ctx.settings
+    l1, again = penalty == "l1", kernel is None
+    if again and not l1:
         found = [_formula(ctx, i, grad) for i in wanted]
     else:
-        # Linear in `grad` and constant in the features almost everywhere, as in `_pixel.backward`.
-        kernel = _op.routes[ctx.backend].backward
-        one = ctx.saved_tensors[0].new_ones(())
-        found = [grad * own for own in _run(ctx, kernel, wanted, [True] * count, one)]
+        scale, *saved = ctx.saved_tensors
+        masks, kept = saved[:mask_count], saved[mask_count:]
+        # A target's gradient is a sum over the predictions: not of rounded terms.
+        in_full = [again or needed for needed in needs[1]]
+        found = (_op.routes[ctx.backend].backward if again else kernel)(
+            scale.new_ones(()) if again else grad,
+            # Slices: an index list would be copied to the device, which no CUDA graph can capture.
+            scale if len(wanted) == count else torch.cat([scale[i : i + 1] for i in wanted]),
+            [kept[i] for i in wanted] if l1 else [],
+            [masks[i] for i in wanted] if mask_count else [],
+            [] if l1 else [kept[i] for i in wanted],
+            [] if l1 else [kept[count + i] for i in wanted],
+            [n for i in wanted for n in ctx.layers[i][0]],
+            [int(ctx.layers[i][1]) for i in wanted],
+            [_checks.FLOATS.index(scale.dtype if in_full[i] else ctx.layers[i][2]) for i in wanted],
+            penalty,
+            param,
+        )
+        if again:
+            # Constant in the features almost everywhere, and linear in `grad`, as in `_pixel.backward`.
+            found = [grad * own for own in found]
     for i, value in zip(wanted, found, strict=True):
         size, _, dtype, target_dtype = ctx.layers[i]
         if needs[0][i]:

@@ -342,7 +342,7 @@ def forward_kernel(
     masks,
     signs,
     map_ptr,  # weighted penalties of the only layer instead of the sums, or None
-    sums_ptr,  # [regions, 1 or 2, programs]: numerators, then summed weights if WEIGHTS
+    sums_ptr,  # [regions, 1 or 2, programs]: numerators, then summed weights if WEIGHTS; None for a map
     firsts,  # first program of each layer, see `plan.packed`
     sizes,  # of each layer, see `plan.Layer`
     total,
@@ -617,10 +617,8 @@ def launch_forward(
         layers.append(plan.make_layer(p.input.shape, p.batch, c, p.mask, save_signs, width, elements))
     firsts = (0, *accumulate(layer.programs for layer in layers))
     with plan.on_device(scale):
-        sums = scale
-        if not is_map:
-            shape = len(outs), 1 + has_weights, firsts[-1]
-            sums = torch.empty(shape, dtype=torch.float32, device=scale.device)
+        shape = len(outs), 1 + has_weights, firsts[-1]
+        sums = None if is_map else torch.empty(shape, dtype=torch.float32, device=scale.device)
         forward_kernel[(firsts[-1],)](
             tuple(plan.in_layout(p.input, c) for p, c in zip(pairs, last, strict=True)),
             tuple(plan.in_layout(p.target, c) for p, c in zip(pairs, last, strict=True)),
@@ -639,7 +637,7 @@ def launch_forward(
             len(layers),
             num_warps=layers[0].warps,
         )
-        if not is_map:
+        if sums is not None:
             numels = [p.input.numel() for p in pairs]
             launch_finalise(sums, outs, scale, firsts, numels, normalize, samples, weights, numbers)
 

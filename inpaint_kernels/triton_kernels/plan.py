@@ -146,20 +146,9 @@ def _plan(
         steps = _ceil_div(channels, _ceil_div(channels, max_steps))
     tiles = _ceil_div(groups, block_g)
     chunks = _ceil_div(channels, block_c * steps)
-    return Plan(
-        length=length,
-        groups=groups,
-        channels=channels,
-        tiles=tiles,
-        chunks=chunks,
-        WHOLE=length % 8 == 0,
-        BLOCK_C=block_c,
-        BLOCK_G=block_g,
-        STEPS=steps,
-        samples=samples,
-        programs=samples * tiles * chunks,
-        warps=warps,
-    )
+    programs = samples * tiles * chunks
+    split = length, groups, channels, tiles, chunks, length % 8 == 0, block_c, block_g, steps
+    return Plan(*split, samples, programs, warps)
 
 
 def packed(values: Iterable[int]) -> tuple[int, ...]:
