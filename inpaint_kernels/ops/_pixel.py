@@ -127,32 +127,34 @@ def backward(
     kernel: Callable[..., Any] | None,
     needs: Any,
     grads: tuple[Tensor | None, ...],
-    formula: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    formula: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(grad_pred, grad_target) of an op with the backward (*grads, *kept, *IMAGE, *options, need_pred, need_target).
 
-    `kernel` is missing where these gradients are differentiated again. Then they come from `formula`, in torch. An op
-    without one has a gradient that is constant in the images almost everywhere (l1) and linear in `grads`: each of
-    `grads` multiplies what the kernel computes for a 1 in its place.
+    `kernel` is missing where these gradients are differentiated again. Then they come, in torch, from
+    `formula(ctx, *grads, *kept)`. An op without a formula has a gradient that is constant in the images almost
+    everywhere (l1) and linear in `grads`: each of them multiplies what the kernel computes for a 1 in its place.
     """
     if all(grad is None for grad in grads):
         return None, None
     needs = needs[:2]
+    # Once: under a checkpoint a second look finds nothing.
+    saved = ctx.saved_tensors
     if kernel is not None:
-        found = kernel(*grads, *ctx.saved_tensors, *ctx.image, *ctx.options, *needs)
+        found = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     size, channels_last, *dtypes = ctx.image
     if formula is not None:
-        terms: list[Sequence[Tensor]] = [formula()]
+        terms: list[Sequence[Tensor]] = [formula(ctx, *grads, *saved)]
     else:
-        scale = ctx.saved_tensors[0]
+        scale = saved[0]
         # Not rounded before they are multiplied.
         image = size, channels_last, scale.dtype, scale.dtype
         terms = []
         for i, grad in enumerate(grads):
             if grad is not None:
                 one = [scale.new_ones(grad.shape) if j == i else None for j in range(len(grads))]
-                own = op.routes[ctx.backend].backward(*one, *ctx.saved_tensors, *image, *ctx.options, *needs)
+                own = op.routes[ctx.backend].backward(*one, *saved, *image, *ctx.options, *needs)
                 terms.append([grad * g if needed else g for g, needed in zip(own, needs, strict=True)])
     pred, target = (
         reduce(torch.add, [term[side] for term in terms]).to(dtype) if needs[side] else None

@@ -63,10 +63,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ]
 
 
-def _formula(ctx: Any, i: int, grad: Tensor) -> Tensor:
+def _formula(ctx: Any, i: int, grad: Tensor, scale: Tensor, *saved: Tensor) -> Tensor:
     """Gradient by the difference of layer i as a differentiable expression."""
     penalty, param, mask_count = ctx.settings
-    scale, *saved = ctx.saved_tensors
     features, targets = saved[mask_count:][i], saved[mask_count + len(ctx.layers) :][i]
     copies = features.shape[0] // targets.shape[0] if targets.shape[0] else 0
     mask = saved[i] if mask_count else None
@@ -87,10 +86,11 @@ def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[A
     wanted = [i for i in range(count) if needs[0][i] or needs[1][i]]
     penalty, param, mask_count = ctx.settings
     l1, again = penalty == "l1", kernel is None
+    # Once: under a checkpoint a second look finds nothing.
+    scale, *saved = ctx.saved_tensors
     if again and not l1:
-        found = [_formula(ctx, i, grad) for i in wanted]
+        found = [_formula(ctx, i, grad, scale, *saved) for i in wanted]
     else:
-        scale, *saved = ctx.saved_tensors
         masks, kept = saved[:mask_count], saved[mask_count:]
         # A target's gradient is a sum over the predictions: not of rounded terms.
         in_full = [again or needed for needed in needs[1]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,12 +47,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _pixel.save_differences(ctx, pred, target, mask, penalty, options, *output[2:])
 
 
-def _formula(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    scale, _, mask, pred, target = ctx.saved_tensors
+def _formula(
+    ctx: Any,
+    grad_hole: Tensor | None,
+    grad_valid: Tensor | None,
+    scale: Tensor,
+    signs: None,
+    mask: Tensor,
+    pred: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
     penalty, param, mask_is_hole = ctx.options
     regions = reference.region_weights(scale, scale, mask, "hole" if mask_is_hole else "valid")
     value = scale.new_zeros(())
-    for column, (grad, weight) in enumerate(zip(grads, regions, strict=True)):
+    for column, (grad, weight) in enumerate(zip((grad_hole, grad_valid), regions, strict=True)):
         if grad is not None:
             coefficient = grad * scale[:, column, None, None, None]
             value = value + masked_loss_grad(pred, target, weight, coefficient, penalty, param)
@@ -61,8 +68,7 @@ def _formula(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor
 
 
 def _backward(ctx: Any, kernel: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    formula = None if ctx.options[0] == "l1" else partial(_formula, ctx, grads)
-    return _pixel.backward(ctx, _op, kernel, needs, grads, formula)
+    return _pixel.backward(ctx, _op, kernel, needs, grads, None if ctx.options[0] == "l1" else _formula)
 
 
 _op = _library.Op(

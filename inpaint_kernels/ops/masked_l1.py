@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,16 +35,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _pixel.save_differences(ctx, pred, target, mask, penalty, (penalty, param), *output[1:])
 
 
-def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    scale, _, mask, pred, target = ctx.saved_tensors
+def _formula(
+    ctx: Any, grad: Tensor, scale: Tensor, signs: None, mask: Tensor | None, pred: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
     coefficient = grad * scale[:, :, None, None] if grad.ndim == 0 else grad
     value = reference.masked_loss_grad(pred, target, mask, coefficient, *ctx.options)
     return value, -value
 
 
 def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    formula = None if ctx.options[0] == "l1" or grad is None else partial(_formula, ctx, grad)
-    return _pixel.backward(ctx, _op, kernel, needs, (grad,), formula)
+    return _pixel.backward(ctx, _op, kernel, needs, (grad,), None if ctx.options[0] == "l1" else _formula)
 
 
 _op = _library.Op(

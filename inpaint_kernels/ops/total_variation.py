@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +40,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _pixel.save_differences(ctx, image, target, mask, penalty, options, *output[1:])
 
 
-def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    scale, _, mask, image, target = ctx.saved_tensors
+def _formula(
+    ctx: Any, grad: Tensor, scale: Tensor, signs: None, mask: Any, image: Tensor, target: Any
+) -> tuple[Tensor, Tensor]:
     is_composite, region, penalty, mask_is_hole = ctx.options
     mask_is = "hole" if mask_is_hole else "valid"
     x = image.to(scale.dtype)
@@ -63,8 +63,7 @@ def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    formula = None if ctx.options[2] == "l1" or grad is None else partial(_formula, ctx, grad)
-    return _pixel.backward(ctx, _op, kernel, needs, (grad,), formula)
+    return _pixel.backward(ctx, _op, kernel, needs, (grad,), None if ctx.options[2] == "l1" else _formula)
 
 
 _op = _library.Op(
