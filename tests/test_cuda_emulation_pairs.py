@@ -39,8 +39,6 @@ from pairs_cases import (
 from pixel_cases import MASK_DTYPES, NORMALIZATIONS, image_pair, with_specials
 from torch import Tensor
 
-from inpaint_kernels.ops import _pairs
-
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="has nothing to do with Triton")
 
 EMULATED = Backend("cuda", "cpu")
@@ -227,9 +225,18 @@ def test_specials(size: str, layout: str, kind: str) -> None:
     )
 
 
+def unpacked_signs(signs: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(3, N, C, H, W) of +1, 0, -1 from what `ops/_pairs.py` says of the `cuda` signs of inpainting_pixel."""
+    n, c, h, w = size
+    rows, columns = (h + 3) // 4, (w + 3) // 4
+    fields = signs.view(n, c, rows, 3, columns, 4, 1) >> torch.arange(0, 8, 2, dtype=torch.uint8)
+    images = (fields & 3).permute(3, 0, 1, 2, 5, 4, 6).reshape(3, n, c, 4 * rows, 4 * columns)
+    return images[..., :h, :w].float() - 1
+
+
 @covering(size=SIZES, layout=BOTH)
 def test_signs_are_all_written(size: str, layout: str) -> None:
-    """And are those of the differences: what a second derivative unpacks."""
+    """And are those of the differences."""
     n, c, h, w = SIZES[size]
     pred, target = image_pair(SIZES[size], layouts=f"{layout}/{layout}")
     mask = region_mask("n1hw", SIZES[size], values="binary")
@@ -245,14 +252,14 @@ def test_signs_are_all_written(size: str, layout: str) -> None:
         junk = [torch.full_like(first, 255) for _ in range(20)]
         del junk
         assert same_bits(first, signs())
-        across, down, pixel = _pairs.unpack_signs(first, 6, SIZES[size], False, torch.float32, "cuda")
+        across, down, pixel = unpacked_signs(first, SIZES[size])
         image = torch.where((mask == 1) == is_hole, pred, target)
         assert torch.equal(pixel, (pred - target).sign())
         assert torch.equal(across[..., :-1], image.diff(dim=3).sign()) and not across[..., -1].any()
         assert torch.equal(down[..., :-1, :], image.diff(dim=2).sign()) and not down[..., -1, :].any()
         # No field but the three, and no sign beyond the image.
         whole = (n, c, (h + 3) // 4 * 4, (w + 3) // 4 * 4)
-        for unpacked in _pairs.unpack_signs(first, 6, whole, False, torch.float32, "cuda"):
+        for unpacked in unpacked_signs(first, whole):
             assert unpacked.abs().max() <= 1
             assert not unpacked[..., h:, :].any() and not unpacked[..., w:].any()
 
