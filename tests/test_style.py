@@ -175,15 +175,6 @@ def test_gradient_to_a_given_gram(style: str, predictions: int) -> None:
     check_style(None, [x, gram], style_settings(style, target_is_gram=True))
 
 
-def test_no_kernel_drops_a_gradient_to_a_given_gram(kernel: Backend) -> None:
-    x, gram = on_device(kernel, *grams([style_pair(SIZE)], "chw-l1"))
-    call = style_call(kernel, style_settings("chw-l1", target_is_gram=True))
-    with pytest.raises(RuntimeError, match=r"target.*backend='reference'"):
-        call(x, gram.requires_grad_())
-    with torch.no_grad():
-        call(x, gram)
-
-
 def test_cached_gram_of_the_package(backend: Backend) -> None:
     """Cached or not, the same loss and the same gradient, up to rounding."""
     x, y = on_device(backend, *style_pair(SIZE, predictions=2))
