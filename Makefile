@@ -43,7 +43,7 @@ test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton throug
 SHARED ?= 1
 SHARE ?= 0
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
-OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_training.py
+OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_training.py tests/test_derivatives.py
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \

@@ -132,14 +132,6 @@ def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, l
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.abs().max()))
 
 
-@grid(layout=("contiguous", "channels_last", "transposed"), dtype=("f32", "f16"))
-def test_gradient_has_the_layout_of_the_features(kernel: Backend, layout: str, dtype: str) -> None:
-    x = on_device(kernel, feature_map(SIZE, dtype, layout))[0]
-    _, (got,), _ = evaluate(gram_call(kernel, "hw"), [x], (0,))
-    want = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    assert got.is_contiguous(memory_format=want)
-
-
 @grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
 def test_second_derivatives(backend: Backend, normalize: str, layout: str) -> None:
     """By the features and by the gradient of the matrix."""
@@ -176,14 +168,6 @@ def test_create_graph_does_not_change_the_gradient(backend: Backend, autocast: b
         torch.testing.assert_close(
             got.detach(), want, rtol=2 * eps, atol=3e-7 * float(want.abs().max()) + 6e-8
         )
-
-
-@pytest.mark.parametrize("normalize", GRAM_NORMALIZATIONS)
-def test_gradcheck(backend: Backend, normalize: str) -> None:
-    x = feature_map((2, 3, 2, 2), "f64")
-    skip_unsupported(backend, x)
-    assert torch.autograd.gradcheck(gram_call(backend, normalize), x.requires_grad_())
-    assert torch.autograd.gradgradcheck(gram_call(backend, normalize), x)
 
 
 @given(

@@ -112,18 +112,6 @@ def test_predictions_are_those_of_a_repeated_target(backend: Backend, style: str
     torch.testing.assert_close(predictions * loss, apart, rtol=1e-6, atol=0)
 
 
-@grid(style=STYLES, wanted=((0, 1, 2), (3, 4, 5), (1,), (5,), (0, 4)))
-def test_only_the_gradients_asked_for(backend: Backend, style: str, wanted: tuple[int, ...]) -> None:
-    """Of three layers with weights, of which one is negative."""
-    pairs = [style_pair(size, predictions=2, seed=i) for i, size in enumerate(LAYERS)]
-    flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
-    settings = style_settings(style, (0.5, -2.0, 0.125))
-    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(flat)]
-    style_call(backend, settings)(*leaves).backward()
-    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
-    check_style(backend, flat, settings, wanted)
-
-
 @grid(style=STYLES)
 def test_other_size_of_the_target(backend: Backend, style: str) -> None:
     """A Gram matrix has no height and width: the style of a picture of any size."""
