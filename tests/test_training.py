@@ -21,6 +21,7 @@ from harness import (
     spread,
 )
 from op_cases import DEFAULT, LARGE, NAMES, OPS, SMALL, SUBSETS, Op, ops
+from partial_conv_cases import exact_convolutions  # noqa: F401
 from pixel_cases import on_device
 from torch import Tensor
 from training_checks import (
