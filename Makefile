@@ -50,9 +50,9 @@ test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	    $(OP_TESTS) $(ARGS); \
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
 
-# The CUDA kernels as C++, blocks and threads emulated: one of the tests in EMULATED, scattered over all of them, for each
-# takes the longer the more a kernel computes. EMULATED=1: all.
-EMULATED ?= 16
+# The CUDA kernels as C++, blocks and threads emulated. Slow: of the tests one in EMULATED, scattered over all of them;
+# EMULATED=1 runs all, another SHARE another part.
+EMULATED ?= 12
 test-emulated: $(VENV)/.stamp-test build ## the CUDA kernels on the CPU
 	INPAINT_KERNELS_TEST_BACKENDS=emulated INPAINT_KERNELS_TEST_ROWS=covering TEST_SHARE=$(SHARE)/$(EMULATED) \
 	  PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 $(OP_TESTS) $(ARGS)
