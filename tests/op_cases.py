@@ -5,7 +5,7 @@ What is asked of all ops alike is tested over this table; the name of a test con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -30,7 +30,7 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import INTERPRETING, Backend, Call, as_tuple, check_against_truth, evaluate
+from harness import COVERING, INTERPRETING, Backend, Call, as_tuple, check_against_truth, evaluate, spread
 from pairs_cases import (
     MASK_IS,
     PARTS,
@@ -367,3 +367,13 @@ def ops(*beginnings: str) -> list[Op]:
     found = [op for op in OPS.values() if op.id.startswith(beginnings)]
     assert all(any(op.id.startswith(b) for op in found) for b in beginnings), beginnings
     return found
+
+
+def enough(chosen: Iterable[Op]) -> list[Op]:
+    """All, or where there is no time for that six settings of each op, among them every value of an option."""
+    if not COVERING:
+        return list(chosen)
+    by_name: dict[str, dict[tuple[object, ...], Op]] = {}
+    for op in chosen:
+        by_name.setdefault(op.name, {})[tuple(op.id.split())] = op
+    return [rows[row] for rows in by_name.values() for row in spread(list(rows), 6)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness import Backend, Call, as_tuple, check_against_truth, evaluate, gradient_of, grid
-from op_cases import OPS, SUBSETS, Op, ops
+from op_cases import OPS, SUBSETS, Op, enough, ops
 from pairs_cases import eighths
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
@@ -33,7 +33,7 @@ def outputs_of(op: Op, backend: Backend | None, number: int) -> tuple[Call, Call
     return lambda *t: as_tuple(call(*t))[number], lambda *t: as_tuple(formula(*t))[number]
 
 
-@grid(op=[op for op in OPS.values() if op.name != "partial_conv"])
+@grid(op=enough(op for op in OPS.values() if op.name != "partial_conv"))
 def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
     """Of each output alone: the others send no gradient at all."""
     for dtypes in ("bf16/f32", "f32/f32") if op.name == "masked_l1" else ("bf16/f32",):
@@ -53,7 +53,7 @@ def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
             op.judge(call, formula, inputs, wanted=wanted)
 
 
-@grid(op=OPS.values(), layout=(*LAYOUTS, "transposed"))
+@grid(op=enough(OPS.values()), layout=(*LAYOUTS, "transposed"))
 def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layout: str) -> None:
     """Of any other layout than these two they are contiguous; so is a map's layout that of the images."""
     inputs = on_device(kernel, *op.make(layout=layout))
@@ -68,7 +68,7 @@ def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layo
             assert got.stride() == like.stride()
 
 
-@grid(op=[op for op in IMAGE_OPS if op.name != "stacked_images"], layout=LAYOUTS)
+@grid(op=enough(op for op in IMAGE_OPS if op.name != "stacked_images"), layout=LAYOUTS)
 def test_second_derivatives(backend: Backend, op: Op, layout: str) -> None:
     """By the images and the upstream gradient, also where autograd must fill in a zero."""
     masks = ("n1hw", "nomask") if op.name == "masked_l1" else ("n1hw",)
@@ -112,7 +112,7 @@ def clear_of_kinks(op: Op) -> list[Tensor]:
     return [*(t.detach().requires_grad_() for t in images), *(t.double() for t in inputs[op.free :])]
 
 
-@grid(op=[op for op in OPS.values() if "own mask" not in op.id and op.name != "partial_conv"])
+@grid(op=enough(op for op in OPS.values() if "own mask" not in op.id and op.name != "partial_conv"))
 def test_gradcheck(backend: Backend, op: Op) -> None:
     inputs = clear_of_kinks(op)
     skip_unsupported(backend, inputs[0])
@@ -126,7 +126,7 @@ def test_gradcheck(backend: Backend, op: Op) -> None:
 
 
 @grid(
-    op=[op for op in IMAGE_OPS if not ("image-" in op.id and op.free == 1) and "target" not in op.id],
+    op=enough(op for op in IMAGE_OPS if not ("image-" in op.id and op.free == 1) and "target" not in op.id),
     mask=("n1hw-f16", "hw-f32", "nchw-f32"),
 )
 def test_gradient_to_the_mask(op: Op, mask: str) -> None:

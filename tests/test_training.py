@@ -20,7 +20,7 @@ from harness import (
     same_bits,
     spread,
 )
-from op_cases import DEFAULT, LARGE, NAMES, OPS, SMALL, SUBSETS, Op, ops
+from op_cases import DEFAULT, LARGE, NAMES, OPS, SMALL, SUBSETS, Op, enough, ops
 from partial_conv_cases import exact_convolutions  # noqa: F401
 from pixel_cases import on_device
 from torch import Tensor
@@ -38,7 +38,7 @@ from training_checks import (
 LAYOUTS = ("contiguous", "channels_last")
 # Planes and rows that are multiples of 8: no padding in the packed signs.
 KEPT_SIZE = (8, 3, 8, 8) if INTERPRETING else (8, 3, 64, 64)
-every_op = grid(op=OPS.values())
+every_op = grid(op=enough(OPS.values()))
 # One setting of each op, that of its documentation's example.
 USUAL = [
     OPS[name]
@@ -70,7 +70,7 @@ def assert_same(got: Any, want: Any) -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-@grid(op=[op for op in OPS.values() if op.keeps], dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
+@grid(op=enough(op for op in OPS.values() if op.keeps), dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
 def test_keeps_no_more_than_it_needs(kernel: Backend, op: Op, dtypes: str, layout: str) -> None:
     """Packed signs and the like; not an image that the caller's graph holds, nor one that it does not."""
     call = op.by(kernel)
@@ -116,7 +116,7 @@ REPEATED = [
 ]
 
 
-@grid(op=REPEATED, layout=LAYOUTS)
+@grid(op=enough(REPEATED), layout=LAYOUTS)
 def test_two_runs_give_the_same_bits(backend: Backend, op: Op, layout: str) -> None:
     halves = [(LARGE, "bf16/bf16")] if op.name == "stacked_images" else []
     for size, dtypes in [*((size, "f32/f32") for size in op.large), *halves]:
