@@ -28,13 +28,15 @@ N = 3
 @dataclass(frozen=True)
 class Method:
     """`net`: a network of tests/parity, narrow, for the trunk. `passes` of it over the predictions, which are `parts`
-    images together. The discriminator's `heads` read `extra` channels beside those of an image."""
+    images together; `written` images are made for it. The discriminators' `heads` read `extra` channels beside those
+    of an image."""
 
     objective: type[Objective]
     preset: str
     net: str | None = None
     passes: int = 0
     parts: int = 0
+    written: int = 0
     heads: int = 0
     extra: int = 0
     stages: int = 1
@@ -51,27 +53,27 @@ LAMA_SWITCHES = {
     "mask_resize": "adaptive_max",
 }
 METHODS = {
-    "pconv-paper": Method(objectives.PartialConvObjective, "paper", "vgg16", 1, 2),
+    "pconv-paper": Method(objectives.PartialConvObjective, "paper", "vgg16", 1, 2, 3),
     "pconv-nvidia": Method(
-        objectives.PartialConvObjective, "nvidia", "vgg16", 1, 1, settings={"tv_weight": 0.1}
+        objectives.PartialConvObjective, "nvidia", "vgg16", 1, 1, 2, settings={"tv_weight": 0.1}
     ),
-    "pconv-naoto0804": Method(objectives.PartialConvObjective, "naoto0804", "vgg16", 1, 2),
-    "pconv-mmagic": Method(objectives.PartialConvObjective, "mmagic", "vgg16", 1, 2),
-    "CTN": Method(objectives.CTNObjective, "released", "vgg19", 2, 2, heads=1),
-    "T-former": Method(objectives.TFormerObjective, "released", "vgg19", 2, 2, heads=1),
-    "MAT": Method(objectives.MATObjective, "released", "vgg19", 1, 1, heads=2, extra=1, stages=2),
-    "TransCNN-HAE": Method(objectives.TransCNNHAEObjective, "v1.0", "vgg19", 1, 1),
-    "CoordFill": Method(objectives.CoordFillObjective, "released", "alexnet", 1, 1, heads=1, size=32),
-    "CMT": Method(objectives.CMTObjective, "community", "vgg16", 1, 1, heads=1),
-    "LaMa": Method(objectives.LaMaObjective, "released", "stages", 1, 1, heads=1),
-    "LaMa-paper": Method(objectives.LaMaObjective, "paper", "stages", 1, 1, heads=1),
+    "pconv-naoto0804": Method(objectives.PartialConvObjective, "naoto0804", "vgg16", 1, 2, 3),
+    "pconv-mmagic": Method(objectives.PartialConvObjective, "mmagic", "vgg16", 1, 2, 3),
+    "CTN": Method(objectives.CTNObjective, "released", "vgg19", 2, 2, 2, heads=1),
+    "T-former": Method(objectives.TFormerObjective, "released", "vgg19", 2, 2, 2, heads=1),
+    "MAT": Method(objectives.MATObjective, "released", "vgg19", 1, 1, 2, heads=2, extra=1, stages=2),
+    "TransCNN-HAE": Method(objectives.TransCNNHAEObjective, "v1.0", "vgg19", 1, 1, 0),
+    "CoordFill": Method(objectives.CoordFillObjective, "released", "alexnet", 1, 1, 2, heads=1, size=32),
+    "CMT": Method(objectives.CMTObjective, "community", "vgg16", 1, 1, 1, heads=1),
+    "LaMa": Method(objectives.LaMaObjective, "released", "stages", 1, 1, 2, heads=1),
+    "LaMa-paper": Method(objectives.LaMaObjective, "paper", "stages", 1, 1, 2, heads=1),
     "LaMa-switches": Method(
-        objectives.LaMaObjective, "paper", "stages", 1, 1, heads=1, settings=LAMA_SWITCHES
+        objectives.LaMaObjective, "paper", "stages", 1, 1, 2, heads=1, settings=LAMA_SWITCHES
     ),
     "EdgeConnect-edge": Method(objectives.EdgeConnectObjective, "edge", heads=1, extra=1, channels=1),
-    "EdgeConnect-inpaint": Method(objectives.EdgeConnectObjective, "inpaint", "vgg19", 2, 2, heads=1),
-    "AOT-GAN-released": Method(objectives.AOTGANObjective, "released", "vgg19", 1, 1, heads=1),
-    "AOT-GAN-paper": Method(objectives.AOTGANObjective, "paper", "vgg19", 1, 1, heads=1),
+    "EdgeConnect-inpaint": Method(objectives.EdgeConnectObjective, "inpaint", "vgg19", 2, 2, 2, heads=1),
+    "AOT-GAN-released": Method(objectives.AOTGANObjective, "released", "vgg19", 1, 1, 2, heads=1),
+    "AOT-GAN-paper": Method(objectives.AOTGANObjective, "paper", "vgg19", 1, 1, 2, heads=1),
     "DeepFill-v1": Method(objectives.DeepFillObjective, "v1", heads=2, stages=2),
     "DeepFill-v2": Method(objectives.DeepFillObjective, "v2", heads=1, extra=1, stages=2),
 }

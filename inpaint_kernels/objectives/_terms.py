@@ -12,7 +12,7 @@ from torch import Tensor
 from ..features.lpips_heads import LPIPSHeads
 from ..ops import _checks
 from ..ops._named_tuples import serializable
-from ..ops.adversarial import DiscriminatorLoss, as_entries, discriminator_loss, generator_loss
+from ..ops.adversarial import DiscriminatorLoss, as_entries, discriminator_loss, generator_loss, mean
 from ..ops.feature_distance import feature_distance
 from ..ops.feature_matching import feature_matching_loss
 from ..ops.gram import gram_matrix
@@ -195,7 +195,7 @@ class LPIPS(FeatureTerm):
         self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
     ) -> Tensor:
         self.heads.check([m.shape[1] for m in maps])
-        return lpips_distance(maps, target, self.heads.values).mean() * len(self.images)
+        return mean(lpips_distance(maps, target, self.heads.values)) * len(self.images)
 
 
 @dataclass(frozen=True)
