@@ -30,7 +30,17 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import COVERING, INTERPRETING, Backend, Call, as_tuple, check_against_truth, evaluate, spread
+from harness import (
+    COVERING,
+    EMULATING,
+    INTERPRETING,
+    Backend,
+    Call,
+    as_tuple,
+    check_against_truth,
+    evaluate,
+    spread,
+)
 from pairs_cases import (
     MASK_IS,
     PARTS,
@@ -68,8 +78,8 @@ Size = tuple[int, ...]
 SIZE = (2, 3, 9, 14)
 SMALL = (2, 3, 4, 5)
 # What large inputs are: several tiles, parts of a sum and threads.
-LARGE = (2, 3, 5, 7) if INTERPRETING else (3, 3, 150, 170)
-MANY_CHANNELS = ((1, 17, 9, 14),) if INTERPRETING else ((2, 3, 91, 101), (2, 64, 91, 101))
+LARGE = (2, 3, 5, 7) if INTERPRETING else (2, 3, 48, 56) if EMULATING else (3, 3, 150, 170)
+MANY_CHANNELS = ((1, 17, 9, 14),) if INTERPRETING or EMULATING else ((2, 3, 91, 101), (2, 64, 91, 101))
 # Of the inputs that kernels compute a gradient to, by how many those are.
 SUBSETS: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((0,),),

@@ -12,6 +12,7 @@ import torch
 from feature_cases import check_matmul_precision
 from harness import (
     COVERING,
+    EMULATING,
     INTERPRETING,
     Backend,
     evaluate,
@@ -37,7 +38,7 @@ from training_checks import (
 
 LAYOUTS = ("contiguous", "channels_last")
 # Planes and rows that are multiples of 8: no padding in the packed signs.
-KEPT_SIZE = (8, 3, 8, 8) if INTERPRETING else (8, 3, 64, 64)
+KEPT_SIZE = (8, 3, 8, 8) if INTERPRETING or EMULATING else (8, 3, 64, 64)
 every_op = grid(op=enough(OPS.values()))
 # One setting of each op, that of its documentation's example.
 USUAL = [
