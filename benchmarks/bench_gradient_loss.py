@@ -1,4 +1,4 @@
-"""Gradient loss: differences of neighbours in the composite against those in the truth, in a hole and around it.
+"""Gradient loss: differences of neighbours in the composite against those in the truth, for a hole and its ring.
 
 The plain formula is what a training script writes: the composite, its differences minus those of the target, pairs
 weighed by the region, which pooling over 11x11 pixels dilates and erodes without gradient. The rewrite takes the

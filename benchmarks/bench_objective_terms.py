@@ -3,7 +3,7 @@
 In place of the network stands one that costs nothing: it returns feature maps of the network's sizes that lie ready,
 takes their gradients and gives back a gradient of the images that lies ready. What is left are the images that the
 trunk reads, the pixel terms, feature distances, Gram matrices and the adversarial term on logits that lie ready,
-forward and backward. The cases "no trunk" leave the terms on features out and show what a call costs the host.
+forward and backward. The cases "without trunk" leave the terms on features out and show what a call costs the host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bench_objective_pconv_terms import Network, read
 from .harness import Benchmark, Bytes, Case, Formula, Terms
-from .methods import built, layer_shape, method_inputs, method_of, outputs_of, total
+from .methods import BARE, built, layer_shape, method_inputs, method_of, outputs_of, total
 
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
@@ -89,6 +89,8 @@ def fused(case: Case, backend: str) -> Formula:
 
     @functools.cache
     def objective(heads: tuple[Tensor, ...]) -> Any:
+        if not layers:
+            return built(case, backend, None, None, heads)
         trunk = Ready(
             torch.nn.Sequential(*(torch.nn.Identity() for _ in layers)), list(map(str, range(len(layers))))
         )
@@ -98,7 +100,8 @@ def fused(case: Case, backend: str) -> Formula:
     def formula(**inputs: Any) -> Terms:
         outputs = outputs_of(inputs)
         loss = objective(tuple(outputs["heads"]))
-        loss.trunk.ready = _Ready(inputs, method.passes, truth_first=True)
+        if layers:
+            loss.trunk.ready = _Ready(inputs, method.passes, truth_first=True)
         return (total(loss, inputs, outputs),)
 
     return formula
@@ -124,6 +127,7 @@ BENCHMARK = Benchmark(
     cases=[
         *(Case((4, 3, 256, 256), name, options={"method": name}) for name in TIMED),
         Case((1, 3, 64, 64), "ctn", options={"method": "ctn"}, quick=True),
+        *(Case((1, 3, 64, 64), name, options={"method": name}) for name in BARE),
     ],
     make_inputs=make_inputs,
     eager=eager,

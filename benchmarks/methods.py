@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import bench_inpainting_pixel
 from .harness import Case, image_inputs
 from .machine import ROOT
 
@@ -29,8 +31,10 @@ _CRITIC = {"features0": (64, 2), "features1": (128, 4), "features2": (256, 8), "
 
 @dataclass(frozen=True)
 class Method:
-    """`formula(trunk, images, outputs)` is the released total; `objective` the class of ours and `options` what it is
-    given. `passes`: the layers that each of our passes of the trunk reads, of the prediction and of the truth."""
+    """`formula(trunk, images, outputs)` is the released total; `objective` names the class of ours.
+
+    `passes`: the layers that each of our passes of the trunk reads, of the prediction and of the truth.
+    """
 
     objective: str
     formula: Callable[[Any, dict[str, Tensor], dict[str, Any]], Tensor]
@@ -38,7 +42,7 @@ class Method:
     passes: Sequence[tuple[str, ...]] = ()
     logits: tuple[tuple[int, int, int], ...] = ((1, 30, 30),)
     matches_features: bool = False
-    weights: dict[str, float] = field(default_factory=dict)  # of ours, where they are not the preset's
+    options: dict[str, float] = field(default_factory=dict)  # settings of ours that are not the preset's
     preset: str | None = None
 
 
@@ -126,6 +130,44 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+_NO_FEATURES = {"perceptual_weight": 0.0, "style_weight": 0.0}
+
+# Without the terms on features: what is left for images of 64 x 64 is the host's work.
+BARE: dict[str, Method] = {
+    "pconv without trunk": Method(
+        "PartialConvObjective",
+        lambda trunk, i, o: published_pixels(*_images(i)),
+        logits=(),
+        options=_NO_FEATURES,
+    ),
+    "ctn without trunk": Method(
+        "CTNObjective",
+        lambda trunk, i, o: F.l1_loss(i["pred"], i["target"]) + 0.1 * published.log_loss(o["fake"][0], 1.0),
+        options=_NO_FEATURES,
+    ),
+    "lama without trunk": Method(
+        "LaMaObjective",
+        lambda trunk, i, o: published.lama(
+            trunk,
+            i["pred"],
+            i["target"],
+            1 - i["mask"],
+            fake=o["fake"][0],
+            fake_features=o["fake_features"],
+            real_features=o["real_features"],
+            perceptual_weight=0.0,
+        )["total"],
+        matches_features=True,
+        options={"perceptual_weight": 0.0},
+    ),
+}
+
+
+def published_pixels(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The pixel terms of partial convolution."""
+    (total,) = bench_inpainting_pixel.eager(Case((1, 3, 64, 64)))(pred, target, mask)
+    return total
+
 
 def layer_shape(net: str, layer: str) -> tuple[int, int]:
     """(channels, step) of a layer; sides are those of the image over the step."""
@@ -137,7 +179,7 @@ def layer_shape(net: str, layer: str) -> tuple[int, int]:
 
 
 def method_of(case: Case) -> Method:
-    return METHODS[case.options["method"]]
+    return {**METHODS, **BARE}[case.options["method"]]
 
 
 def method_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
@@ -179,10 +221,16 @@ def built(
     import inpaint_kernels as ik
 
     method = method_of(case)
-    options: dict[str, Any] = {"trunk": trunk, "backend": backend, "chunk": chunk, "mask_is": "valid"}
+    options: dict[str, Any] = {
+        "trunk": trunk,
+        "backend": backend,
+        "chunk": chunk,
+        "mask_is": "valid",
+        **method.options,
+    }
     if method.net == "alexnet":
         options["heads"] = [head.float() for head in heads]
-    if method.objective == "LaMaObjective":
+    if method.objective == "LaMaObjective" and trunk is not None:
         options["perceptual_layers"] = _STAGES
     found: Objective = getattr(ik.objectives, method.objective)(method.preset, **options)
     return found
@@ -193,8 +241,8 @@ def total(objective: Objective, images: dict[str, Tensor], outputs: dict[str, An
     import inpaint_kernels as ik
 
     fake, real = outputs["fake"], None
-    if len(fake) == 1:
-        fake = fake[0]
+    if len(fake) < 2:
+        fake = fake[0] if fake else None
     if outputs["fake_features"]:
         fake = ik.objectives.DiscriminatorOutput(fake, outputs["fake_features"])
         real = ik.objectives.DiscriminatorOutput(None, outputs["real_features"])

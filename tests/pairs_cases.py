@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, INTERPRETING, Backend, generator
+from harness import DTYPES, EMULATING, INTERPRETING, Backend, generator
 from hypothesis import strategies as st
 from pixel_cases import MASK_SHAPES, hole_valid_formula, image_cases, make_mask, penalty_map, ratio
 from torch import Tensor
@@ -44,8 +44,25 @@ SIZES = {
     "vectors": (2, 3, 16, 16),  # whole vectors only
     "c17": (1, 17, 9, 11),  # five CPU units of up to 4 planes each; a step of 17 in channels_last
 }
+# Of the CUDA kernels: a strip is 8, 16 or 32 threads of 4 pixels, a chunk 4 to 32 rows, a word of signs 4 x 4 pixels.
+# A thread has 3 channels where C is 3 or more than 4, else 1.
+if EMULATING:
+    SIZES = {
+        "1x1": (1, 1, 1, 1),  # no pair at all
+        "row": (3, 1, 1, 29),  # pairs across only
+        "column": (2, 3, 33, 1),  # pairs down only, several chunks
+        "7": (2, 3, 9, 13),  # no row aligned: pixels one by one, words of signs cut in both directions
+        "vectors": (2, 3, 8, 16),  # whole quads
+        "halves": (2, 2, 6, 36),  # more quads than threads in the narrowest strip: 9 in two of 8
+        "strips": (1, 3, 5, 132),  # 33 quads
+        "wide": (1, 1, 3, 260),  # 65 quads
+        "rgba": (1, 4, 6, 20),  # not a multiple of the channels a thread has
+        "c5": (1, 5, 7, 12),  # a group of 3 channels and one of 2
+        "c17": (1, 17, 5, 6),
+        "samples": (1100, 1, 1, 3),  # more samples than threads in the last stage
+    }
 # Too large for the interpreter.
-if not INTERPRETING:
+elif not INTERPRETING:
     SIZES["units"] = (
         2,
         2,
@@ -246,7 +263,7 @@ SCALE, SHIFT = (0.7, 1.3, 2.1), (12.0, -11.0, 13.0)
 def stacked_images_formula(
     pred: Tensor,
     target: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
     *,
     parts: Sequence[str],
     scale: Sequence[float] | float | None = None,
