@@ -85,7 +85,7 @@ def loss_curves(
     Args:
         path: PNG file to write.
         title: above the plot.
-        weights: of the terms in the total.
+        weights: of the terms in the total, 1 for what is drawn beside them.
         fused, eager: the "total" and each term of every step [steps]; ``eager`` counts from ``first_compared`` and
             may end earlier.
         first_compared: steps before it were trained by an earlier, resumed run.
