@@ -244,8 +244,8 @@ def fused_backend(
     from inpaint_kernels.objectives import DiscriminatorOutput
 
     asked = asked or os.environ.get("INPAINT_KERNELS_BACKEND") or None
-    # As large as a trunk needs.
-    image, reason = torch.zeros(1, 3, 64, 64, device=device), ""
+    # As large as every trunk needs it.
+    image, reason = torch.zeros(1, 3, 32, 32, device=device), ""
     judged = DiscriminatorOutput(image[:, :1], [image])
     for backend in (asked,) if asked else ("cuda", "triton", "cpu", "reference"):
         try:

@@ -112,7 +112,8 @@ def loss_curves(
             compared = steps[first_compared : first_compared + len(eager[name])]
             smooth = _smooth(compared, weight * eager[name], steps.size)
             axis.plot(*smooth, "--", color=EAGER, linewidth=1.4, label="eager formulas")
-        axis.set(title=title, xlabel="step", yscale="log")
+        # A penalty may not have been taken yet.
+        axis.set(title=title, xlabel="step", yscale="log" if (fused[name] > 0).any() else "linear")
         axis.legend(fontsize=8)
 
     draw_loss("total", "training loss, running mean")

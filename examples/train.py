@@ -187,11 +187,6 @@ class Job:
             taps = self.method.layers
             options = {"taps": taps, "preprocess": "none", "channels_last": None, "random_scale": 1 / 3}
         trunk = load_trunk(name, args.trunk_weights, self.world.device, option=option, **options)
-        least = max(trunk.least_size)
-        if args.size < least:
-            raise InputError(
-                f"--size {args.size}: {name} leaves nothing of pictures smaller than {least}x{least}"
-            )
         if self.method is not None:
             return FeatureTerms(trunk, chunk=self._chunk)
         return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)
