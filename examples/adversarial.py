@@ -91,7 +91,7 @@ class Adversary:
 
     def __init__(self, objective: Published, settings: Settings, world: World) -> None:
         self.objective, self.settings, self.world = objective, settings, world
-        picture = torch.zeros(1, 3, 8, 8)
+        picture = torch.zeros(1, 3, 8, 8, device=world.device)
         shown = objective.shown(picture, picture, picture[:, :1])
         heads = [shown] if isinstance(shown, Tensor) else shown
         self.net = Discriminators(

@@ -80,7 +80,7 @@ def _lpips_heads(device: torch.device) -> list[Tensor]:
     return [weights.to(device) for weights in LPIPSHeads("alex").values]
 
 
-# LaMa's own trunk is a ResNet50 trained for segmentation, which the user of the objective brings.
+# LaMa's own trunk is a ResNet50 trained for segmentation, which whoever trains with its objective brings.
 LAMA_LAYERS, LAMA_VALID_WEIGHT = ("pool1", "pool2", "pool3", "pool4"), 10.0
 
 
@@ -95,6 +95,7 @@ METHODS = {
     "pconv": Method("PartialConvObjective", "vgg16", published.partial_conv, tanh=False),
     "ctn": Method("CTNObjective", "vgg19", published.ctn, published.ctn_discriminator),
     "tformer": Method("TFormerObjective", "vgg19", published.t_former, published.t_former_discriminator),
+    # Its network has two stages, each with a discriminator; both are shown the one output there is.
     "mat": Method(
         "MATObjective",
         "vgg19",

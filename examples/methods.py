@@ -83,7 +83,7 @@ class Method:
         discriminator: the loss of its discriminator, called with logits (real, fake), None without one.
         critic_input: what goes into the discriminator, made of (image, known mask); None for the image alone.
         penalty: of (real logits, real images).
-        heads: discriminators; the one network output here stands for the image of each of several stages.
+        heads: how many discriminators it has.
         tanh: it trains on pictures in [-1, 1], not [0, 1].
         hole_mask: its formula's masks are 1 in the hole.
         mask_labels: the loss of its discriminator reads the mask, too.
@@ -180,9 +180,11 @@ class Fused(Published):
 
     def __init__(self, method: Method, features: FeatureTerms, backend: str | None) -> None:
         super().__init__(method)
-        self.objective = method.objective_class(
+        objective = method.objective_class(
             trunk=features.trunk, chunk=features.chunk, backend=backend, mask_is="valid", **method.changes
         )
+        # The trunk is there already, LPIPS' weights are not.
+        self.objective = objective.to(features.trunk.scale.device)
 
     def terms(
         self, pred: Tensor, target: Tensor, mask: Tensor, fake: Judged | None, real: Judged | None

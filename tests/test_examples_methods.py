@@ -115,12 +115,12 @@ def draw() -> tuple[Tensor, data.Batch]:
     return pred, data.Batch(target, mask, ["a", "b"])
 
 
-def adversary_of(objective: methods.Published) -> adversarial.Adversary:
+def adversary_of(objective: methods.Published, amp: str = "off") -> adversarial.Adversary:
     torch.manual_seed(0)
-    return adversarial.Adversary(objective, settings(), world.World(CPU))
+    return adversarial.Adversary(objective, settings(amp), world.World(CPU))
 
 
-def settings() -> options.Settings:
+def settings(amp: str = "off") -> options.Settings:
     return options.Settings(
         steps=1,
         batch=2,
@@ -128,7 +128,7 @@ def settings() -> options.Settings:
         lr=4e-3,
         seed=0,
         width=4,
-        amp="off",
+        amp=amp,
         normalize="image",
         save_every=1,
         data="",
@@ -315,8 +315,22 @@ def assert_same(a: Any, b: Any, path: str) -> None:
         assert a.keys() == b.keys(), path
         for key in a:
             assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert_same(dict(enumerate(a)), dict(enumerate(b)), path)
     else:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, path
+
+
+@pytest.mark.usefixtures("narrow")
+def test_discriminator_is_restored_with_the_scale_of_its_loss() -> None:
+    pred, batch = draw()
+    fused, _ = sides("mat")
+    trained, fresh = (adversary_of(fused, "fp16") for _ in range(2))
+    trained.step(pred, batch, 1e-3, 0)
+    state = copy.deepcopy(trained.state())
+    assert state["scaler"] != fresh.state()["scaler"]
+    fresh.restore(state)
+    assert_same(fresh.state(), state, "adversary")
 
 
 @pytest.mark.usefixtures("narrow")
@@ -333,7 +347,7 @@ def test_another_method_goes_on_with_a_new_discriminator(run: Run, tmp_path: Pat
 def test_two_processes_train_what_one_does(run: Run, tmp_path: Path, photos: Path) -> None:
     """Two discriminators with a penalty in the first step: two processes of batch 2 against one of batch 4."""
     out, program = tmp_path / "two", tmp_path / "narrow_train.py"
-    common = ["--objective", "mat", "--steps", "3", "--no-compare"]
+    common = ["--objective", "mat", "--steps", "3"]
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})\n"
         "import plots, train\nfrom inpaint_kernels.features import torchvision_nets\n"
@@ -353,7 +367,9 @@ def test_two_processes_train_what_one_does(run: Run, tmp_path: Path, photos: Pat
         timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
-    assert run(*common, "--batch", 4, out=tmp_path / "one")[0] == 0
+    assert report(out)["processes"] == 2
+    assert report(out)["largest_relative_difference"] < 1e-4
+    assert run(*common, "--batch", 4, "--no-compare", out=tmp_path / "one")[0] == 0
     two, one = (load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
     torch.testing.assert_close(two["history"][:1], one["history"][:1], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(two["history"], one["history"], rtol=1e-3, atol=1e-6)
