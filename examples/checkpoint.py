@@ -20,6 +20,7 @@ KEYS = {
     "model",
     "optimizer",
     "scaler",
+    "adversary",
     "rng",
     "history",
     "held_out",
@@ -87,9 +88,10 @@ def read(path: Path, option: str = "") -> dict[str, Any]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is damaged or not a checkpoint ({reason}){hint}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) != KEYS:
+    # Earlier versions had no discriminator.
+    if not isinstance(state, dict) or state.get("format") != FORMAT or set(state) | {"adversary"} != KEYS:
         raise InputError(f"{path} was not written by train.py{hint}")
-    return state
+    return {"adversary": None, **state}
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -21,15 +21,16 @@ from typing import Any
 import checkpoint
 import torch
 import torch.distributed as dist
+from adversarial import Adversary
 from data import Batch, Sampler
-from losses import Objective, Terms
 from memory import PeakMemory, release_freed
+from methods import Objective, Published, Terms
 from model import PartialConvUNet
-from options import AMP_DTYPES, Settings
+from options import Settings
 from pictures import InputError
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from world import World
 
 WARMUP_STEPS = 20
 # The rate falls with the step alone, so that a run does not depend on how long it was meant to be.
@@ -39,26 +40,8 @@ HELD_OUT_CROPS = 16
 SPANS = 2000
 # So often several processes ask each other whether one of them is to stop.
 STOP_STEPS = 10
-
-
-@dataclass(frozen=True)
-class World:
-    """This process and its companions; ``group`` is None for a single process."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def average(self, values: Tensor) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(values, group=self.group)
-            values /= self.size
-        return values
+# What is recorded of every step: the terms, 0 for those left out, the discriminator's loss and its gradient penalty.
+RECORDED = (*Terms._fields, "discriminator", "penalty")
 
 
 def now(device: torch.device) -> Any:
@@ -117,18 +100,22 @@ def make_network(settings: Settings) -> PartialConvUNet:
 
 
 class Trainer:
-    """A network, its optimiser and an objective; ``train`` runs from ``step`` to ``settings.steps``."""
+    """A network, its optimiser, an objective and the discriminator of one that has it.
+
+    ``train`` runs from ``step`` to ``settings.steps``.
+    """
 
     def __init__(self, settings: Settings, world: World, sampler: Sampler, objective: Objective) -> None:
         self.settings, self.world, self.sampler, self.objective = settings, world, sampler, objective
         torch.manual_seed(settings.seed)
         self.net = make_network(settings).to(world.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.lr)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.amp == "fp16")
+        self.scaler = world.scaler(settings.amp)
+        self.adversary: Adversary | None = None
+        if isinstance(objective, Published) and objective.adversarial:
+            self.adversary = Adversary(objective, settings, world)
         self.step = 0
-        self.history = torch.zeros(
-            settings.steps, len(Terms._fields), dtype=torch.float64, device=world.device
-        )
+        self.history = torch.zeros(settings.steps, len(RECORDED), dtype=torch.float64, device=world.device)
         self.held_out: list[tuple[int, float]] = []
         self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
         self.memory = PeakMemory(world.device)
@@ -154,6 +141,7 @@ class Trainer:
                 "model": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "adversary": None if self.adversary is None else self.adversary.state(),
                 "rng": rng,
                 "history": self.averaged_history().cpu(),
                 "held_out": self.held_out,
@@ -173,6 +161,9 @@ class Trainer:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             if state["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
+            # Another method's discriminator is of no use: this one begins anew.
+            if self.adversary and state["settings"].get("objective") == self.settings.objective:
+                self.adversary.restore(state["adversary"])
             torch.set_rng_state(state["rng"]["cpu"])
             if self.world.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
@@ -185,8 +176,15 @@ class Trainer:
             reason = str(error).splitlines()[0]
             raise InputError(f"the checkpoint does not fit this network: {reason}") from error
 
+    @property
+    def of_discriminator(self) -> tuple[str, ...]:
+        """What is recorded beside the terms: the discriminator's loss, and its penalty as it was last taken."""
+        if self.adversary is None:
+            return ()
+        return RECORDED[-2:] if self.adversary.objective.penalty_interval else RECORDED[-2:-1]
+
     def averaged_history(self) -> Tensor:
-        """The terms, 0 for those left out, of every step so far, averaged over the processes."""
+        """What was recorded of every step so far, averaged over the processes."""
         return self.world.average(self.history[: self.step].clone())
 
     # -- training -----------------------------------------------------------------------------
@@ -197,7 +195,9 @@ class Trainer:
         Raises KeyboardInterrupt after the step in which Ctrl-C is pressed; with ``out``, that step is saved.
         """
         release_freed()
-        network = self._parallel()
+        network = self.world.parallel(self.net)
+        if self.adversary is not None:
+            self.adversary.begin()
         with self.stop, self._progress(label) as bar, self._batches() as batches:
             if out is not None and self.step == 0:
                 self.validate()
@@ -207,8 +207,7 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 if self.step % 10 == 0 or self.step == self.settings.steps:
-                    total, hole = self.history[self.step - 1, :2].tolist()
-                    bar.set_postfix_str(f"loss {total:.4f}, hole {hole:.4f}")
+                    bar.set_postfix_str(self._latest())
                 if out is not None and self._is_due():
                     self.validate()
                     self._save(out)
@@ -229,20 +228,27 @@ class Trainer:
             parameters["lr"] = rate / math.sqrt(1 + self.step / DECAY_STEPS)
         start = now(device)
         batch = batch.to(device)
-        with self._autocast():
+        with self.world.autocast(self.settings.amp):
             output = network(batch.images * batch.masks, batch.masks)
-        # The loss is differentiated on its own, so that its backward can be timed apart from the network's.
+        # The loss is differentiated on its own, so that its backward can be timed apart from the networks'.
         pred = output.detach().requires_grad_()
+        judged = self.adversary.judge(pred, batch) if self.adversary else None
+        fake, real = (judged.fake, judged.real) if judged else (None, None)
         loss_start = now(device)
-        terms = self.objective(pred, batch.images, batch.masks)
+        terms = self.objective(pred, batch.images, batch.masks, fake, real)
         self.scaler.scale(terms.total).backward()
         loss_end = now(device)
+        if judged is not None:
+            judged.backward(pred)
         output.backward(pred.grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         zero = terms.total.new_zeros(())
-        self.history[self.step] = torch.stack([zero if term is None else term.detach() for term in terms])
+        recorded = [zero if term is None else term.detach() for term in terms]
+        if self.adversary is not None:
+            recorded += self.adversary.step(output.detach(), batch, rate, self.step)
+        self.history[self.step, : len(recorded)] = torch.stack(recorded)
         self.loss_watch.spans.append((loss_start, loss_end))
         self.step_watch.spans.append((start, now(device)))
 
@@ -258,22 +264,12 @@ class Trainer:
     @torch.no_grad()
     def fill(self, batch: Batch) -> Tensor:
         """The network's pictures [N, 3, S, S] in [0, 1]."""
-        with self._autocast():
+        with self.world.autocast(self.settings.amp):
             output = self.net(batch.images * batch.masks, batch.masks)
         filled: Tensor = output.float().clamp(0, 1)
         return filled
 
     # -- details ------------------------------------------------------------------------------
-
-    def _parallel(self) -> torch.nn.Module:
-        if self.world.group is None:
-            return self.net
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(self.net, device_ids=devices, process_group=self.world.group)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AMP_DTYPES[self.settings.amp]
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=self.settings.amp != "off")
 
     def _is_due(self) -> bool:
         return self.step % self.settings.save_every == 0 or self.step == self.settings.steps
@@ -301,6 +297,12 @@ class Trainer:
             raise InputError(
                 f"the loss is not finite at step {step}; try a lower --lr (now {self.settings.lr:g})"
             )
+
+    def _latest(self) -> str:
+        """The total and the first of its terms, in words."""
+        values = dict(zip(RECORDED, self.history[self.step - 1].tolist(), strict=True))
+        term = next(iter(self.settings.weights))
+        return f"loss {values['total']:.4f}, {term} {values[term]:.4f}"
 
     def _progress(self, label: str) -> tqdm[Any]:
         # A log file gets a line every few seconds instead of ten a second.

@@ -1,58 +1,24 @@
-"""The training objective, twice: with the fused losses and with the eager formulas they replace.
+"""The training objectives, twice: with the fused losses and with the eager formulas they replace.
 
-The only place that builds losses; a further objective is one more function here.
+The only place that builds losses; a further published method is one more row of ``METHODS``.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
+import published
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from methods import Eager, FeatureTerms, Fused, Method, Objective, Terms
 from pictures import InputError
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from inpaint_kernels.features import FrozenTrunk
-
-# Of Liu et al. (2018). The pixel objective has the first two, and takes its perceptual and style weights as options.
+# Of the pixel objective; it takes its perceptual and style weights as options.
 HOLE_WEIGHT, VALID_WEIGHT = 6.0, 1.0
-TV_WEIGHT, PERCEPTUAL_WEIGHT, STYLE_WEIGHT = 0.1, 0.05, 120.0
-
-
-class Terms(NamedTuple):
-    """Scalars on the device: the weighted ``total`` and its unweighted terms, None for those left out."""
-
-    total: Tensor
-    hole: Tensor
-    valid: Tensor
-    perceptual: Tensor | None = None
-    style: Tensor | None = None
-    tv: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FeatureTerms:
-    """Weights of the terms on a trunk's features, 0 for none, and how many samples are streamed at a time.
-
-    ``trunk`` takes pictures in [0, 1]; the one of "pconv" takes them normalised, which its objective does itself.
-    """
-
-    trunk: FrozenTrunk
-    perceptual: float = PERCEPTUAL_WEIGHT
-    style: float = STYLE_WEIGHT
-    chunk: int | None = None
-
-
-Objective = Callable[[Tensor, Tensor, Tensor], Terms]
-
-
-def weighted(hole: Tensor, valid: Tensor) -> Terms:
-    return Terms(HOLE_WEIGHT * hole + VALID_WEIGHT * valid, hole, valid)
 
 
 def make_objective(
@@ -64,85 +30,123 @@ def make_objective(
     group: dist.ProcessGroup | None = None,
     features: FeatureTerms | None = None,
 ) -> Objective:
-    """A function of (pred [N, 3, H, W], target, mask [N, 1, H, W] with 1 = known).
+    """One of the two sides of an objective.
 
     Args:
         kind: "fused" or "eager".
         name: "pixel", errors in the hole and elsewhere, with perceptual and style terms if there are ``features``;
-            "pconv", the published objective of partial convolution, of which ``features`` has the trunk.
+            or a published method, a key of ``METHODS``, of which ``features`` has the trunk.
         normalize: "image" divides both terms by the number of elements of ``pred``, "mask" each by the
             size of its region, over all processes of ``group``; for "pixel".
         backend: which implementation of the fused losses, as ``fused_backend`` says; None chooses by device.
         group: the DDP process group, None for a single process.
         features: perceptual and style terms of the output and of the composite, None for none.
     """
-    if name == "pconv":
+    if name != "pixel":
         assert features is not None
-        # All of its terms are means over whole images, so that DDP's average of equal batches is the global one.
-        return _eager_partial_conv(features) if kind == "eager" else _fused_partial_conv(features, backend)
+        # The terms are means over images, so that DDP's average of equal batches is the global one. EdgeConnect
+        # divides by the hole's share of a batch: of each process's own, as its code would do.
+        method = METHODS[name]
+        return Eager(method, features) if kind == "eager" else Fused(method, features, backend)
     pixels = _eager(normalize, group) if kind == "eager" else _fused(normalize, backend, group)
     if features is None:
-        return pixels
+        return Objective(pixels)
     compare = _eager_features(features) if kind == "eager" else _fused_features(features)
 
-    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        return _with_features(pixels, compare, pred, _composite(pred, target, mask), target, mask)
+    def terms(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        composite = published.composite(pred, target, mask)
+        found = pixels(pred, target, mask)
+        weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
+        return found._replace(total=found.total + weighted_sum, perceptual=perceptual, style=style)
 
-    return objective
-
-
-def _fused_partial_conv(features: FeatureTerms, backend: str | None) -> Objective:
-    import inpaint_kernels as ik
-
-    complete = ik.objectives.PartialConvObjective(
-        "paper", trunk=features.trunk, chunk=features.chunk, backend=backend
-    )
-
-    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        return Terms(**complete(pred, target, mask)._asdict())
-
-    return objective
+    return Objective(terms)
 
 
-def _eager_partial_conv(features: FeatureTerms) -> Objective:
-    """The same as training scripts write it."""
-    from inpaint_kernels.features import FrozenTrunk
-
-    trunk = features.trunk
-    pixels = _eager("image", None)
-    compare = _eager_features(replace(features, trunk=FrozenTrunk(trunk.features, trunk.taps, "imagenet")))
-
-    def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        composite = _composite(pred, target, mask)
-        terms = _with_features(pixels, compare, pred, composite, target, mask)
-        tv = _variation_around(composite, 1 - mask)
-        return terms._replace(total=terms.total + TV_WEIGHT * tv, tv=tv)
-
-    return objective
+# -- published methods --------------------------------------------------------------------------
 
 
-def _composite(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return mask * target + (1 - mask) * pred
+def _transcnn_hae(trunk: published.Trunk, pred: Tensor, target: Tensor, mask: Tensor) -> published.Terms:
+    return published.transcnn_hae(trunk, pred, target)
 
 
-def _variation_around(image: Tensor, hole: Tensor) -> Tensor:
-    """Summed differences of neighbours in the hole dilated by one pixel, as a share of all elements."""
-    region = F.max_pool2d(hole, 3, stride=1, padding=1)
-    across = region[:, :, :, 1:] * region[:, :, :, :-1] * (image[:, :, :, 1:] - image[:, :, :, :-1]).abs()
-    down = region[:, :, 1:] * region[:, :, :-1] * (image[:, :, 1:] - image[:, :, :-1]).abs()
-    return (across.sum() + down.sum()) / image.numel()
+def _coordfill(trunk: published.Trunk, pred: Tensor, *images: Tensor, **judged: Any) -> published.Terms:
+    return published.coordfill(trunk, pred, *images, heads=_lpips_heads(pred.device), **judged)
 
 
+@functools.cache
+def _lpips_heads(device: torch.device) -> list[Tensor]:
+    from inpaint_kernels.features.lpips_heads import LPIPSHeads
+
+    return [weights.to(device) for weights in LPIPSHeads("alex").values]
+
+
+# LaMa's own trunk is a ResNet50 trained for segmentation, which whoever trains with its objective brings.
+LAMA_LAYERS, LAMA_VALID_WEIGHT = ("pool1", "pool2", "pool3", "pool4"), 10.0
+
+
+def _lama(*images: Any, **judged: Any) -> published.Terms:
+    terms = published.lama(*images, layers=LAMA_LAYERS, valid_weight=LAMA_VALID_WEIGHT, **judged)
+    # Its pixel term has the weight inside.
+    terms["valid"] = terms.pop("l1") / LAMA_VALID_WEIGHT
+    return terms
+
+
+METHODS = {
+    "pconv": Method("PartialConvObjective", "vgg16", published.partial_conv, tanh=False),
+    "ctn": Method("CTNObjective", "vgg19", published.ctn, published.ctn_discriminator),
+    "tformer": Method("TFormerObjective", "vgg19", published.t_former, published.t_former_discriminator),
+    # Its network has two stages, each with a discriminator; both are shown the one output there is.
+    "mat": Method(
+        "MATObjective",
+        "vgg19",
+        published.mat,
+        published.mat_discriminator,
+        critic_input=published.mat_critic_input,
+        penalty=lambda real, images: published.mat_r1(real, (images, images)),
+        heads=2,
+    ),
+    "transcnn-hae": Method("TransCNNHAEObjective", "vgg19", _transcnn_hae),
+    "coordfill": Method("CoordFillObjective", "alexnet", _coordfill, published.coordfill_discriminator),
+    "cmt": Method("CMTObjective", "vgg16", published.cmt, published.cmt_discriminator, hole_mask=True),
+    "lama": Method(
+        "LaMaObjective",
+        "vgg16",
+        _lama,
+        published.lama_discriminator,
+        penalty=published.lama_r1,
+        tanh=False,
+        hole_mask=True,
+        mask_labels=True,
+        changes={"perceptual_layers": LAMA_LAYERS, "valid_weight": LAMA_VALID_WEIGHT},
+    ),
+    "edge-connect": Method(
+        "EdgeConnectObjective",
+        "vgg19",
+        published.edge_connect_inpaint,
+        published.edge_connect_discriminator,
+        tanh=False,
+        hole_mask=True,
+    ),
+    "aot-gan": Method(
+        "AOTGANObjective",
+        "vgg19",
+        published.aot_gan,
+        published.aot_gan_discriminator,
+        hole_mask=True,
+        mask_labels=True,
+    ),
+}
+
+
+# -- pixel terms, and single terms on features ---------------------------------------------------
+
+PixelTerms = Callable[[Tensor, Tensor, Tensor], Terms]
 # (output, composite, truth) -> weighted sum, perceptual term, style term
 Comparison = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
-def _with_features(
-    pixels: Objective, compare: Comparison, pred: Tensor, composite: Tensor, target: Tensor, mask: Tensor
-) -> Terms:
-    terms = pixels(pred, target, mask)
-    weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
-    return terms._replace(total=terms.total + weighted_sum, perceptual=perceptual, style=style)
+def weighted(hole: Tensor, valid: Tensor) -> Terms:
+    return Terms(HOLE_WEIGHT * hole + VALID_WEIGHT * valid, hole, valid)
 
 
 def _fused_features(features: FeatureTerms) -> Comparison:
@@ -173,53 +177,46 @@ def _fused_features(features: FeatureTerms) -> Comparison:
     return compare_one
 
 
-def _gram(features: Tensor) -> Tensor:
-    n, c, h, w = features.shape
-    flat = features.view(n, c, h * w)
-    return torch.bmm(flat, flat.transpose(1, 2)) / (c * h * w)
-
-
 def _eager_features(features: FeatureTerms) -> Comparison:
     """The published loops over predictions and layers."""
     trunk = features.trunk
 
-    def summed(term: Callable[[Tensor, Tensor], Tensor], maps: list[list[Tensor]]) -> Tensor:
-        *predictions, truth = maps
-        values = [term(x, y) for found in predictions for x, y in zip(found, truth, strict=True)]
-        return torch.stack(values).sum()
-
     def compare(
         pred: Tensor, composite: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        maps = [trunk(pred), trunk(composite), trunk(target)]
-        perceptual = summed(F.l1_loss, maps) if features.perceptual else None
-        style = summed(lambda x, y: F.l1_loss(_gram(x), _gram(y)), maps) if features.style else None
-        parts = [(features.perceptual, perceptual), (features.style, style)]
-        weighted_terms = [weight * term for weight, term in parts if term is not None]
-        return torch.stack(weighted_terms).sum(), perceptual, style
+        *found, truth = (trunk(images) for images in (pred, composite, target))
+        ones = (1.0,) * len(truth)
+        total, perceptual, style = truth[0].new_zeros(()), None, None
+        if features.perceptual:
+            perceptual = torch.stack([published.perceptual_l1(maps, truth, ones) for maps in found]).sum()
+            total = total + features.perceptual * perceptual
+        if features.style:
+            style = torch.stack([published.style_l1(maps, truth) for maps in found]).sum()
+            total = total + features.style * style
+        return total, perceptual, style
 
     return compare
 
 
-def _fused(normalize: str, backend: str | None, group: dist.ProcessGroup | None) -> Objective:
+def _fused(normalize: str, backend: str | None, group: dist.ProcessGroup | None) -> PixelTerms:
     import inpaint_kernels as ik
 
     if group is None or normalize == "image":
 
-        def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        def terms(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
             return weighted(*ik.hole_valid_loss(pred, target, mask, normalize=normalize, backend=backend))
 
     else:
         # Region means over all processes need the summed masks of all processes.
-        def objective(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        def terms(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
             hole = ik.masked_l1_loss(pred, target, 1 - mask, backend=backend, process_group=group)
             valid = ik.masked_l1_loss(pred, target, mask, backend=backend, process_group=group)
             return weighted(hole, valid)
 
-    return objective
+    return terms
 
 
-def _eager(normalize: str, group: dist.ProcessGroup | None) -> Objective:
+def _eager(normalize: str, group: dist.ProcessGroup | None) -> PixelTerms:
     """What a training script without the package writes."""
 
     def by_image(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
@@ -245,11 +242,16 @@ def fused_backend(
     device: torch.device, asked: str | None, name: str = "pixel", features: FeatureTerms | None = None
 ) -> str:
     """The implementation the fused losses of an objective run on: the one asked for, else the first that can."""
+    from inpaint_kernels.objectives import DiscriminatorOutput
+
     asked = asked or os.environ.get("INPAINT_KERNELS_BACKEND") or None
-    image, reason = torch.zeros(1, 3, 8, 8, device=device), ""
+    # As large as every trunk needs it.
+    image, reason = torch.zeros(1, 3, 32, 32, device=device), ""
+    judged = DiscriminatorOutput(image[:, :1], [image])
     for backend in (asked,) if asked else ("cuda", "triton", "cpu", "reference"):
         try:
-            make_objective("fused", name, backend=backend, features=features)(image, image, image[:, :1])
+            objective = make_objective("fused", name, backend=backend, features=features)
+            objective(image, image, image[:, :1], judged, judged)
             return backend
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from losses import Objective
+from adversarial import Judgement, tensors
+from methods import Objective
 from torch import Tensor
 
 
@@ -31,14 +32,22 @@ class _Held:
 
 
 def bytes_kept(
-    objective: Objective, pred: Tensor, target: Tensor, mask: Tensor, fixed: Iterable[Tensor] = ()
+    objective: Objective,
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    fixed: Iterable[Tensor] = (),
+    judged: Judgement | None = None,
 ) -> Kept:
     """Counts what one call of the objective saves for its backward; shared storage counts once.
 
-    What is ``fixed``, such as the weights of a trunk, does not count: it is there anyway.
+    What is ``fixed``, such as the weights of a trunk, does not count: it is there anyway. What is ``judged`` by a
+    discriminator is an input like the images.
     """
     pred = pred.detach().requires_grad_()
-    given = {tensor.untyped_storage().data_ptr() for tensor in (pred, target, mask)}
+    fake, real = (judged.fake, judged.real) if judged else (None, None)
+    inputs = [pred, target, mask, *tensors(fake), *tensors(real)]
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     ignored = {tensor.untyped_storage().data_ptr() for tensor in fixed}
     # A graph that lives and dies within the call, as when streaming, keeps nothing.
     saved: weakref.WeakSet[_Held] = weakref.WeakSet()
@@ -49,13 +58,13 @@ def bytes_kept(
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        terms = objective(pred, target, mask)
+        terms = objective(pred, target, mask, fake, real)
     storages = [held.tensor.untyped_storage() for held in saved]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del terms
-    inputs = sum(size for pointer, size in sizes.items() if pointer in given)
+    held_inputs = sum(size for pointer, size in sizes.items() if pointer in given)
     made = sum(size for pointer, size in sizes.items() if pointer not in given | ignored)
-    return Kept(made, inputs)
+    return Kept(made, held_inputs)
 
 
 class PeakMemory:

@@ -9,32 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import HOLE_WEIGHT, PERCEPTUAL_WEIGHT, STYLE_WEIGHT, TV_WEIGHT, VALID_WEIGHT
+from losses import HOLE_WEIGHT, METHODS, VALID_WEIGHT
 from model import PartialConvUNet
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE_STEP = 2**PartialConvUNet.DEPTH
 # What a trunk works on then stays in the caches of a CPU.
 CPU_CHUNK = 2
-# What an option is where it is not given. A step of the complete objective takes seconds where one of the pixel
-# losses takes a tenth of one, almost all of them in VGG16.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "pconv": {
-        "steps": 160,
-        "compare_steps": 20,
-        "batch": 4,
-        "perceptual": PERCEPTUAL_WEIGHT,
-        "style": STYLE_WEIGHT,
-        "tv": TV_WEIGHT,
-    },
-    "pixel": {
-        "steps": 400,
-        "compare_steps": None,
-        "batch": 8,
-        "perceptual": 0.0,
-        "style": 0.0,
-        "tv": 0.0,
-    },
+# What an option is where it is not given, with a published objective and with "pixel". A step of a complete objective
+# takes seconds where one of the pixel losses takes a tenth of one, almost all of them in the trunk.
+DEFAULTS: dict[str, tuple[int | None, int | None]] = {
+    "steps": (160, 400),
+    "compare_steps": (20, None),
+    "batch": (4, 8),
 }
 
 
@@ -61,10 +48,11 @@ class Settings:
     @property
     def weights(self) -> dict[str, float]:
         """Of the terms of the total loss, without those left out."""
+        if self.objective != "pixel":
+            return METHODS[self.objective].weights
         weights = {
             "hole": HOLE_WEIGHT,
             "valid": VALID_WEIGHT,
-            "tv": self.tv,
             "perceptual": self.perceptual,
             "style": self.style,
         }
@@ -105,10 +93,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--objective",
-        choices=tuple(DEFAULTS),
+        choices=(*METHODS, "pixel"),
         default="pconv",
-        help="the published one of partial convolution, complete, or errors in hole and known pixels alone "
-        "(default: %(default)s)",
+        help="that of a published method, complete and with its discriminator, or errors in hole and known pixels "
+        "alone (default: %(default)s)",
     )
     add("--images", type=Path, metavar="DIR", help="photographs to train on (default: those in scikit-image)")
     add(
@@ -180,14 +168,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--trunk-weights",
         metavar="FILE",
-        help="VGG16 state dict with torchvision's keys, or 'default' to download it (default: random values)",
+        help="state dict of the objective's trunk (VGG16, VGG19 or AlexNet) with torchvision's keys, or 'default' to "
+        "download it (default: random values)",
     )
     add(
         "--chunk",
         type=number(int, 0),
         metavar="SAMPLES",
         help="stream the trunk so many samples at a time, to save memory, 0: all at once "
-        f"(default: {CPU_CHUNK} with pconv on a CPU, where it saves time, too; else 0)",
+        f"(default: {CPU_CHUNK} with a published objective on a CPU, where it saves time, too; else 0)",
     )
     add(
         "--backend",
@@ -218,21 +207,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.size % SIZE_STEP:
         parser.error(f"argument --size: must be a multiple of {SIZE_STEP}, got {args.size}")
-    if args.objective == "pconv":
+    is_published = args.objective != "pixel"
+    if is_published:
         for name in ("perceptual", "style", "normalize"):
             if getattr(args, name) is not None:
-                parser.error(f"argument --{name}: only with --objective pixel; that of pconv is fixed")
+                parser.error(
+                    f"argument --{name}: only with --objective pixel; that of {args.objective} is fixed"
+                )
     elif not args.perceptual and not args.style:
         for option, value in (("--trunk-weights", args.trunk_weights), ("--chunk", args.chunk)):
             if value is not None:
                 parser.error(f"argument {option}: with --objective pixel only with --perceptual or --style")
-    for name, value in DEFAULTS[args.objective].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    for name, (complete, pixel) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, complete if is_published else pixel)
     args.normalize = args.normalize or "image"
     return args
 
 
 def _defaults(name: str) -> str:
-    spelled = {objective: values[name] for objective, values in DEFAULTS.items()}
-    return ", ".join(f"{'all' if value is None else value} with {key}" for key, value in spelled.items())
+    complete, pixel = DEFAULTS[name]
+    return f"{complete}, {'all' if pixel is None else pixel} with pixel"

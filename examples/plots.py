@@ -85,7 +85,7 @@ def loss_curves(
     Args:
         path: PNG file to write.
         title: above the plot.
-        weights: of the terms in the total.
+        weights: of the terms in the total, 1 for what is drawn beside them.
         fused, eager: the "total" and each term of every step [steps]; ``eager`` counts from ``first_compared`` and
             may end earlier.
         first_compared: steps before it were trained by an earlier, resumed run.
@@ -112,7 +112,8 @@ def loss_curves(
             compared = steps[first_compared : first_compared + len(eager[name])]
             smooth = _smooth(compared, weight * eager[name], steps.size)
             axis.plot(*smooth, "--", color=EAGER, linewidth=1.4, label="eager formulas")
-        axis.set(title=title, xlabel="step", yscale="log")
+        # A penalty may not have been taken yet.
+        axis.set(title=title, xlabel="step", yscale="log" if (fused[name] > 0).any() else "linear")
         axis.legend(fontsize=8)
 
     draw_loss("total", "training loss, running mean")

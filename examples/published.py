@@ -11,6 +11,7 @@ depends on the method, too:
 =============== ============== ========== ===================================== ==============================
 method          mask 1 means   images     trunk                                 the discriminator sees
 =============== ============== ========== ===================================== ==============================
+partial_conv    known          [0, 1]     VGG16                                 no discriminator
 ctn, t_former   known          [-1, 1]    VGG19                                 the output
 mat             known          [-1, 1]    VGG19                                 [mask - 0.5, composite], twice
 transcnn_hae    no mask        [-1, 1]    VGG19                                 no discriminator
@@ -108,6 +109,55 @@ def squared_gradient_norm(logits: Tensor, images: Tensor) -> Tensor:
     """(N,): of the summed logits by each image, differentiable once more."""
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.square().sum([1, 2, 3])
+
+
+# -- Partial convolution -----------------------------------------------------------------------
+
+
+def partial_conv(
+    trunk: Trunk,
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    hole_weight: float = 6.0,
+    valid_weight: float = 1.0,
+    tv_weight: float = 0.1,
+    perceptual_weight: float = 0.05,
+    style_weight: float = 120.0,
+) -> Terms:
+    """Liu et al. (2018), as the paper states it. Perceptual and style term compare the output and the composite."""
+    error = (pred - target).abs()
+    hole, valid = ((1 - mask) * error).mean(), (mask * error).mean()
+    image = composite(pred, target, mask)
+    tv = variation_around(image, 1 - mask)
+    layers = ("pool1", "pool2", "pool3")
+    *found, truth = (trunk(normalized(images, IMAGENET), layers) for images in (pred, image, target))
+    perceptual = torch.stack([perceptual_l1(maps, truth, (1.0, 1.0, 1.0)) for maps in found]).sum()
+    style = torch.stack([style_l1(maps, truth) for maps in found]).sum()
+    total = (
+        hole_weight * hole
+        + valid_weight * valid
+        + tv_weight * tv
+        + perceptual_weight * perceptual
+        + style_weight * style
+    )
+    return {
+        "total": total,
+        "hole": hole,
+        "valid": valid,
+        "tv": tv,
+        "perceptual": perceptual,
+        "style": style,
+    }
+
+
+def variation_around(image: Tensor, hole: Tensor) -> Tensor:
+    """Summed differences of neighbours in the hole dilated by one pixel, as a share of all elements."""
+    region = F.max_pool2d(hole, 3, stride=1, padding=1)
+    across = region[:, :, :, 1:] * region[:, :, :, :-1] * (image[:, :, :, 1:] - image[:, :, :, :-1]).abs()
+    down = region[:, :, 1:] * region[:, :, :-1] * (image[:, :, 1:] - image[:, :, :-1]).abs()
+    return (across.sum() + down.sum()) / image.numel()
 
 
 # -- CTN and T-former --------------------------------------------------------------------------

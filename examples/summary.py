@@ -9,9 +9,11 @@ from typing import Any
 
 import checkpoint
 import torch
-from engine import HELD_OUT_CROPS, Stopwatch, Trainer, hole_error, mean_colour_fill, now
-from losses import Objective, Terms
+from adversarial import Judgement
+from data import Batch
+from engine import HELD_OUT_CROPS, RECORDED, Stopwatch, Trainer, hole_error, mean_colour_fill, now
 from memory import bytes_kept
+from methods import Objective
 from options import AMP_DTYPES
 from torch import Tensor, nn
 
@@ -37,30 +39,33 @@ def device_name(device: torch.device) -> str:
 
 
 def alternating_ms(
-    objectives: list[Objective], pred: Tensor, target: Tensor, mask: Tensor, rounds: int
+    objectives: list[Objective], pred: Tensor, batch: Batch, judged: Judgement | None, rounds: int
 ) -> list[float]:
     """Median forward plus backward time of each objective on the same tensors, taking turns."""
     watches = [Stopwatch(pred.device) for _ in objectives]
+    fake, real = (judged.fake, judged.real) if judged else (None, None)
     for _ in range(rounds):
         for objective, watch in zip(objectives, watches, strict=True):
             leaf = pred.detach().requires_grad_()
             start = now(pred.device)
-            objective(leaf, target, mask).total.backward()
+            objective(leaf, batch.images, batch.masks, fake, real).total.backward()
             watch.spans.append((start, now(pred.device)))
     return [watch.median_ms() for watch in watches]
 
 
 def measure(
-    trainers: dict[str, Trainer], pred: Tensor, target: Tensor, mask: Tensor, trunk: nn.Module | None
+    trainers: dict[str, Trainer], pred: Tensor, batch: Batch, trunk: nn.Module | None
 ) -> dict[str, dict[str, Any]]:
     """Figures of every trained variant, measured in its run and on one common batch."""
+    adversary = trainers["fused"].adversary
+    judged = adversary.judge(pred, batch) if adversary else None
     rounds = ROUNDS if trunk is None else TRUNK_ROUNDS
-    alone = alternating_ms([t.objective for t in trainers.values()], pred, target, mask, rounds)
+    alone = alternating_ms([t.objective for t in trainers.values()], pred, batch, judged, rounds)
     fixed = [] if trunk is None else list(trunk.parameters())
     figures = {}
     for (name, trainer), alone_ms in zip(trainers.items(), alone, strict=True):
         step_ms, loss_ms = trainer.step_watch.median_ms(), trainer.loss_watch.median_ms()
-        kept = bytes_kept(trainer.objective, pred, target, mask, fixed)
+        kept = bytes_kept(trainer.objective, pred, batch.images, batch.masks, fixed, judged)
         figures[name] = {
             "step_ms": step_ms,
             "loss_ms": loss_ms,
@@ -121,10 +126,10 @@ def title(trainer: Trainer) -> str:
 
 
 def curves(trainer: Trainer) -> dict[str, Tensor]:
-    """The total and every term that was not left out, of all steps [steps]."""
+    """The total, every term that was not left out and the discriminator's, of all steps [steps]."""
     history = trainer.averaged_history().cpu()
-    named = dict(zip(Terms._fields, history.unbind(1), strict=True))
-    return {name: named[name] for name in ("total", *trainer.settings.weights)}
+    named = dict(zip(RECORDED, history.unbind(1), strict=True))
+    return {name: named[name] for name in ("total", *trainer.settings.weights, *trainer.of_discriminator)}
 
 
 def write(
@@ -151,7 +156,7 @@ def write(
     held_out = fused.sampler.held_out(HELD_OUT_CROPS).to(device)
     batch = fused.sampler.training(fused.step).to(device)
     pred = fused.fill(batch).to(AMP_DTYPES[fused.settings.amp])
-    figures = measure(trainers, pred, batch.images, batch.masks, trunk)
+    figures = measure(trainers, pred, batch, trunk)
     found = {name: curves(trainer) for name, trainer in trainers.items()}
     if not fused.world.leads:
         return ""
@@ -219,7 +224,7 @@ def write(
     plots.loss_curves(
         out / CURVES,
         title(fused),
-        fused.settings.weights,
+        fused.settings.weights | dict.fromkeys(fused.of_discriminator, 1.0),
         arrays["fused"],
         # Its first steps, when resumed, are those of the fused run.
         {name: values[first_step:] for name, values in arrays["eager"].items()}

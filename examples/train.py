@@ -3,7 +3,8 @@
     python examples/train.py                                    # photographs shipped with scikit-image
     python examples/train.py --trunk-weights vgg16.pth          # features that mean something
     python examples/train.py --images photos --masks holes      # your own
-    python examples/train.py --objective pixel                  # without VGG16: many more steps in the same time
+    python examples/train.py --objective ctn                    # another method, with a discriminator
+    python examples/train.py --objective pixel                  # without a trunk: many more steps in the same time
     python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
     torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
 
@@ -33,18 +34,20 @@ try:
     import torch
     import torch.distributed as dist
     from data import MaskFiles, MaskMaker, Sampler, brush_mask, load_photographs
-    from engine import Trainer, World
-    from losses import FeatureTerms, fused_backend, make_objective
+    from engine import Trainer
+    from losses import METHODS, fused_backend, make_objective
+    from methods import FeatureTerms
     from options import CPU_CHUNK, Settings, parse
     from pictures import InputError
     from trunks import RANDOM_WARNING, load_trunk
+    from world import World
 except ModuleNotFoundError as error:
     print(f"train.py: error: {error}; install what the examples need: pip install '.[demo]'", file=sys.stderr)
     sys.exit(2)
 
 SAME_AS_OPTIONS = (
     *("steps", "batch", "size", "lr", "seed", "width", "amp", "normalize", "save_every"),
-    *("perceptual", "style", "layer", "objective", "tv"),
+    *("layer", "objective"),
 )
 
 
@@ -92,6 +95,9 @@ class Job:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        # None for "pixel", which has a trunk only when it is asked for.
+        self.method = METHODS.get(args.objective)
+        self.trunk_name = self.method.trunk if self.method else "vgg16"
         self.world = World(torch.device("cpu"))
         self.trainer: Trainer | None = None
         self.trained = False
@@ -119,13 +125,16 @@ class Job:
             else lambda rng: brush_mask(rng, args.size)
         )
         masks_from = f"{args.masks}, what is marked is {args.mask_files_mark}" if args.masks else "brush"
+        self.features = self._load_features()
+        options: dict[str, Any] = {name: getattr(args, name) for name in SAME_AS_OPTIONS}
+        weights = self.method.weights if self.method else vars(args)
+        options |= {name: weights.get(name) or 0.0 for name in ("perceptual", "style", "tv")}
         settings = Settings(
-            **{name: getattr(args, name) for name in SAME_AS_OPTIONS},
+            **options,
             chunk=self._chunk,
             data=f"pictures {photographs.source}, masks {masks_from}",
-            trunk=f"vgg16, weights {args.trunk_weights or 'random'}" if self._has_features else "none",
+            trunk=f"{self.trunk_name}, weights {args.trunk_weights or 'random'}" if self.features else "none",
         )
-        self.features = self._load_features()
         self.backend = fused_backend(self.world.device, args.backend, args.objective, self.features)
         self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)
         self.trainer = self._make_trainer(settings, "fused")
@@ -159,28 +168,27 @@ class Job:
         self._say(f"\n{text}")
 
     @property
-    def _has_features(self) -> bool:
-        return bool(self.args.perceptual or self.args.style)
-
-    @property
     def _chunk(self) -> int | None:
-        if self.args.chunk is None and self.args.objective == "pconv" and self.world.device.type == "cpu":
+        if self.args.chunk is None and self.method is not None and self.world.device.type == "cpu":
             return CPU_CHUNK
         return self.args.chunk or None
 
     def _load_features(self) -> FeatureTerms | None:
-        args, option = self.args, "--trunk-weights"
-        if not self._has_features:
+        args, option, name = self.args, "--trunk-weights", self.trunk_name
+        if self.method is None and not args.perceptual and not args.style:
             return None
         if args.trunk_weights is None:
-            self._say(RANDOM_WARNING.format(name="vgg16", option=option))
+            self._say(RANDOM_WARNING.format(name=name, option=option))
         options: dict[str, Any] = {}
-        if args.objective == "pconv":
-            # The objective normalises, once for all of its passes, and its own trunk has this layout. The style term
+        if self.method is not None:
+            # The objective normalises, once for all of its passes, and its own trunk has this layout. A style term
             # grows with the square of the features: of random ones as large as normalised pictures it would be nine
             # tenths of the loss.
-            options = {"preprocess": "none", "channels_last": None, "random_scale": 1 / 3}
-        trunk = load_trunk("vgg16", args.trunk_weights, self.world.device, option=option, **options)
+            taps = self.method.layers
+            options = {"taps": taps, "preprocess": "none", "channels_last": None, "random_scale": 1 / 3}
+        trunk = load_trunk(name, args.trunk_weights, self.world.device, option=option, **options)
+        if self.method is not None:
+            return FeatureTerms(trunk, chunk=self._chunk)
         return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)
 
     def _make_trainer(self, settings: Settings, kind: str) -> Trainer:

@@ -22,6 +22,7 @@ import inpaint_kernels as ik
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import engine
 import losses
 import memory
 import plots
@@ -107,6 +108,7 @@ def test_fused_terms_equal_the_eager_ones(
     assert [term is None for term in fused] == [
         *(False, False, False),
         *(not perceptual, not style, name != "pconv"),
+        *(True,) * (len(fused) - 6),
     ]
     torch.testing.assert_close(fused, eager, rtol=1e-5, atol=0)
     # Single features may fall to the other side of a kink, which moves a few pixels.
@@ -217,7 +219,7 @@ def test_run_of_the_published_objective(run: Run, tmp_path: Path, options: tuple
     rounded = "bf16" in options
     assert found["largest_relative_difference_of_first_5"] < (2e-2 if rounded else 1e-3)
     history = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["history"]
-    assert history.shape == (6, 6)
+    assert history.shape == (6, len(engine.RECORDED))
     kept = {name: figures["kept_bytes"] for name, figures in found["variants"].items()}
     assert kept["eager"] > (20 if "1" in options else 1) * kept["fused"]
     assert "peak memory of the process" in printed
@@ -261,8 +263,8 @@ def test_resumed_run_with_features_equals_an_unbroken_one(
     assert "note:" not in printed
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, broken))
     assert torch.equal(a["history"], b["history"])
-    assert a["history"].shape == (4, 6)
-    assert (a["history"] > 0).all(0).tolist() == [True] * 5 + [not options]
+    assert a["history"].shape == (4, len(engine.RECORDED))
+    assert (a["history"] > 0).all(0).tolist()[:6] == [True] * 5 + [not options]
     status, printed, _ = run("--steps", 5, *PIXEL, "--style", 1, "--no-compare", "--resume", out=broken)
     assert status == 0
     assert "note: perceptual was 0.05, is 0.0" in printed
@@ -285,11 +287,12 @@ def test_checkpoint_of_an_earlier_version_is_taken(run: Run, tmp_path: Path) -> 
     state["history"] = state["history"][:, :3].clone()
     for name in ("objective", "tv", "perceptual", "style", "chunk", "trunk", "layer"):
         del state["settings"][name]
+    del state["adversary"]
     torch.save(state, path)
     status, printed, _ = run("--steps", 4, "--no-compare", "--resume", *PIXEL)
     assert status == 0
     assert "note:" not in printed
-    assert torch.load(path, weights_only=True)["history"].shape == (4, 6)
+    assert torch.load(path, weights_only=True)["history"].shape == (4, len(engine.RECORDED))
 
 
 def test_trunk_weights_from_a_file(run: Run, tmp_path: Path) -> None:
@@ -322,7 +325,8 @@ def test_unusable_trunk_weights(run: Run, tmp_path: Path, capsys: pytest.Capture
         (("--perceptual", "0.05"), "argument --perceptual: only with --objective pixel"),
         (("--style", "0"), "argument --style: only with --objective pixel"),
         (("--normalize", "mask"), "argument --normalize: only with --objective pixel"),
-        (("--objective", "lama"), "invalid choice: 'lama'"),
+        (("--objective", "gan"), "invalid choice: 'gan'"),
+        (("--objective", "ctn", "--style", "1"), "that of ctn is fixed"),
         (("--compare-steps", "-1"), "must be at least 0"),
         (("--chunk", "-1"), "must be at least 0"),
     ):
