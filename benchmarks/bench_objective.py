@@ -94,8 +94,8 @@ BENCHMARK = Benchmark(
     eager=eager,
     fused=fused,
     minimum_bytes=lambda case: Bytes(0, 0),
-    # As in bench_perceptual, rounding moves features across kinks: seen is an L2 error of 5.4e-3 for the plain gradient
-    # of MAT, which reads the deepest layers, at 64x64.
+    # As in bench_perceptual, rounding moves features across kinks: seen is an L2 error of 5.4e-3 for the plain
+    # gradient of MAT, which reads the deepest layers, at 64x64.
     tolerances={torch.float32: 1e-2},
     variants=("plain", "chunk1"),
     heavy=True,
