@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .NOTPARALLEL:
-.PHONY: help demo style test test-interpreter test-resources test-torch-2.14 bench tables lint format wheel asan gpu build doctor clean
+.PHONY: help demo style test test-interpreter test-emulated test-resources test-torch-2.14 bench tables lint format wheel asan gpu build doctor clean
 
 help:
 	@sed -n 's/^\([a-z0-9.-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -36,18 +36,26 @@ style: $(VENV)/.stamp-demo build ## move a photograph toward the style of anothe
 test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton through its interpreter
 	$(PYTEST) -n 2 tests --ignore-glob='*/test_resources*' $(ARGS)
 	$(MAKE) test-interpreter
+	$(MAKE) test-emulated
 
 # In a process of its own: interpreted and compiled kernels cannot live side by side. SHARED=n: one test in n, the
 # others with another SHARE=k.
 SHARED ?= 1
 SHARE ?= 0
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
-TRITON_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py))
+OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_training.py tests/test_derivatives.py
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
-	    $(TRITON_TESTS) $(ARGS); \
+	    $(OP_TESTS) $(ARGS); \
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
+
+# The CUDA kernels as C++, blocks and threads emulated. Slow: of the tests one in EMULATED, scattered over all of them;
+# EMULATED=1 runs all, another SHARE another part.
+EMULATED ?= 12
+test-emulated: $(VENV)/.stamp-test build ## the CUDA kernels on the CPU
+	INPAINT_KERNELS_TEST_BACKENDS=emulated INPAINT_KERNELS_TEST_ROWS=covering TEST_SHARE=$(SHARE)/$(EMULATED) \
+	  PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 $(OP_TESTS) $(ARGS)
 
 # The oldest Triton served (torch 2.11's) and the newest (torch 2.14's), each in a folder of its own.
 TRITONS := 3.6.0 3.8.0

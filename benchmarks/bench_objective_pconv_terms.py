@@ -20,21 +20,21 @@ from .harness import Benchmark, Bytes, Case, Formula, Terms, feature_inputs, ima
 
 
 @torch.library.custom_op("inpaint_kernels_bench::read", mutates_args=("sink",))
-def _read(images: Tensor, sink: Tensor) -> None:
+def read(images: Tensor, sink: Tensor) -> None:
     """What a compiler must not leave out: the images a network would read."""
 
 
-@_read.register_fake
+@read.register_fake
 def _(images: Tensor, sink: Tensor) -> None:
     return None
 
 
-class _Network(torch.autograd.Function):
+class Network(torch.autograd.Function):
     """Returns `maps`, whose gradients go to them, and gives `images` the gradient `back`."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, back: Tensor, sink: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        _read(images, sink)
+        read(images, sink)
         ctx.back = back
         return tuple(map_.view_as(map_) for map_ in maps)
 
@@ -64,10 +64,10 @@ def eager(case: Case) -> Formula:
             mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
             images = (images - mean) / std
             if which == 2:
-                _read(images, sink)
+                read(images, sink)
                 return [maps[f"target{i}"] for i in depth]
             given = [maps[f"input{i}_part{which}"] for i in depth]
-            return _Network.apply(images, back.chunk(2)[which], sink, *given)
+            return Network.apply(images, back.chunk(2)[which], sink, *given)
 
         return (published(trunk, pred, target, mask),)
 
@@ -85,10 +85,10 @@ def fused(case: Case, backend: str) -> Formula:
         def forward(self, images: Tensor, layers: Sequence[str] | None = None) -> list[Tensor]:
             given = self.given
             if len(images) != len(given["back"]):
-                _read(images, given["sink"])
+                read(images, given["sink"])
                 return [given[f"target{i}"] for i in depth]
             maps = [given[f"input{i}"] for i in depth]
-            return list(_Network.apply(images, given["back"], given["sink"], *maps))
+            return list(Network.apply(images, given["back"], given["sink"], *maps))
 
     @functools.cache
     def objective() -> tuple[Ready, ik.objectives.PartialConvObjective]:

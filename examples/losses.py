@@ -107,7 +107,9 @@ METHODS = {
     ),
     "transcnn-hae": Method("TransCNNHAEObjective", "vgg19", _transcnn_hae),
     "coordfill": Method("CoordFillObjective", "alexnet", _coordfill, published.coordfill_discriminator),
-    "cmt": Method("CMTObjective", "vgg16", published.cmt, published.cmt_discriminator, hole_mask=True),
+    "cmt": Method(
+        "CMTObjective", "vgg16", published.cmt, published.cmt_discriminator, tanh=False, hole_mask=True
+    ),
     "lama": Method(
         "LaMaObjective",
         "vgg16",

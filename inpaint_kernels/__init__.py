@@ -5,6 +5,7 @@ from .ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_lo
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
 from .ops.feature_matching import feature_matching_loss
+from .ops.gradient_loss import gradient_loss
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
 from .ops.inpainting_pixel import InpaintingPixel, inpainting_pixel_loss
@@ -39,6 +40,7 @@ __all__ = [
     "feature_matching_loss",
     "features",
     "generator_loss",
+    "gradient_loss",
     "gradient_penalty",
     "gram_matrix",
     "hole_valid_loss",

@@ -214,7 +214,8 @@ class Op:
         save: `save(ctx, inputs, output)` stores what the backward needs; `ctx.backend` is there already.
         backward: `backward(ctx, op, needs, *grads)` returns the gradients of the leading inputs (a list for a list);
             `needs` tells which are wanted, nested likewise. `op` is None where the gradients are differentiated again
-            (`create_graph=True`, forward-mode AD, torch.func): differentiable torch functions then take its place.
+            (`create_graph=True`, forward-mode AD, torch.func): differentiable torch functions then take its place, or
+            what the op's own backward makes of ones, see `ops/_pixel.py`.
         lists: whether an argument is a list of tensors.
         implement: for an op made of kernels (see `define_kernel`) around calls of torch: `(forward, backward)`, each
             called with the backend first. Without it, every backend registers the two functions itself.

@@ -12,11 +12,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import triton
-from triton._utils import get_iterable_path
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+import torch
+from harness import INTERPRETING
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if INTERPRETING:
+    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
+
+from triton._utils import get_iterable_path  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+CAPABILITIES = (80, 90, 100)
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    """What the launchers run on."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
 
 
 class Launch(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # torch.compile keeps graphs by the op's name and schema alone: those of another checkout would call its backward.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
-from harness import COVERING, backends_under_test
+from harness import COVERING, EMULATING, backends_under_test
 
 # A time limit per example would measure the machine; the same examples in every run reproduce a failure.
 hypothesis.settings.register_profile(
@@ -53,7 +54,9 @@ def thin_reference(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         options = item.callspec.params if hasattr(item, "callspec") else {}
         if str(options.get("backend")) == "reference":
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            # Of a test over many ops each op's cases by themselves.
+            op = getattr(options.get("op"), "name", "")
+            cases.setdefault(f"{item.nodeid.partition('[')[0]} {op}", []).append(item)
     many = [item for found in cases.values() if len(found) > 16 for item in found]
     dropped = {item for item in many if zlib.crc32(item.nodeid.encode()) % 4}
     config.hook.pytest_deselected(items=list(dropped))
@@ -66,6 +69,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if name in metafunc.fixturenames:
             chosen = [b for b in backends_under_test() if name == "backend" or b.name != "reference"]
             metafunc.parametrize(name, chosen, ids=str)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def emulation() -> Iterator[None]:
+    """`backend="cuda"` takes tensors of the CPU in a run of the emulated kernels."""
+    if not EMULATING:
+        yield
+        return
+    import cuda_emulation
+
+    with cuda_emulation.install():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from harness import (
     DTYPES,
+    EMULATING,
     FLOOR_ULPS,
     INTERPRETING,
     Backend,
@@ -38,7 +39,10 @@ from inpaint_kernels.ops.style import style_loss
 PLANES = {"1": (1, 1), "7": (1, 7), "64": (8, 8), "961": (31, 31)}
 # One channel, a few, an odd count, a whole tile, a tile and a rest.
 CHANNELS = (1, 3, 17, 64, 130)
-if not INTERPRETING:
+if EMULATING:
+    # Tiles are 64 channels; a stage is 64 bytes along the pixels, a part at least 512 pixels, a product 128 wide.
+    PLANES |= {"35": (5, 7), "144": (9, 16), "parts": (32, 34)}
+elif not INTERPRETING:
     PLANES["9191"] = (91, 101)  # more than one part of a sum that is split over the pixels
 GRAM_NORMALIZATIONS = ("chw", "hw", "none")
 # (normalize, penalty) of the style loss.
@@ -88,41 +92,6 @@ def check(
             storage, floor = torch.finfo(got.dtype).eps, FLOOR_ULPS * torch.finfo(acc).eps
             size = (storage * want.abs() + floor * size) / (storage + floor)
         assert_gradient(got, usual, want, acc=acc, what=f"gradient of input {i}", magnitude=size)
-
-
-def check_compiles(
-    call: Call,
-    formula: Call,
-    cases: Sequence[Sequence[Tensor]],
-    *,
-    wanted: Sequence[int],
-    sizes: Sizes,
-    compiler: str,
-) -> None:
-    """`training_checks.check_compiles` with `sizes`."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager" if INTERPRETING else compiler)
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    for number, inputs in enumerate(cases):
-        check(compiled, formula, inputs, wanted=wanted, sizes=sizes)
-        # The first call may count twice: a float argument restarts the analysis.
-        if number == 0:
-            frames = counter.frame_count
-    assert counter.frame_count == frames, "another size was compiled again"
-
-
-def check_autocast(backend: Backend, call: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
-    """A loss inside an autocast region is what it is outside; so are the gradients of a kernel.
-
-    (The backward of a plain matmul follows autocast, so the reference's gradients are asked for outside.)
-    """
-    outside = evaluate(call, inputs, wanted)
-    with torch.autocast(backend.device, torch.bfloat16):
-        inside = evaluate(call, inputs, () if backend.name == "reference" else wanted, outside[2])
-    for got, want in zip((*inside[0], *inside[1]), (*outside[0], *outside[1]), strict=False):
-        assert same_bits(got, want)
 
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")

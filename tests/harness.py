@@ -39,11 +39,18 @@ class Backend:
     device: str
 
     def __str__(self) -> str:
-        return self.name
+        return "emulated" if self == EMULATED else self.name
+
+
+# The CUDA kernels, compiled as C++ and run on tensors of the CPU: `cuda_emulation`.
+EMULATED = Backend("cuda", "cpu")
+EMULATING = os.environ.get("INPAINT_KERNELS_TEST_BACKENDS") == "emulated"
 
 
 def backends_under_test() -> list[Backend]:
-    """From INPAINT_KERNELS_TEST_BACKENDS ("cpu,triton"), else everything this machine can run."""
+    """From INPAINT_KERNELS_TEST_BACKENDS ("cpu,triton"; "emulated" alone), else everything this machine can run."""
+    if EMULATING:
+        return [EMULATED]
     gpu = torch.cuda.is_available()
     default = "triton" if INTERPRETING else "reference,cpu,triton,cuda" if gpu else "reference,cpu"
     names = os.environ.get("INPAINT_KERNELS_TEST_BACKENDS", default).split(",")

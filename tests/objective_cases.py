@@ -214,10 +214,6 @@ def gradients(terms: tuple[Tensor, ...], pred: Tensor) -> list[Tensor]:
     ]
 
 
-def gradient(found: Any, pred: Tensor) -> Tensor:
-    return torch.autograd.grad(found.total, pred)[0]
-
-
 def relative(got: Tensor, want: Tensor) -> float:
     norm = want.double().norm()
     return float((got.double() - want.double()).norm() / norm) if norm else float(got.double().norm())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, INTERPRETING, Backend, generator
+from harness import DTYPES, EMULATING, INTERPRETING, Backend, generator
 from hypothesis import strategies as st
 from pixel_cases import MASK_SHAPES, hole_valid_formula, image_cases, make_mask, penalty_map, ratio
 from torch import Tensor
@@ -44,8 +44,25 @@ SIZES = {
     "vectors": (2, 3, 16, 16),  # whole vectors only
     "c17": (1, 17, 9, 11),  # five CPU units of up to 4 planes each; a step of 17 in channels_last
 }
+# Of the CUDA kernels: a strip is 8, 16 or 32 threads of 4 pixels, a chunk 4 to 32 rows, a word of signs 4 x 4 pixels.
+# A thread has 3 channels where C is 3 or more than 4, else 1.
+if EMULATING:
+    SIZES = {
+        "1x1": (1, 1, 1, 1),  # no pair at all
+        "row": (3, 1, 1, 29),  # pairs across only
+        "column": (2, 3, 33, 1),  # pairs down only, several chunks
+        "7": (2, 3, 9, 13),  # no row aligned: pixels one by one, words of signs cut in both directions
+        "vectors": (2, 3, 8, 16),  # whole quads
+        "halves": (2, 2, 6, 36),  # more quads than threads in the narrowest strip: 9 in two of 8
+        "strips": (1, 3, 5, 132),  # 33 quads
+        "wide": (1, 1, 3, 260),  # 65 quads
+        "rgba": (1, 4, 6, 20),  # not a multiple of the channels a thread has
+        "c5": (1, 5, 7, 12),  # a group of 3 channels and one of 2
+        "c17": (1, 17, 5, 6),
+        "samples": (1100, 1, 1, 3),  # more samples than threads in the last stage
+    }
 # Too large for the interpreter.
-if not INTERPRETING:
+elif not INTERPRETING:
     SIZES["units"] = (
         2,
         2,
@@ -140,6 +157,54 @@ def total_variation_call(
     return call
 
 
+GRADIENT_REGIONS = ("image", "hole", "dilated_hole", "ring")
+
+
+def ring_of(hole: Tensor, ring: int) -> Tensor:
+    """The hole and `ring` pixels on both sides of its border."""
+    if hole.numel() == 0:
+        return hole
+    largest, smallest = (
+        pick(
+            F.pad(hole, (ring,) * 4, value=edge).unfold(2, 2 * ring + 1, 1).unfold(3, 2 * ring + 1, 1),
+            (-1, -2),
+        )
+        for pick, edge in ((torch.amax, -torch.inf), (torch.amin, torch.inf))
+    )
+    return (hole + largest - smallest).clamp(0, 1)
+
+
+def gradient_loss_formula(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    region: str = "ring",
+    ring: int = 2,
+    penalty: str = "l1",
+    mask_is: str = "valid",
+    select: bool = True,
+) -> Tensor:
+    image, weights = pred, torch.ones_like(pred)
+    if mask is not None:
+        image = composite_formula(pred, target, mask, mask_is=mask_is, select=select)
+        hole = regions_of(mask, pred.shape, mask_is)[0]
+        regions = {"image": lambda: weights, "hole": lambda: hole, "dilated_hole": lambda: dilated(hole)}
+        weights = regions.get(region, lambda: ring_of(hole, ring))() if pred.numel() else weights
+    numerator, denominator = image[:0].sum(), weights[:0].sum()
+    for dim in (2, 3):
+        weight = weights.narrow(dim, 1, image.shape[dim] - 1) * weights.narrow(dim, 0, image.shape[dim] - 1)
+        d = image.diff(dim=dim) - target.diff(dim=dim)
+        d = d.masked_fill(weight == 0, 0.0) if select else d
+        numerator = numerator + (weight * penalty_map(d, penalty)).sum()
+        denominator = denominator + weight.sum()
+    return ratio(numerator, denominator)
+
+
+def gradient_loss_call(backend: Backend | None, *, ring: int = 2, **options: Any) -> Callable[..., Tensor]:
+    return partial(ik.gradient_loss, ring=ring, **options, backend=backend and backend.name)
+
+
 # Unlike the defaults, so that an ignored one shows.
 TERM_WEIGHTS = {"hole_weight": 5.0, "valid_weight": 0.75, "tv_weight": 0.5}
 TERMS = ("total", "hole", "valid", "tv")
@@ -198,7 +263,7 @@ SCALE, SHIFT = (0.7, 1.3, 2.1), (12.0, -11.0, 13.0)
 def stacked_images_formula(
     pred: Tensor,
     target: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
     *,
     parts: Sequence[str],
     scale: Sequence[float] | float | None = None,

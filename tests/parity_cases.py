@@ -263,11 +263,12 @@ def _torchvision_stack(net: str, average_pooling: bool) -> tuple[nn.Sequential, 
         names |= {f"conv{label}": str(place), f"relu{label}": str(place + 1)}
         out, channels, kernel, _ = state[f"{place}.weight"].shape
         stride, padding = (4, 2) if kernel == 11 else (1, kernel // 2)
-        layers += [nn.Conv2d(channels, out, kernel, stride, padding), nn.ReLU(inplace=True)]
+        with torch.device("meta"):  # no time for random weights
+            layers += [nn.Conv2d(channels, out, kernel, stride, padding), nn.ReLU(inplace=True)]
         index += 1
-    found = nn.Sequential(*layers).double()
-    found.load_state_dict(state)
-    return found, names
+    found = nn.Sequential(*layers)
+    found.load_state_dict(state, assign=True)
+    return found.double(), names
 
 
 def _stages() -> tuple[nn.Sequential, dict[str, str]]:

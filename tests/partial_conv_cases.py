@@ -150,7 +150,10 @@ def naoto_layer(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor, **where: A
 def mat_layer(
     x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor, gains: tuple[float, float], **where: Any
 ) -> Layer:
-    """fenglinglwb/MAT: networks/mat.py, Conv2dLayerPartial, with the gains of the weight and the activation."""
+    """fenglinglwb/MAT: networks/mat.py, Conv2dLayerPartial, with the gains of the weight and the activation.
+
+    Without the low-pass filter that it puts before a stride of 2; test_partial_conv_mat.py has that.
+    """
     with torch.no_grad():
         update = F.conv2d(mask, torch.ones_like(w[:1, :1]), **where)
         ratio = w[0, 0].numel() / (update + EPSILON)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, INTERPRETING, LAYOUTS, Backend, generator, laid_out
+from harness import DTYPES, EMULATING, INTERPRETING, LAYOUTS, Backend, generator, laid_out
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,8 +50,22 @@ SIZES = {
     "flat": (3, 1, 1, 29),  # one row
     "tall": (2, 2, 33, 1),  # one column
 }
+# Of the CUDA kernels: a thread does 2 vectors of 4 or 8 elements in 2 segments, or in 2 stretches of the only
+# segment; a block has 128 threads.
+if EMULATING:
+    SIZES = {
+        "1x1": (1, 1, 1, 1),
+        "odd": (2, 3, 9, 13),  # planes of 117: rows of 16 threads, elements one by one
+        "halves": (2, 3, 6, 10),  # planes of 60: vectors of 4 but not of 8, a sign group cut in the middle
+        "vectors": (2, 3, 16, 32),  # planes of 512: whole vectors, less than a block
+        "tiles": (1, 2, 48, 56),  # planes of 2688: several tiles a plane, the last one partial
+        "gray": (2, 1, 40, 60),  # one segment a sample also in NCHW
+        "c17": (2, 17, 4, 6),  # more channels than rows of threads
+        "c70": (1, 70, 12, 12),  # several tiles across the channels
+        "samples": (1100, 1, 1, 3),  # more samples than threads in the last stage
+    }
 # Too large for the interpreter.
-if not INTERPRETING:
+elif not INTERPRETING:
     SIZES["chunks"] = (2, 3, 96, 131)  # planes of 12576: two 8192-element CPU chunks, the second one partial
     SIZES["manychunks"] = (1, 2, 203, 207)  # planes of 42021: six CPU chunks and an odd tail
 # Larger work per program on a GPU: more than 2^20 and more than 2^26 elements.
@@ -91,7 +105,7 @@ def reduced(values: Tensor, weight: Tensor, normalize: str) -> Tensor:
 
 
 def masked_formula(
-    pred: Tensor, target: Tensor, mask: Tensor | None, *, penalty: str, mode: str, select: bool = True
+    pred: Tensor, target: Tensor, mask: Tensor | None = None, *, penalty: str, mode: str, select: bool = True
 ) -> Tensor:
     """The masked pixel losses. `select=False`: a plain product, differentiable in the mask."""
     reduction, normalize = MODES[mode]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from harness import DTYPES, LAYOUTS, Backend, check_against_truth, evaluate, grid, laid_out, same_bits
 from hypothesis import given
@@ -92,12 +91,6 @@ def test_gradient_to_the_mask(mask_is: str, mask: str) -> None:
         wanted=(0, 1, 2),
         magnitudes={2: None},
     )
-
-
-def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
-    pred, target, mask = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
-    with pytest.raises(RuntimeError, match="mask"):
-        ik.composite(pred, target, mask.requires_grad_(), backend=kernel.name)
 
 
 @given(case=region_cases(), mask_is=st.sampled_from(MASK_IS))

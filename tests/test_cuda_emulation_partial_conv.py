@@ -1,52 +1,83 @@
-"""The CUDA kernels of partial convolution, run on the CPU, against the formulas of the reference."""
+"""The CUDA kernels of partial convolution on the CPU: sizes, strides and arguments at which they alone change.
+
+What any backend has to do, the tests of the op and of its kernels ask of the emulated one: `make test-emulated`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import cuda_emulation
 import pytest
 import torch
-from cuda_partial_conv_cases import (
-    ACTIVATIONS,
-    BIASES,
-    FLOATS,
-    LAYOUTS,
-    MASK_DTYPES,
-    OPS,
-    SIZES,
-    SLOPE,
-    dense,
-    empty,
-    image,
-    mask_of,
-    planes_for,
-    run_windows,
-    within,
-)
+import torch.nn.functional as F
 from harness import (
     DTYPES,
+    EMULATING,
     INTERPRETING,
+    assert_within_budget,
     covering,
     generator,
     poisoned_allocations,
     same_bits,
 )
+from pixel_cases import MASK_DTYPES
 from torch import Tensor
 
-import inpaint_kernels as ik
 from inpaint_kernels.reference import partial_conv as reference
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="has nothing to do with Triton")
+pytestmark = pytest.mark.skipif(INTERPRETING or EMULATING, reason="runs with the compiled backends")
+
+OPS = torch.ops.inpaint_kernels
+FORMS = {"weighed": (True, False), "plain": (False, False), "scaled": (False, True)}
+SLOPE = 0.3
+ODD, VECTORS = (2, 6, 5, 7), (2, 16, 4, 6)
+LAYOUTS = ("nchw", "nhwc", "nchw+1", "nhwc+1")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def emulation() -> Iterator[None]:
     with cuda_emulation.install():
         yield
+
+
+def dense(x: Tensor, layout: str) -> Tensor:
+    """The values in a layout, "+1" starting one element past an aligned address."""
+    order = [0, *range(2, x.ndim), 1] if layout.startswith("nhwc") else list(range(x.ndim))
+    values = x.permute(order).contiguous()
+    if layout.endswith("+1"):
+        values = values.new_zeros(values.numel() + 1)[1:].view(values.shape).copy_(values)
+    return values.permute([order.index(i) for i in range(x.ndim)])
+
+
+def empty(like: Tensor, layout: str, dtype: str) -> Tensor:
+    return dense(torch.full(like.shape, torch.nan, dtype=DTYPES[dtype]), layout)
+
+
+def image(size: tuple[int, ...], dtype: str, layout: str = "nchw", seed: int = 0) -> Tensor:
+    return dense(torch.randn(size, generator=generator(seed)).to(DTYPES[dtype]), layout)
+
+
+def planes_for(size: tuple[int, ...], groups: int = 1, batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """A third of the windows empty."""
+    shape = (size[0] if batch is None else batch, groups, *size[2:])
+    rng = generator(3)
+    new_mask = (torch.rand(shape, generator=rng) * 1.5 - 0.5).clamp(min=0)
+    ratio = torch.where(new_mask == 0, 0.0, torch.rand(shape, generator=rng) * 8 + 0.5)
+    return ratio, new_mask
+
+
+def within(actual: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: Tensor | None = None) -> None:
+    assert_within_budget(actual, plain, truth, acc=torch.float32, what=what, magnitude=magnitude)
+
+
+def mask_of(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
+    rng = generator(7)
+    holes = torch.rand(shape, generator=rng) < 0.4
+    values = torch.rand(shape, generator=rng) * (5 if dtype == "u8" else 1) + (dtype == "u8")
+    return dense(torch.where(holes, 0.0, values).to(MASK_DTYPES[dtype]), layout)
 
 
 def check_finish(
@@ -123,35 +154,15 @@ def check_both(
 ) -> None:
     source = image(size, dtype, layout)
     bias = torch.randn(size[1], generator=generator(1)).to(DTYPES[dtype])
-    check_finish(source, planes, bias, empty(source, layout, dtype), activation, BIASES[how])
+    check_finish(source, planes, bias, empty(source, layout, dtype), activation, FORMS[how])
     to = empty(source, layout, dtype)
-    check_backward(source, planes, to, activation, BIASES[how], layout, dtype)
-
-
-@covering(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
-def test_finish(size: str, layout: str, dtype: str) -> None:
-    planes = planes_for(SIZES[size])
-    for activation, how in (("none", "weighed"), ("leaky_relu", "plain"), ("relu", "scaled")):
-        check_both(SIZES[size], planes, dtype, layout, activation, how)
+    check_backward(source, planes, to, activation, FORMS[how], layout, dtype)
 
 
 def test_many_channels() -> None:
     """Interleaved: more vectors than a block has threads."""
     size = (1, 1056, 1, 3)
     check_both(size, planes_for(size), "f32", "nhwc")
-    x = image(size, "f32", "nhwc")
-    check_mask(x, mask_of((1, 1, 1, 3), "f32"), empty(x, "nhwc", "f32"))
-
-
-@covering(activation=ACTIVATIONS, how=BIASES, layout=("nchw", "nhwc", "nchw+1"), dtype=("f32", "bf16"))
-def test_settings(activation: str, how: str, layout: str, dtype: str) -> None:
-    size = SIZES["vectors"]
-    check_both(size, planes_for(size), dtype, layout, activation, how)
-    source = image(size, dtype, layout)
-    without = BIASES[how] if how == "scaled" else (False, False)
-    check_finish(source, planes_for(size), None, empty(source, layout, dtype), activation, without)
-    to = empty(source, layout, dtype)
-    check_backward(source, planes_for(size), to, activation, BIASES[how], layout, dtype, need_bias=False)
 
 
 @covering(groups=(1, 2, 4, 8, 16), batch=(1, 2), layout=("nchw", "nhwc", "nhwc+1"), dtype=("f32", "bf16"))
@@ -187,43 +198,22 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
         torch.testing.assert_close(out, raw * ratio, rtol=1e-6, atol=0)
 
 
-@covering(
-    source=LAYOUTS[:3], output=LAYOUTS[:2], out=LAYOUTS[:2], size=("vectors", "any_tiles", "volume", "c24")
-)
-def test_two_layouts(source: str, output: str, out: str, size: str) -> None:
-    planes = planes_for(SIZES[size])
-    x = image(SIZES[size], "f32", source)
-    check_finish(x, planes, torch.randn(x.shape[1]), empty(x, out, "f32"), "leaky_relu")
-    check_backward(x, planes, empty(x, out, "f32"), "leaky_relu", output_layout=output)
-
-
-@covering(source=FLOATS, output=FLOATS, out=FLOATS)
-def test_mixed_dtypes(source: str, output: str, out: str) -> None:
-    size = SIZES["vectors"]
-    planes = planes_for(size, 2)
-    x = image(size, source)
-    check_finish(x, planes, torch.randn(16, dtype=DTYPES[output]), empty(x, "nchw", out))
-    check_backward(x, planes, empty(x, "nchw", out), "relu", output_dtype=output)
-    mask = image((2, 1, 4, 6), "f32").clamp(min=0)
-    check_mask(x, mask, empty(x, "nchw", out))
-
-
 @covering(bias=("f64", "bf16", "strided"), layout=LAYOUTS)
 def test_biases(bias: str, layout: str) -> None:
-    size = SIZES["vectors"]
+    size = VECTORS
     values = torch.randn(32, generator=generator(5), dtype=DTYPES.get(bias, torch.float32))
     source = image(size, "f16", layout)
     given = values[::2] if bias == "strided" else values[:16]
     check_finish(source, planes_for(size), given, empty(source, layout, "f16"))
 
 
-@covering(layout=LAYOUTS, dtype=("f32", "f16"), size=("odd", "vectors"))
-def test_in_place(layout: str, dtype: str, size: str) -> None:
+@covering(layout=LAYOUTS, dtype=("f32", "f16"), size=(ODD, VECTORS))
+def test_in_place(layout: str, dtype: str, size: tuple[int, ...]) -> None:
     """The result may overwrite the source, bit for bit as elsewhere."""
-    planes = planes_for(SIZES[size])
-    source = image(SIZES[size], dtype, layout)
+    planes = planes_for(size)
+    source = image(size, dtype, layout)
     bias = torch.randn(source.shape[1])
-    masks = [planes[1], image(SIZES[size], "f32", layout).clamp(min=0)]
+    masks = [planes[1], image(size, "f32", layout).clamp(min=0)]
 
     def finish(x: Tensor, out: Tensor) -> None:
         OPS.partial_conv_finish_cuda(x, *planes, bias, True, False, "relu", 0.0, out)
@@ -241,92 +231,74 @@ def test_in_place(layout: str, dtype: str, size: str) -> None:
         assert same_bits(out, same)
 
 
-@covering(layout=LAYOUTS, dtype=FLOATS, how=BIASES, activation=("none", "leaky_relu"))
-def test_specials(layout: str, dtype: str, how: str, activation: str) -> None:
-    """NaN and Inf where nothing was seen change no bit; elsewhere they show."""
-    size = SIZES["vectors"]
-    planes = planes_for(size)
-    unseen = (planes[1] == 0).expand(size)
-    clean = image(size, dtype)
-    bad = torch.where(torch.rand(size, generator=generator(2)) < 0.5, torch.nan, torch.inf).to(clean.dtype)
-    dirty = dense(torch.where(unseen, bad, clean), layout)
-    clean = dense(clean, layout)
-    bias = torch.randn(size[1])
-    settings = (*BIASES[how], activation, SLOPE)
-    found = []
-    for x in (clean, dirty):
-        out, grad = empty(x, layout, dtype), empty(x, layout, dtype)
-        OPS.partial_conv_finish_cuda(x, *planes, bias, *settings, out)
-        bias_grad = OPS.partial_conv_finish_backward_cuda(x, x, *planes, *settings, True, grad)
-        found.append((out, grad, bias_grad))
-    for a, b in zip(*found, strict=True):
-        assert same_bits(a, b) and bool(a.isfinite().all())
-    assert not found[0][0][unseen].any()
-    seen = dense(torch.where(unseen, clean, bad), layout)
-    check_finish(seen, planes, bias, empty(seen, layout, dtype), activation, BIASES[how])
-
-
-def check_mask(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
-    keep = x.clone()
-    OPS.partial_conv_mask_input_cuda(x, mask, out)
-    if mask is None:
-        assert torch.equal(out, keep.to(out.dtype))
-        return
-    want = [
-        torch.where(mask == 0, 0.0, keep.to(d)).to(d) * mask.to(d) for d in (torch.float32, torch.float64)
-    ]
-    within(out, *want, "masked input")
-    assert not out[(mask == 0).expand(x.shape)].any()
-
-
-def mask_shapes(size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    n, c, *spatial = size
-    return {
-        "n1": (n, 1, *spatial),
-        "11": (1, 1, *spatial),
-        "nc": (n, c, *spatial),
-        "1c": (1, c, *spatial),
+def run_windows(mask: Tensor, call: Any = None, **settings: Any) -> tuple[Tensor, Tensor]:
+    found = {
+        "groups": 1,
+        "multiplicity": 1,
+        "kernel": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "numerator": 9.0,
+        "update": "proportional",
+        "dtype": torch.float32,
+        **settings,
     }
+    ratio, new_mask = (call or OPS.partial_conv_window_cuda)(mask, *found.values())
+    return ratio, new_mask
 
 
-@covering(size=SIZES, layout=LAYOUTS, dtype=FLOATS)
-def test_mask_input(size: str, layout: str, dtype: str) -> None:
-    x = image(SIZES[size], dtype, layout)
-    check_mask(x, None, empty(x, layout, dtype))
-    for kind, mask_layout in product(("n1", "nc", "1c"), ("nchw", "nhwc")):
-        mask = mask_of(mask_shapes(SIZES[size])[kind], "f32", mask_layout)
-        check_mask(dense(x.masked_fill(mask == 0, torch.nan), layout), mask, empty(x, layout, dtype))
+def check_windows(mask: Tensor, **settings: Any) -> None:
+    with poisoned_allocations():
+        actual = run_windows(mask, **settings)
+    plain = run_windows(mask, reference.window_planes, **settings)
+    truth = run_windows(mask, reference.window_planes, **{**settings, "dtype": torch.float64})
+    for what, got, usual, want in zip(("ratio", "new mask"), actual, plain, truth, strict=True):
+        assert got.is_contiguous() and got.dtype == torch.float32
+        within(got, usual, want.clamp(max=torch.finfo(torch.float32).max), what)
 
 
-@covering(
-    mask_dtype=MASK_DTYPES, kind=("n1", "11", "nc", "1c"), layout=("nchw", "nhwc"), dtype=("f32", "bf16")
-)
-def test_mask_dtypes(mask_dtype: str, kind: str, layout: str, dtype: str) -> None:
-    for size in (SIZES["vectors"], SIZES["wide"], SIZES["odd"]):
-        x = image(size, dtype, layout)
-        for mask_layout in (layout, f"{layout}+1"):
-            mask = mask_of(mask_shapes(size)[kind], mask_dtype, mask_layout)
-            check_mask(x, mask, empty(x, layout, dtype))
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": lambda m: m,
+    "nhwc": lambda m: dense(m, "nhwc"),
+    "nchw+1": lambda m: dense(m, "nchw+1"),
+    "nhwc+1": lambda m: dense(m, "nhwc+1"),
+    "transposed": lambda m: m.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_inside": lambda m: m.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": lambda m: torch.stack([m, m], -1)[..., 0],
+    "cropped": lambda m: F.pad(m, (1, 2, 3, 0))[..., 3:, 1:-2],
+    "odd_batches": lambda m: F.pad(m.flatten(1), (0, 1))[:, :-1].unflatten(1, m.shape[1:]),
+    "odd_channels": lambda m: F.pad(m.flatten(2), (0, 1))[..., :-1].unflatten(2, m.shape[2:]),
+    "expanded": lambda m: m[:, :1, :1].expand(m.shape),
+    "channels_apart": lambda m: torch.cat([m, m], 1)[:, ::2],
+}
 
 
-@covering(
-    source=LAYOUTS[:2],
-    mask=LAYOUTS,
-    out=LAYOUTS[:2],
-    kind=("n1", "nc", "none"),
-    dtypes=("f32/f16", "f16/f16"),
-)
-def test_mask_layouts(source: str, mask: str, out: str, kind: str, dtypes: str) -> None:
-    for size in (SIZES["vectors"], SIZES["any_tiles"], SIZES["volume"]):
-        x = image(size, dtypes[:3], source)
-        weights = None if kind == "none" else mask_of(mask_shapes(size)[kind], "u8", mask)
-        check_mask(x, weights, empty(x, out, dtypes[4:]))
+@covering(strides=STRIDES, dtype=MASK_DTYPES, channels=(1, 3, 32, 80))
+def test_window_strides(strides: str, dtype: str, channels: int) -> None:
+    """Sums over channels by vectors, by elements, along pixels and along channels."""
+    for batch, height, width in ((2, 4, 8), (1, 5, 7)):
+        mask = STRIDES[strides](mask_of((batch, channels, height, width), dtype))
+        for groups in (1,) if channels == 1 else (1, channels) if channels == 3 else (1, 2):
+            check_windows(mask, groups=groups)
+
+
+def test_larger_windows() -> None:
+    """Several blocks of outputs, of pixels, and of channels."""
+    for channels, layout in ((1, "nchw"), (40, "nchw"), (40, "nhwc"), (300, "nhwc"), (5, "nhwc")):
+        mask = dense(mask_of((2, channels, 21, 20), "f32"), layout)
+        check_windows(mask, update="clamp")
+
+
+def mask_shapes(size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    n, c, *plane = size
+    return [(n, 1, *plane), (1, 1, *plane), (n, c, *plane), (1, c, *plane)]
 
 
 def test_bool_from_bytes() -> None:
     """A bool tensor may hold any byte; all but 0 are true."""
-    for size in (SIZES["vectors"], SIZES["odd"]):
-        for kind, layout in product(mask_shapes(size).values(), ("nchw", "nhwc")):
+    for size in (VECTORS, ODD):
+        for kind, layout in product(mask_shapes(size), ("nchw", "nhwc")):
             bytes_ = dense((mask_of(kind, "bool").to(torch.uint8) * 255), layout)
             ones = dense(bytes_ != 0, layout)
             x = image(size, "f32", layout)
@@ -334,83 +306,12 @@ def test_bool_from_bytes() -> None:
             for mask in (ones, bytes_.view(torch.bool)):
                 out = empty(x, layout, "f32")
                 OPS.partial_conv_mask_input_cuda(x, mask, out)
-                found.append((out, *run_windows(mask, kernel=(3, 3), padding=(1, 1))))
+                found.append((out, *run_windows(mask)))
             assert all(map(same_bits, *found))
 
 
-@covering(
-    dtype=FLOATS,
-    layout=("nchw", "nhwc"),
-    mask=("none", "hw", "n1", "nc"),
-    groups=(1, 2),
-    settings=("plain", "relu", "scaled", "unmasked", "binary"),
-)
-def test_whole_op(dtype: str, layout: str, mask: str, groups: int, settings: str) -> None:
-    extra: dict[str, Any] = {
-        "plain": {},
-        "relu": {"activation": "relu", "numerator": "one"},
-        "scaled": {"scale_bias": True, "activation": "leaky_relu"},
-        "unmasked": {"mask_input": False, "mask_update": "proportional"},
-        "binary": {"mask_update": "binary", "stride": 2},
-    }[settings]
-    check_op((2, 8, 7, 8), dtype, layout, mask, groups, extra)
-
-
-@covering(dtype=("f32", "bf16"), layout=("nchw", "nhwc"), mask=("none", "n1", "nc"))
-def test_whole_op_of_volumes(dtype: str, layout: str, mask: str) -> None:
-    check_op((2, 4, 3, 5, 4), dtype, layout, mask, 2, {"activation": "relu"})
-
-
-def check_op(
-    size: tuple[int, ...], dtype: str, layout: str, mask: str, groups: int, extra: dict[str, Any]
-) -> None:
-    dims = len(size) - 2
-    convolution = ik.partial_conv2d if dims == 2 else ik.partial_conv3d
-    rng = generator(11)
-    x = image(size, dtype, layout)
-    weight = torch.randn((6, size[1] // groups, *[3] * dims), generator=rng).to(DTYPES[dtype])
-    bias = torch.randn(6, generator=rng).to(DTYPES[dtype])
-    shapes = {"none": None, "hw": size[2:], **mask_shapes(size)}
-    shape = shapes[mask]
-    known = None if shape is None else mask_of(shape, "bool")
-    if known is not None:
-        known[..., :3] = False  # windows that see nothing
-    found = []
-    for backend, wanted in (("cuda", x.dtype), ("reference", x.dtype), ("reference", torch.float64)):
-        leaves = [t.detach().to(wanted).requires_grad_() for t in (x, weight, bias)]
-        out, new_mask = convolution(*leaves, known, padding=1, groups=groups, **extra, backend=backend)
-        upstream = torch.randn(out.shape, generator=generator(12)).to(x.dtype).to(wanted)
-        found.append((out, new_mask, *torch.autograd.grad(out, leaves, upstream)))
-    eps = torch.finfo(x.dtype).eps
-    for got, usual, want in zip(*found, strict=True):
-        assert got.shape == want.shape
-        error, plain = ((t.double() - want).norm() for t in (got, usual))
-        assert error <= 2 * plain + eps * want.norm()
-    assert torch.equal(found[0][1].double(), found[2][1]) or extra.get("mask_update") == "proportional"
-
-
-@covering(size=((0, 8, 4, 4), (2, 0, 4, 4), (2, 8, 0, 4), (0, 3, 2, 2, 2)))
-def test_empty(size: tuple[int, ...]) -> None:
-    ratio, new_mask = planes_for(size)
-    for layout in ("nchw", "nhwc"):
-        x = dense(torch.zeros(size), layout)
-        for mask in (None, new_mask, torch.zeros(size)):
-            OPS.partial_conv_mask_input_cuda(x, mask, x)
-        OPS.partial_conv_finish_cuda(x, ratio, new_mask, torch.ones(size[1]), True, False, "none", 0.0, x)
-        with poisoned_allocations():
-            bias_grad = OPS.partial_conv_finish_backward_cuda(
-                x, None, ratio, new_mask, True, False, "none", 0.0, True, x
-            )
-        assert same_bits(bias_grad, torch.zeros(size[1]))
-    mask = torch.ones((0, 4, *size[2:]))
-    if math.prod(size[2:]):
-        for kept in (mask, mask[:, :1]):
-            planes = run_windows(kept, kernel=(1,) * (len(size) - 2), groups=2)
-            assert planes[0].shape == (0, 2 if kept.shape[1] > 1 else 1, *size[2:])
-
-
 def test_errors() -> None:
-    x, planes = image(SIZES["vectors"], "f32"), planes_for(SIZES["vectors"])
+    x, planes = image(VECTORS, "f32"), planes_for(VECTORS)
     with pytest.raises(RuntimeError, match="float16, bfloat16 and float32"):
         OPS.partial_conv_mask_input_cuda(x.double(), None, x.double())
     with pytest.raises(RuntimeError, match="differ in shape"):

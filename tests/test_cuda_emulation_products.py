@@ -27,12 +27,11 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import INTERPRETING, Backend, Call, covering, evaluate, laid_out, same_bits
+from harness import EMULATED, EMULATING, INTERPRETING, Call, covering, evaluate, laid_out, same_bits
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="has nothing to do with Triton")
+pytestmark = pytest.mark.skipif(INTERPRETING or EMULATING, reason="runs with the compiled backends")
 
-EMULATED = Backend("cuda", "cpu")
 BOTH = ("contiguous", "channels_last")
 INF, LARGEST = torch.inf, torch.finfo(torch.float32).max
 # Relative error of a product of two operands with the 11 bits of TF32.

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from harness import Backend, as_tuple, assert_within_budget
 from pairs_cases import (
+    gradient_loss_call,
+    gradient_loss_formula,
     inpainting_pixel_call,
     inpainting_pixel_formula,
     total_variation_call,
@@ -96,6 +98,14 @@ TERMS: dict[str, tuple[Any, Any, dict[str, str]]] = {
             ("dilated_hole-mask", "l1"),
             ("first_pixel-mask", "l1"),
         )
+    },
+    **{
+        f"gradient-{region}-{penalty}": (
+            gradient_loss_call,
+            gradient_loss_formula,
+            {"region": region, "penalty": penalty},
+        )
+        for region, penalty in (("ring", "l1"), ("hole", "l2"), ("image", "l1"))
     },
     **{
         f"inpainting_pixel-{normalize}-{mode}-{penalty}": (
@@ -221,7 +231,9 @@ def test_global_means_of_terms(ranks: list[dict[Any, Any]], case: tuple[str, str
         )
 
 
-@pytest.mark.parametrize("name", ["masked_l1", "hole_valid", "total_variation", "inpainting_pixel"])
+@pytest.mark.parametrize(
+    "name", ["masked_l1", "hole_valid", "total_variation", "gradient", "inpainting_pixel"]
+)
 def test_a_gradient_to_the_mask_is_refused(name: str) -> None:
     """Before anything is shared: the group here is none."""
     pred, target, mask = case_inputs("n1hw")

@@ -125,8 +125,10 @@ RESULTS = (
     ik.HoleValid,
     ik.InpaintingPixel,
     ik.PartialConvOutput,
+    ik.DiscriminatorLoss,
     PerceptualStyle,
-    ik.objectives.PartialConvTerms,
+    ik.objectives.DiscriminatorOutput,
+    *(getattr(ik.objectives, name) for name in ik.objectives.__all__ if name.endswith("Terms")),
     Truth,
 )
 
@@ -144,7 +146,12 @@ def test_results_are_serialised_by_their_public_name(kind: Any) -> None:
 class Losses(nn.Module):
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor) -> Any:
         terms = ik.inpainting_pixel_loss(pred, target, mask)
-        return {"pixel": terms, "hole_valid": ik.hole_valid_loss(pred, target, mask)}
+        objective = ik.objectives.DeepFillObjective("v2", adversarial_weight=0)
+        return {
+            "pixel": terms,
+            "hole_valid": ik.hole_valid_loss(pred, target, mask),
+            "objective": objective(pred, target, mask),
+        }
 
 
 def test_named_tuples_come_back_from_a_file() -> None:
@@ -155,6 +162,8 @@ def test_named_tuples_come_back_from_a_file() -> None:
     assert type(found["pixel"]) is ik.InpaintingPixel and type(found["hole_valid"]) is ik.HoleValid
     torch.testing.assert_close(found["pixel"].total, want["pixel"].total)
     torch.testing.assert_close(tuple(found["hole_valid"]), tuple(want["hole_valid"]))
+    assert type(found["objective"]) is ik.objectives.DeepFillTerms
+    torch.testing.assert_close(tuple(found["objective"]), tuple(want["objective"]))
 
 
 def test_another_process_loads_the_program(tmp_path: Path) -> None:

@@ -160,17 +160,6 @@ def test_many_layers_of_many_kinds(backend: Backend) -> None:
         run(backend, distance_settings(penalty), pairs, masks)
 
 
-@grid(penalty=PENALTIES, wanted=((0, 1, 2), (3, 4, 5), (1,), (5,), (0, 4)))
-def test_only_the_gradients_asked_for(backend: Backend, penalty: str, wanted: tuple[int, ...]) -> None:
-    pairs = [distance_pair(size, predictions=2, seed=i) for i, size in enumerate(LAYERS)]
-    flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
-    settings = distance_settings(penalty, weights=WEIGHTS)
-    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(flat)]
-    distance_call(backend, 3, settings)(*leaves).backward()
-    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
-    run(backend, settings, pairs, wanted=wanted)
-
-
 @grid(penalty=PENALTIES, predictions=(2, 3), layout=("contiguous", "channels_last"))
 def test_predictions_are_those_of_a_repeated_target(
     backend: Backend, penalty: str, predictions: int, layout: str
@@ -296,14 +285,6 @@ def test_counted_specials_propagate(backend: Backend, penalty: str, special: str
         assert at == (0 if special == "nan" else clean[1][0].abs().max())
     else:
         assert not at.isfinite()
-
-
-@grid(layout=("contiguous", "channels_last", "transposed"), dtype=("f32", "bf16"), penalty=("l1", "l2"))
-def test_gradient_has_the_layout_of_the_input(kernel: Backend, layout: str, dtype: str, penalty: str) -> None:
-    flat = on_device(kernel, *distance_pair(SIZE, dtypes=f"{dtype}/f32", layouts=f"{layout}/contiguous"))
-    _, (got,), _ = evaluate(distance_call(kernel, 1, distance_settings(penalty)), flat, (0,))
-    want = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    assert got.is_contiguous(memory_format=want)
 
 
 # ---- properties --------------------------------------------------------------------------------------------------

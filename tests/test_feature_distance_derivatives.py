@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from feature_cases import (
     MASKS,
@@ -21,8 +20,6 @@ from feature_cases import (
 from harness import Backend, evaluate, gradient_of, grid, value_budget
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
-
-from inpaint_kernels.ops.feature_distance import feature_distance
 
 PENALTIES = ("l1", "l2", "charbonnier")
 SIZE = (2, 5, 9, 14)
@@ -132,11 +129,3 @@ def test_gradient_to_the_mask(penalty: str, mask: str, normalize: str) -> None:
         wanted=(0, 1, 2),
         sizes=sizes,
     )
-
-
-def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
-    x, y, mask = on_device(kernel, *distance_pair(SIZE), layer_mask("shared", SIZE, 1))
-    with pytest.raises(RuntimeError, match="mask"):
-        feature_distance(x, y, mask=mask.requires_grad_(), backend=kernel.name)
-    with torch.no_grad():
-        feature_distance(x, y, mask=mask, backend=kernel.name)

@@ -11,27 +11,16 @@ from feature_cases import (
     GRAM_NORMALIZATIONS,
     PLANES,
     check,
-    check_autocast,
-    check_compiles,
-    check_matmul_precision,
     feature_map,
     gram_call,
     gram_formula,
     gram_sizes,
 )
-from harness import DTYPES, INTERPRETING, LAYOUTS, Backend, covering, evaluate, gradient_of, grid, laid_out
+from harness import DTYPES, INTERPRETING, LAYOUTS, Backend, evaluate, gradient_of, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
-from pixel_cases import on_device, skip_unsupported, skip_without_memory
+from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
-from training_checks import (
-    check_capturable,
-    check_deterministic,
-    check_no_host_sync,
-    check_opcheck,
-    kept_bytes,
-    ops_called,
-)
 
 import inpaint_kernels as ik
 from inpaint_kernels.ops.gram import gram_matrix
@@ -143,14 +132,6 @@ def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, l
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.abs().max()))
 
 
-@grid(layout=("contiguous", "channels_last", "transposed"), dtype=("f32", "f16"))
-def test_gradient_has_the_layout_of_the_features(kernel: Backend, layout: str, dtype: str) -> None:
-    x = on_device(kernel, feature_map(SIZE, dtype, layout))[0]
-    _, (got,), _ = evaluate(gram_call(kernel, "hw"), [x], (0,))
-    want = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    assert got.is_contiguous(memory_format=want)
-
-
 @grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
 def test_second_derivatives(backend: Backend, normalize: str, layout: str) -> None:
     """By the features and by the gradient of the matrix."""
@@ -189,14 +170,6 @@ def test_create_graph_does_not_change_the_gradient(backend: Backend, autocast: b
         )
 
 
-@pytest.mark.parametrize("normalize", GRAM_NORMALIZATIONS)
-def test_gradcheck(backend: Backend, normalize: str) -> None:
-    x = feature_map((2, 3, 2, 2), "f64")
-    skip_unsupported(backend, x)
-    assert torch.autograd.gradcheck(gram_call(backend, normalize), x.requires_grad_())
-    assert torch.autograd.gradgradcheck(gram_call(backend, normalize), x)
-
-
 @given(
     size=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
     dtype=st.sampled_from(("f16", "bf16", "f32")),
@@ -216,96 +189,3 @@ def test_permuting_channels_permutes_the_matrix(backend: Backend, channels: int,
     permuted = gram_call(backend, "hw")(x[:, order].contiguous())
     torch.testing.assert_close(permuted, gram[:, order][:, :, order], rtol=0, atol=1e-6)
     assert torch.equal(gram_call(backend, "hw")(4 * x), 16 * gram)
-
-
-# ---- in training -------------------------------------------------------------------------------------------------
-
-
-def test_keeps_a_reference_to_the_features_only(kernel: Backend) -> None:
-    x = on_device(kernel, feature_map(SIZE))[0].requires_grad_()
-    assert kept_bytes(gram_call(kernel, "chw"), x) == 0
-    with torch.no_grad():
-        assert kept_bytes(lambda t: gram_call(kernel, "chw")(2 * t), x) == 0
-
-
-@grid(layout=("contiguous", "channels_last"), channels=(3, 64))
-def test_two_runs_give_the_same_bits(backend: Backend, layout: str, channels: int) -> None:
-    plane = (9, 14) if INTERPRETING else (91, 101)
-    x = on_device(backend, feature_map((2, channels, *plane), layout=layout))[0]
-
-    def run() -> tuple[Tensor, ...]:
-        outputs, gradients, _ = evaluate(gram_call(backend, "chw"), [x], (0,))
-        return (*outputs, *gradients)
-
-    check_deterministic(run, threads=(1,) if backend.name == "reference" else (1, 2, 3))
-
-
-@covering(
-    layout=("contiguous", "channels_last", "transposed"),
-    size=((2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (0, 3, 4, 5)),
-    gradient=("plain", "gradient"),
-)
-def test_opcheck(kernel: Backend, layout: str, size: tuple[int, ...], gradient: str) -> None:
-    ops = torch.ops.inpaint_kernels
-    x = on_device(kernel, feature_map(size, "f16" if gradient == "plain" else "f32", layout))[0]
-    check_opcheck(
-        getattr(ops, f"gram_{kernel.name}").default, (x, "chw"), (0,) if gradient == "gradient" else ()
-    )
-    upstream = torch.rand(size[0], size[1], size[1], device=kernel.device)
-    check_opcheck(getattr(ops, f"gram_backward_{kernel.name}").default, (upstream, x, "hw"))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compile(backend: Backend, layout: str) -> None:
-    check_compiles(
-        gram_call(backend, "chw"),
-        partial(gram_formula, normalize="chw"),
-        [on_device(backend, feature_map(size, layout=layout)) for size in ((2, 3, 9, 14), (3, 4, 16, 10))],
-        wanted=(0,),
-        sizes=partial(gram_sizes, normalize="chw"),
-        compiler="aot_eager",
-    )
-
-
-def test_no_host_sync(backend: Backend) -> None:
-    inputs = on_device(backend, feature_map(SIZE))
-    upstream = evaluate(gram_call(backend, "chw"), inputs, (0,))[2]
-    check_no_host_sync(lambda: evaluate(gram_call(backend, "chw"), inputs, (0,), upstream))
-
-
-def test_cuda_graph(kernel: Backend) -> None:
-    if kernel.device != "cuda":
-        pytest.skip("CUDA graphs need tensors on the GPU")
-    check_capturable(gram_call(kernel, "chw"), on_device(kernel, feature_map(SIZE)), (0,))
-
-
-def test_autocast_and_matmul_precision(backend: Backend) -> None:
-    inputs = on_device(backend, feature_map(SIZE, "bf16"))
-    check_autocast(backend, gram_call(backend, "chw"), inputs, (0,))
-    check_matmul_precision(gram_call(backend, "chw"), inputs, (0,))
-
-
-def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend) -> None:
-    first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]
-    if kernel.name != first:
-        pytest.skip(f"{first} comes before {kernel.name} on this device")
-    inputs = on_device(kernel, feature_map(SIZE))
-    called = ops_called(lambda: evaluate(gram_call(None, "chw"), inputs, (0,)))
-    assert f"inpaint_kernels.gram_{first}.default" in called
-    assert f"inpaint_kernels.gram_backward_{first}.default" in called
-
-
-@pytest.mark.slow
-def test_more_than_two_billion_elements(kernel: Backend) -> None:
-    if INTERPRETING:
-        pytest.skip("hours in the interpreter")
-    size = (3, 1, 2**15, 2**15)
-    skip_without_memory(kernel, 14 * 2**30)
-    x = torch.zeros(size, dtype=torch.bfloat16, device=kernel.device)
-    x[2, 0, -1, -1], x[0, 0, 0, 0] = 3.0, 2.0
-    x.requires_grad_()
-    gram = gram_call(kernel, "none")(x)
-    assert gram.flatten().tolist() == [4.0, 0.0, 9.0]
-    (gradient,) = torch.autograd.grad(gram.sum(), x)
-    assert gradient[2, 0, -1, -1] == 6.0
-    assert gradient[0, 0, 0, 0] == 4.0

@@ -13,7 +13,6 @@ from harness import (
     Backend,
     check_against_truth,
     evaluate,
-    gradient_of,
     grid,
     laid_out,
     same_bits,
@@ -28,7 +27,6 @@ from pixel_cases import (
     PARAMS,
     PENALTIES,
     SIZES,
-    away_from_kinks,
     hole_valid_call,
     hole_valid_formula,
     image_cases,
@@ -189,87 +187,6 @@ def test_nan_reaches_its_own_gradient_only(backend: Backend, penalty: str, layou
     assert valid.isnan()
     assert int((~gradient.isfinite()).sum()) == (0 if penalty == "l1" else 1)
     assert penalty != "l1" or gradient[1, 2, 8, 13] == 0  # as torch.sign
-
-
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS, term=("hole", "valid"), wanted=("pred", "target"))
-def test_one_term_and_one_gradient(
-    backend: Backend, penalty: str, normalize: str, term: str, wanted: str
-) -> None:
-    """The other term sends no gradient at all, the other image asks for none."""
-    options = {"penalty": penalty, "normalize": normalize}
-    index, position = ("hole", "valid").index(term), ("pred", "target").index(wanted)
-    inputs = on_device(backend, *image_pair(SIZE, "bf16/f32"), make_mask("n1hw", SIZE))
-    call = hole_valid_call(backend, **options)
-    check_against_truth(
-        lambda *images: call(*images)[index],
-        lambda *images: hole_valid_formula(*images, **options)[index],
-        inputs,
-        wanted=(position,),
-    )
-    leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(inputs)]
-    getattr(call(*leaves), term).backward()
-    assert [leaf.grad is not None for leaf in leaves[:2]] == [position == 0, position == 1]
-
-
-@grid(layout=("contiguous", "channels_last"), penalty=("l1", "l2"))
-def test_gradients_have_the_layout_of_pred(kernel: Backend, layout: str, penalty: str) -> None:
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    inputs = on_device(kernel, *pair, make_mask("n1hw", SIZE))
-    for got in evaluate(hole_valid_call(kernel, penalty=penalty, normalize="image"), inputs, (0, 1))[1]:
-        assert got.stride() == pair[0].stride()
-
-
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS, mask_is=MASK_IS, layout=("contiguous", "channels_last"))
-def test_second_derivatives(
-    backend: Backend, penalty: str, normalize: str, mask_is: str, layout: str
-) -> None:
-    options = {"penalty": penalty, "normalize": normalize, "mask_is": mask_is}
-    inputs = on_device(backend, *image_pair(SIZE, layouts=f"{layout}/{layout}"), make_mask("n1hw", SIZE))
-    call, formula = hole_valid_call(backend, **options), partial(hole_valid_formula, **options)
-    upstream = torch.tensor(0.7, device=backend.device)
-    # The derivative by the upstream gradient sums first derivatives of both signs, times at most 1.5 for
-    # pred and for target; that by pred is, for charbonnier, a difference of two larger terms.
-    terms = 3 * evaluate(call, inputs, (0,))[1][0].abs().sum() / 0.5
-    check_against_truth(
-        gradient_of(call),
-        gradient_of(formula),
-        [*inputs, upstream],
-        wanted=(0, 1, 3),
-        magnitudes={0: None, 1: None, 3: 2 * terms},
-    )
-
-
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS)
-def test_gradcheck(backend: Backend, penalty: str, normalize: str) -> None:
-    size = (2, 2, 2, 2)
-    pred, target = away_from_kinks(*image_pair(size, "f64/f64"))
-    skip_unsupported(backend, pred)
-    call = hole_valid_call(backend, penalty=penalty, normalize=normalize)
-    weights = make_mask("n1hw", size, "f64")
-    leaves = (pred.requires_grad_(), target.requires_grad_())
-    assert torch.autograd.gradcheck(lambda p, t: tuple(call(p, t, weights)), leaves)
-    assert torch.autograd.gradgradcheck(lambda p, t: tuple(call(p, t, weights)), leaves)
-
-
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS, mask_is=MASK_IS, mask=("n1hw", "hw", "nchw"))
-def test_gradient_to_the_mask(penalty: str, normalize: str, mask_is: str, mask: str) -> None:
-    """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
-    options = {"penalty": penalty, "normalize": normalize, "mask_is": mask_is}
-    call = hole_valid_call(None, **options)
-    for index in (0, 1):
-        check_against_truth(
-            lambda *images, index=index: call(*images)[index],
-            lambda *images, index=index: hole_valid_formula(*images, **options, select=False)[index],
-            [*image_pair(SIZE), make_mask(mask, SIZE)],
-            wanted=(0, 1, 2),
-            magnitudes={2: None},
-        )
-
-
-def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
-    pred, target, mask = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
-    with pytest.raises(RuntimeError, match="mask"):
-        ik.hole_valid_loss(pred, target, mask.requires_grad_(), backend=kernel.name)
 
 
 def test_returns_named_terms(backend: Backend) -> None:

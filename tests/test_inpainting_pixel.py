@@ -14,7 +14,6 @@ from harness import (
     Backend,
     check_against_truth,
     evaluate,
-    gradient_of,
     grid,
     laid_out,
     same_bits,
@@ -233,98 +232,6 @@ def test_two_terms_send_their_own_gradients(backend: Backend, chosen: str, mode:
         on_device(backend, *image_pair(SIZE, "bf16/f32"), region_mask("n1hw", SIZE)),
         magnitudes={0: None, 1: None},
     )
-
-
-@grid(term=TERMS, wanted=("pred", "target"), penalty=PENALTIES)
-def test_one_gradient(backend: Backend, term: str, wanted: str, penalty: str) -> None:
-    options = {"normalize": "mask", "mode": DEFAULT, "penalty": penalty}
-    index, position = TERMS.index(term), ("pred", "target").index(wanted)
-    inputs = on_device(backend, *image_pair(SIZE, "bf16/f32"), region_mask("n1hw", SIZE))
-    call = inpainting_pixel_call(backend, **options)
-    check_against_truth(
-        lambda *images: call(*images)[index],
-        lambda *images: inpainting_pixel_formula(*images, **options)[index],
-        inputs,
-        wanted=(position,),
-        magnitudes={position: None},
-    )
-    leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(inputs)]
-    getattr(call(*leaves), term).backward()
-    assert [leaf.grad is not None for leaf in leaves[:2]] == [position == 0, position == 1]
-
-
-@grid(layout=("contiguous", "channels_last"), penalty=PENALTIES)
-def test_gradients_have_the_layout_of_pred(kernel: Backend, layout: str, penalty: str) -> None:
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    inputs = on_device(kernel, *pair, make_mask("n1hw", SIZE))
-    call = inpainting_pixel_call(kernel, normalize="image", mode=DEFAULT, penalty=penalty)
-    for got in evaluate(call, inputs, (0, 1))[1]:
-        assert got.stride() == pair[0].stride()
-
-
-@grid(
-    normalize=NORMALIZATIONS,
-    mode=(DEFAULT, "image-default", "first_pixel-mask"),
-    penalty=PENALTIES,
-    layout=("contiguous", "channels_last"),
-)
-def test_second_derivatives(backend: Backend, normalize: str, mode: str, penalty: str, layout: str) -> None:
-    mask_is = "hole" if layout == "contiguous" else "valid"
-    options = {"normalize": normalize, "mode": mode, "mask_is": mask_is, "penalty": penalty}
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    inputs = on_device(backend, *pair, region_mask("n1hw", SIZE), torch.tensor(0.7))
-    call, formula = inpainting_pixel_call(backend, **options), partial(inpainting_pixel_formula, **options)
-    # `gradient_of` sends i + 1 times the upstream gradient into term i; its derivative sums first derivatives of
-    # both signs, times at most 1.5.
-    upstream = [torch.tensor(i + 1.0) for i in range(4)]
-    terms = 2 * sum(g.abs().sum() for g in evaluate(call, inputs[:3], (0, 1), upstream)[1])
-    check_against_truth(
-        gradient_of(call),
-        gradient_of(formula),
-        inputs,
-        wanted=(0, 1, 3),
-        magnitudes={0: None, 1: None, 3: 2 * terms},
-        output_magnitudes={0: None, 1: None},
-    )
-
-
-@grid(penalty=PENALTIES, normalize=NORMALIZATIONS, mode=(DEFAULT, "image-default", "first_pixel-mask"))
-def test_gradcheck(backend: Backend, penalty: str, normalize: str, mode: str) -> None:
-    size = (2, 1, 3, 2)
-    skip_unsupported(backend, torch.zeros(0, dtype=torch.float64))
-    # Far from every kink: see test_total_variation.py.
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).double().view(size)
-    leaves = (order.requires_grad_(), (order * 1.7 + 0.3).flip(3).detach().requires_grad_())
-    mask = region_mask("n1hw", size, "f64")
-    call = inpainting_pixel_call(backend, normalize=normalize, mode=mode, penalty=penalty)
-    assert torch.autograd.gradcheck(lambda p, t: tuple(call(p, t, mask)), leaves)
-    assert torch.autograd.gradgradcheck(lambda p, t: tuple(call(p, t, mask)), leaves)
-
-
-@grid(normalize=NORMALIZATIONS, mode=MODES, mask=("hw", "nchw"))
-def test_gradient_to_the_mask(normalize: str, mode: str, mask: str) -> None:
-    """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
-    options = {"normalize": normalize, "mode": mode, "mask_is": "hole" if mask == "hw" else "valid"}
-    weights = make_mask(mask, SIZE)
-    if mode.startswith("dilated"):
-        # Among equal values a maximum has many derivatives.
-        weights = torch.rand(weights.shape, generator=torch.Generator().manual_seed(0))
-    check_against_truth(
-        inpainting_pixel_call(None, **options),
-        partial(inpainting_pixel_formula, **options, select=False),
-        [*image_pair(SIZE), weights],
-        wanted=(0, 1, 2),
-        magnitudes={0: None, 1: None, 2: None},
-    )
-
-
-def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
-    pred, target, mask = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
-    for penalty in PENALTIES:
-        with pytest.raises(RuntimeError, match="mask"):
-            ik.inpainting_pixel_loss(
-                pred, target, mask.requires_grad_(), tv_penalty=penalty, backend=kernel.name
-            )
 
 
 def test_returns_named_terms(backend: Backend) -> None:

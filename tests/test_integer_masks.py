@@ -23,6 +23,7 @@ CALLS: dict[str, Callable[..., Any]] = {
         p, m, target=t, region="dilated_hole", **o
     ),
     "inpainting_pixel": ik.inpainting_pixel_loss,
+    "gradient_loss": ik.gradient_loss,
     "composite": ik.composite,
     "stacked_images": ik.stacked_images,
     "feature_distance": lambda p, t, m, **o: ik.feature_distance(p, t, mask=m, **o),

@@ -13,7 +13,6 @@ from harness import (
     Backend,
     check_against_truth,
     evaluate,
-    gradient_of,
     grid,
     laid_out,
     same_bits,
@@ -28,7 +27,6 @@ from pixel_cases import (
     PARAMS,
     PENALTIES,
     SIZES,
-    away_from_kinks,
     image_cases,
     image_pair,
     make_mask,
@@ -40,7 +38,6 @@ from pixel_cases import (
 )
 from torch import Tensor
 
-import inpaint_kernels as ik
 from inpaint_kernels.reference.masked_l1 import masked_loss
 
 # Planes of 126 elements: several vectors of 8 or 16, then a tail, in NCHW and in channels_last.
@@ -228,32 +225,6 @@ def test_counted_specials_propagate(
         assert torch.equal(got.cpu()[untouched], want.cpu()[untouched])
 
 
-@grid(penalty=PENALTIES, mode=MODES, wanted=((), (0,), (1,)), dtypes=("f32/f32", "bf16/f32"))
-def test_only_the_gradients_asked_for(
-    backend: Backend, penalty: str, mode: str, wanted: tuple[int, ...], dtypes: str
-) -> None:
-    inputs = on_device(backend, *image_pair(SIZE, dtypes), make_mask("n1hw", SIZE))
-    call = masked_call(backend, penalty=penalty, mode=mode)
-    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
-    out = call(*leaves)
-    assert out.requires_grad == bool(wanted)
-    if wanted:
-        out.sum().backward()
-    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
-    check_against_truth(call, partial(masked_formula, penalty=penalty, mode=mode), inputs, wanted=wanted)
-
-
-@grid(layout=("contiguous", "channels_last"), penalty=("l1", "l2"), mode=("mask", "none"))
-def test_gradient_and_map_have_the_layout_of_pred(
-    kernel: Backend, layout: str, penalty: str, mode: str
-) -> None:
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    inputs = on_device(kernel, *pair, make_mask("n1hw", SIZE))
-    (out,), gradients, _ = evaluate(masked_call(kernel, penalty=penalty, mode=mode), inputs, (0, 1))
-    for got in (*gradients, *([out] if mode == "none" else [])):
-        assert got.stride() == pair[0].stride()
-
-
 @grid(upstream=("expanded", "channels_last", "transposed", "padded"), layout=("contiguous", "channels_last"))
 def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, layout: str) -> None:
     """The gradient of a map arrives expanded from a sum, or in whatever layout the next op left it."""
@@ -272,25 +243,6 @@ def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, l
             assert torch.equal(got, want)
 
 
-@grid(penalty=PENALTIES, mode=MODES, mask=("nomask", "n1hw"), layout=("contiguous", "channels_last"))
-def test_second_derivatives(backend: Backend, penalty: str, mode: str, mask: str, layout: str) -> None:
-    """By pred, target and the upstream gradient, also where autograd must fill in a zero."""
-    inputs = on_device(backend, *image_pair(SIZE, layouts=f"{layout}/{layout}"), make_mask(mask, SIZE))
-    call = masked_call(backend, penalty=penalty, mode=mode)
-    _, (first, _), (upstream,) = evaluate(call, inputs, (0, 1))
-    # The derivative by the upstream gradient sums first derivatives of both signs, times at most 1.5 for
-    # pred and for target; that by pred is, for charbonnier, a difference of two larger terms.
-    terms = 3 * first.abs() / upstream
-    formula = partial(masked_formula, penalty=penalty, mode=mode)
-    check_against_truth(
-        gradient_of(call),
-        gradient_of(formula),
-        [*inputs, upstream],
-        wanted=(0, 1, 3),
-        magnitudes={0: None, 1: None, 3: terms if mode == "none" else terms.sum()},
-    )
-
-
 @grid(penalty=PENALTIES, mode=MODES, layout=("contiguous", "channels_last"))
 def test_create_graph_does_not_change_the_gradient(
     backend: Backend, penalty: str, mode: str, layout: str
@@ -307,39 +259,6 @@ def test_create_graph_does_not_change_the_gradient(
     again = torch.autograd.grad(call(*leaves), leaves[:2], upstream, create_graph=True)
     for got, want in zip(again, first, strict=True):
         torch.testing.assert_close(got.detach(), want, rtol=1e-6, atol=0, equal_nan=True)
-
-
-@grid(penalty=PENALTIES, mode=MODES)
-def test_gradcheck(backend: Backend, penalty: str, mode: str) -> None:
-    size = (2, 2, 2, 2)
-    pred, target = image_pair(size, "f64/f64")
-    skip_unsupported(backend, pred)
-    pred, target = away_from_kinks(pred, target)
-    call = masked_call(backend, penalty=penalty, mode=mode)
-    weights = make_mask("n1hw", size, "f64")
-    leaves = (pred.requires_grad_(), target.requires_grad_())
-    assert torch.autograd.gradcheck(lambda p, t: call(p, t, weights), leaves)
-    assert torch.autograd.gradgradcheck(lambda p, t: call(p, t, weights), leaves)
-
-
-@grid(penalty=PENALTIES, mode=MODES, mask=("n1hw", "hw", "nchw"), dtype=("f32", "f16"))
-def test_gradient_to_the_mask(penalty: str, mode: str, mask: str, dtype: str) -> None:
-    """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
-    check_against_truth(
-        masked_call(None, penalty=penalty, mode=mode),
-        partial(masked_formula, penalty=penalty, mode=mode, select=False),
-        [*image_pair(SIZE), make_mask(mask, SIZE, dtype)],
-        wanted=(0, 1, 2),
-        magnitudes={2: None},
-    )
-
-
-def test_no_kernel_drops_a_gradient_to_the_mask(kernel: Backend) -> None:
-    pred, target, mask = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
-    with pytest.raises(RuntimeError, match="mask"):
-        ik.masked_l1_loss(pred, target, mask.requires_grad_(), backend=kernel.name)
-    with torch.no_grad():
-        ik.masked_l1_loss(pred, target, mask, backend=kernel.name)
 
 
 @given(case=image_cases(), penalty=st.sampled_from(PENALTIES), mode=st.sampled_from(list(MODES)))

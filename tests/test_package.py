@@ -27,7 +27,7 @@ FUNCTIONS = [name for name in ik.__all__ if isinstance(getattr(ik, name), types.
 
 # Design: imports only point downwards. What each part of the package may import from the package itself.
 MAY_IMPORT = {
-    "objectives": {"objectives", "nn", "features", "ops"},
+    "objectives": {"objectives", "nn", "features", "ops", "reference"},
     "nn": {"nn", "features", "ops"},
     "features": {"features", "ops"},
     "ops": {"ops", "reference", "plumbing"},

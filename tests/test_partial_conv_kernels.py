@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import (
     DTYPES,
+    EMULATING,
     INTERPRETING,
     Backend,
     assert_within_budget,
@@ -28,7 +29,18 @@ from training_checks import check_deterministic
 from inpaint_kernels.reference import partial_conv as reference
 
 SIZES = {"image": (2, 6, 5, 9), "volume": (2, 6, 3, 4, 5), "odd": (1, 6, 7, 1)}
-if not INTERPRETING:
+# Of the CUDA kernels: planar blocks have 128 threads with 16 bytes each, interleaved ones 256.
+if EMULATING:
+    SIZES |= {
+        "1x1": (2, 6, 1, 1),
+        "vectors": (2, 48, 4, 6),  # whole vectors in both layouts, a few threads a plane
+        "half_block": (2, 12, 8, 32),  # planar: one and two warps a plane
+        "wide": (1, 6, 24, 40),  # planar: four warps a plane, the second tile partial
+        "c24": (2, 24, 3, 4),  # interleaved: 6 or 3 threads a pixel, the last of them idle
+        "any_tiles": (1, 42, 5, 13),  # tiles of 32 x 32, partial both ways
+        "many": (1, 1056, 1, 3),  # interleaved: more vectors than a block has threads
+    }
+elif not INTERPRETING:
     SIZES["large"] = (2, 18, 61, 67)
 # (weigh_bias, scale_bias, activation, slope), groups
 FORMS: dict[str, tuple[tuple[bool, bool, str, float], int]] = {

@@ -25,9 +25,10 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "total_variation": lambda pred, **rest: ik.total_variation_loss(pred, **({"region": "hole"} | rest)),
     "stacked_images": ik.stacked_images,
     "composite": ik.composite,
+    "gradient": ik.gradient_loss,
 }
 # The other losses have the normalisations of BAD_INPUTS.
-OWN_NORMALIZE = ("total_variation", "stacked_images", "composite")
+OWN_NORMALIZE = ("total_variation", "stacked_images", "composite", "gradient")
 
 
 def images(**replaced: object) -> dict[str, Any]:
@@ -117,6 +118,11 @@ OWN_OPTIONS = {
     "stacked-nan": ("stacked_images", {"scale": (1.0, float("nan"), 1.0)}, r"scale\[1\].*finite.*nan"),
     "stacked-inf": ("stacked_images", {"shift": float("inf")}, r"shift.*finite.*inf"),
     "stacked-mask_is": ("stacked_images", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
+    "gradient-region": ("gradient", {"region": "first_pixel"}, "region.*'first_pixel'.*image.*hole.*ring"),
+    "gradient-penalty": ("gradient", {"penalty": "huber"}, "penalty.*'huber'.*l1.*l2"),
+    "gradient-ring": ("gradient", {"ring": -1}, "ring.*at least 0.*-1"),
+    "gradient-mask": ("gradient", {"mask": None}, "mask.*missing.*region='ring'.*region='image'"),
+    "gradient-mask_is": ("gradient", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
     "composite-mask_is": ("composite", {"mask_is": "known"}, "mask_is.*'known'.*valid.*hole"),
 }
 
@@ -127,6 +133,8 @@ WRONG_TYPES = {
     "hole_valid-group": ("hole_valid", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
     "pixel-group": ("inpainting_pixel", {"process_group": True}, f"{GROUP}.*True"),
     "tv-group": ("total_variation", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
+    "gradient-group": ("gradient", {"process_group": "gloo"}, f"{GROUP}.*'gloo'"),
+    "gradient-ring": ("gradient", {"ring": 1.0}, "ring.*integer.*float"),
     "pixel-string": ("inpainting_pixel", {"valid_weight": "1"}, "valid_weight.*number.*str"),
     "pixel-bool": ("inpainting_pixel", {"tv_weight": True}, "tv_weight.*number.*bool"),
     "pixel-none": ("inpainting_pixel", {"hole_weight": None}, "hole_weight.*number.*NoneType"),

@@ -11,18 +11,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import DTYPES, INTERPRETING
+from aot import CAPABILITIES, Launch, compile_launch, meta, record
+from harness import DTYPES
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
-if INTERPRETING:
-    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
-
-from aot import Launch, compile_launch, record
-
 from inpaint_kernels.triton_kernels import feature_distance, gram, style
-
-CAPABILITIES = (80, 90, 100)
 
 
 class Case(NamedTuple):
@@ -83,16 +76,12 @@ def launches(case: Case) -> list[Launch]:
 
 
 def _launches(case: Case) -> list[Launch]:
-    memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
     input_dtype, target_dtype = (DTYPES[name] for name in case.dtypes.split("/"))
-
-    def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     def features(batch: int, dtype: torch.dtype) -> list[Tensor]:
         sides = [case.size[1:] if case.size else (8192 // c, 8192 // c) for c in case.channels]
         return [
-            meta((batch, c, *side), dtype).to(memory_format=memory_format)
+            meta((batch, c, *side), dtype, case.channels_last)
             for c, side in zip(case.channels, sides, strict=True)
         ]
 

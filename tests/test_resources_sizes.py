@@ -9,12 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import INTERPRETING
-
-pytest.importorskip("triton", reason="triton is not installed")
-if INTERPRETING:
-    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
-
 import test_resources as pixel
 import test_resources_gram as features
 import test_resources_pairs as pairs

@@ -112,18 +112,6 @@ def test_predictions_are_those_of_a_repeated_target(backend: Backend, style: str
     torch.testing.assert_close(predictions * loss, apart, rtol=1e-6, atol=0)
 
 
-@grid(style=STYLES, wanted=((0, 1, 2), (3, 4, 5), (1,), (5,), (0, 4)))
-def test_only_the_gradients_asked_for(backend: Backend, style: str, wanted: tuple[int, ...]) -> None:
-    """Of three layers with weights, of which one is negative."""
-    pairs = [style_pair(size, predictions=2, seed=i) for i, size in enumerate(LAYERS)]
-    flat = on_device(backend, *(x for x, _ in pairs), *(y for _, y in pairs))
-    settings = style_settings(style, (0.5, -2.0, 0.125))
-    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(flat)]
-    style_call(backend, settings)(*leaves).backward()
-    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
-    check_style(backend, flat, settings, wanted)
-
-
 @grid(style=STYLES)
 def test_other_size_of_the_target(backend: Backend, style: str) -> None:
     """A Gram matrix has no height and width: the style of a picture of any size."""
@@ -173,15 +161,6 @@ def test_gradient_to_a_given_gram(style: str, predictions: int) -> None:
     x, gram = grams([style_pair(SIZE, predictions=predictions)], style)
     gram = gram * (0.5 + torch.rand(gram.shape, generator=generator(5)))
     check_style(None, [x, gram], style_settings(style, target_is_gram=True))
-
-
-def test_no_kernel_drops_a_gradient_to_a_given_gram(kernel: Backend) -> None:
-    x, gram = on_device(kernel, *grams([style_pair(SIZE)], "chw-l1"))
-    call = style_call(kernel, style_settings("chw-l1", target_is_gram=True))
-    with pytest.raises(RuntimeError, match=r"target.*backend='reference'"):
-        call(x, gram.requires_grad_())
-    with torch.no_grad():
-        call(x, gram)
 
 
 def test_cached_gram_of_the_package(backend: Backend) -> None:

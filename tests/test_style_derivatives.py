@@ -123,14 +123,3 @@ def test_cached_gram_needs_no_features(backend: Backend) -> None:
     (second,) = torch.autograd.grad(first.square().sum(), x)
     assert second.isfinite().all()
     assert second.any()
-
-
-@grid(style=STYLES, predictions=(1, 2), cached=(False, True))
-def test_gradcheck(backend: Backend, style: str, predictions: int, cached: bool) -> None:
-    pair = style_pair((2, 3, 2, 2), predictions=predictions, dtypes="f64/f64")
-    skip_unsupported(backend, *pair)
-    flat = [t.requires_grad_(not cached) for t in (grams([pair], style) if cached else pair)]
-    flat[0].requires_grad_()
-    call = style_call(backend, style_settings(style, (0.7,), target_is_gram=cached))
-    assert torch.autograd.gradcheck(call, flat)
-    assert torch.autograd.gradgradcheck(call, flat)

@@ -371,3 +371,25 @@ def test_the_packages_reference_is_the_formula() -> None:
                         wanted=(0,),
                         magnitudes={0: None},
                     )
+
+
+@grid(penalty=PENALTIES, mode=("image-default", "dilated_hole-mask"), factor=(1.0, 0.5))
+def test_second_derivatives_of_a_target_made_of_the_image(
+    backend: Backend, penalty: str, mode: str, factor: float
+) -> None:
+    """No path is counted twice. Factor 1: both arguments are the same tensor."""
+    options = {"mode": mode, "penalty": penalty}
+    image, mask = on_device(backend, image_pair(SIZE)[0], region_mask("n1hw", SIZE))
+
+    def second_derivative(call: Any) -> Tensor:
+        leaf = image.clone().requires_grad_()
+        loss = call(leaf, leaf if factor == 1 else factor * leaf, mask)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        if not first.requires_grad:  # l1: constant
+            return torch.zeros_like(first)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf, allow_unused=True, materialize_grads=True)
+        return second
+
+    want = second_derivative(partial(total_variation_formula, **options))
+    got = second_derivative(total_variation_call(backend, **options))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))

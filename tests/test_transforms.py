@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from harness import Backend, generator
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transform_cases import CASES, Case
 
@@ -229,6 +230,8 @@ def test_a_forced_kernel_says_what_it_does_not_serve(kernel: Backend, case: Case
     if case.fixed:
         with pytest.raises(RuntimeError, match=f"backend '{kernel.name}' .*use backend='reference'"):
             case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], kernel.name)
+        with torch.no_grad():
+            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], kernel.name)
     if case.weights:
         return
     call = lambda *t: case.outputs(t, kernel.name)  # noqa: E731
@@ -249,6 +252,24 @@ def test_a_kernel_runs_where_nothing_is_dual(kernel: Backend, case: Case) -> Non
     """An open level of forward-mode AD alone refuses nobody."""
     with forward_ad.dual_level():
         case.outputs(case.tensors(torch.float32, device=kernel.device), case.forced(kernel))
+
+
+@cases
+def test_second_derivatives_under_a_checkpoint(kernel: Backend, case: Case) -> None:
+    """Which hands out every saved tensor once."""
+    tensors = case.tensors(torch.float32, device=kernel.device)
+    leaves = [t.requires_grad_() for t in tensors[: case.free]]
+
+    def call(*free: Tensor) -> Tensor:
+        return weighted_sum(case, [*free, *tensors[case.free :]], case.forced(kernel)) ** 2
+
+    plain, again = (
+        torch.autograd.grad(value, leaves, create_graph=True)
+        for value in (call(*leaves), checkpoint(call, *leaves, use_reentrant=False))
+    )
+    torch.testing.assert_close(again, plain)
+    seconds = [torch.autograd.grad([g.sum() for g in found], leaves) for found in (again, plain)]
+    torch.testing.assert_close(*seconds)
 
 
 @cases

@@ -7,53 +7,77 @@ computes is checked by `harness`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import pytest
 import torch
-from harness import INTERPRETING, Backend, Call, as_tuple, check_against_truth, evaluate, same_bits
+from harness import INTERPRETING, Call, as_tuple, evaluate, same_bits
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 
-def check_opcheck(op: Any, args: Sequence[object], gradient: Sequence[int] = ()) -> None:
-    """torch.library.opcheck of a backend op, the arguments at `gradient` requiring grad."""
-    ready = [
-        a.detach().requires_grad_(i in gradient) if isinstance(a, Tensor) else a for i, a in enumerate(args)
-    ]
-    torch.library.opcheck(op, tuple(ready))
+class OperatorCall(NamedTuple):
+    """A call of one of the package's operators, as it reached the dispatcher below autograd."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+    results: list[Tensor]
+
+    @property
+    def name(self) -> str:
+        return str(self.operator).split(".")[1]
+
+
+class _CallLog(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OperatorCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "inpaint_kernels":
+            tensors = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
+            self.calls.append(OperatorCall(func, args, tensors))
+        return results
+
+
+def operator_calls(run: Callable[[], object]) -> list[OperatorCall]:
+    """The calls of the package's operators, one for each time."""
+    with _CallLog() as log:
+        run()
+    return log.calls
+
+
+def check_opcheck(call: OperatorCall) -> None:
+    """torch.library.opcheck of an operator as it was called; the arguments of a backward are constant."""
+
+    def ready(t: Any) -> Any:
+        wanted = isinstance(t, Tensor) and t.requires_grad and "backward" not in call.name
+        return t.detach().requires_grad_(wanted) if isinstance(t, Tensor) else t
+
+    torch.library.opcheck(call.operator, tree_map(ready, call.arguments))
 
 
 def check_compiles(
     call: Call,
-    formula: Call,
-    cases: Sequence[Sequence[Tensor | None]],
-    *,
+    check: Callable[[Call, Sequence[Tensor]], None],
+    cases: Sequence[Sequence[Tensor]],
     compiler: str = "aot_eager",
-    wanted: Sequence[int] = (0, 1),
-    magnitudes: Mapping[int, Tensor | None] | None = None,
 ) -> None:
-    """One graph, compiled once with dynamic shapes, is right for every case (sizes of at least 2)."""
+    """One graph, compiled once with dynamic shapes, passes `check` with every case (sizes of at least 2)."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for number, inputs in enumerate(cases):
-        check_against_truth(compiled, formula, inputs, wanted=wanted, magnitudes=magnitudes)
+        check(compiled, inputs)
         # The first call may count twice: a float argument restarts the analysis.
         if number == 0:
             frames = counter.frame_count
     assert counter.frame_count == frames, "another size was compiled again"
-
-
-def compiler_for(backend: Backend, compiler: str) -> str:
-    """Inductor does not see Triton's interpreter. The formulas, torch's own operators, are traced in one case."""
-    if backend.name == "reference" and compiler != "inductor":
-        pytest.skip("slow to trace; once is enough")
-    return "aot_eager" if INTERPRETING or backend.name == "reference" else compiler
 
 
 def check_deterministic(run: Callable[[], Sequence[Tensor]], threads: Sequence[int] = (1, 2, 3)) -> None:
@@ -82,12 +106,12 @@ class _StorageLog(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.ops.add(str(func))
-        leaves = torch.utils._pytree.tree_leaves(args)
+        leaves = tree_leaves(args)
         if str(func).startswith("aten.index") and any(
             getattr(t, "dtype", None) == torch.bool for t in leaves
         ):
             self.ops.add("aten.nonzero of a bool index")
-        for leaf in torch.utils._pytree.tree_leaves(result):
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 known = self.storages.get(storage._cdata)
@@ -127,15 +151,6 @@ def ops_called(run: Callable[[], object]) -> set[str]:
     with _StorageLog() as log:
         run()
     return log.ops
-
-
-def ops_inside(run: Callable[[], object], prefix: str) -> set[str]:
-    """Names, without overload, of the aten operators that operators of this prefix call themselves."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    callers = [event for event in profile.events() if event.name.startswith(prefix)]
-    assert callers, f"no operator {prefix}*"
-    return {inner.name.removeprefix("aten::") for event in callers for inner in event.cpu_children}
 
 
 def check_no_host_sync(run: Callable[[], object]) -> None:

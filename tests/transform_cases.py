@@ -113,6 +113,8 @@ CASES = {
     "total_variation l2 composite": _variation(True, penalty="l2", region="first_pixel"),
     "inpainting_pixel l1": _images(ik.inpainting_pixel_loss),
     "inpainting_pixel l2": _images(ik.inpainting_pixel_loss, tv_penalty="l2"),
+    "gradient_loss l1": _images(ik.gradient_loss, ring=1),
+    "gradient_loss l2": _images(ik.gradient_loss, penalty="l2", region="dilated_hole", mask_is="hole"),
     "composite": _images(ik.composite),
     "stacked_images": _images(ik.stacked_images, parts=("raw", "composite", "hole_target"), scale=(2, 3, 4)),
     "gram_matrix": Case(lambda t, backend: ik.gram_matrix(t[0], backend=backend), ((2, 3, 4, 5),)),

@@ -101,7 +101,8 @@ smoke() {
 # The riskiest first, each file once; last those that compile for long.
 test_files() {
   local ops=(partial_conv_kernels partial_conv gram style total_variation inpainting_pixel pixel masked_l1 hole_valid
-    feature_distance stacked_images composite mask_operators objective_partial_conv objective_training)
+    feature_distance stacked_images composite mask_operators training derivatives objective_partial_conv
+    objective_parity objective_training)
   local found late='_(training|derivatives)\.py'
   found=$(for op in "${ops[@]}"; do printf '%s\n' tests/test_"$op"*.py; done | awk '!seen[$0]++')
   grep -Ev "$late" <<<"$found"

@@ -135,6 +135,15 @@ class Objective(nn.Module):
         self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
         self._passes = trunk_passes(self._terms)
+        self._pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
+        self._reads_mask = reads_mask(self._pixels) or any(
+            set(getattr(term, "images", ())) - {"raw"} or getattr(term, "known_only", False)
+            for term in self._terms.values()
+        )
+        self._composes = any(
+            "composite" in (*getattr(term, "images", ()), getattr(term, "image", None))
+            for term in self._terms.values()
+        )
         if process_group is not None:
             _pixel.check_group(process_group)
         self.process_group, self.backend, self.chunk = process_group, backend, check_chunk(chunk)
@@ -210,7 +219,7 @@ class Objective(nn.Module):
         truth: Truth | None = None,
     ) -> Any:
         """The weighted total and the raw terms; arguments as the class says."""
-        stages = [pred] if isinstance(pred, Tensor) else list(pred)
+        stages = _checks.as_layers("pred", pred)
         for stage in stages:
             _checks.check_images(stage, target)
         last = stages[-1]
@@ -219,12 +228,13 @@ class Objective(nn.Module):
         if truth is not None:
             self._check_truth(truth, last.shape[0])
         mask = self._checked_mask(mask, last)
-        target = target.detach()
+        if target.requires_grad:
+            target = target.detach()
         preprocessed = getattr(self.settings, "pixel_space", "image") == "trunk"
         if preprocessed:
             last = self._images(last, target, None, ("raw",))
             target = self._images(target, target, None, ("target",))
-        composited = self._composited(target, mask)
+        composited = self._composited(target, mask) if self._composes else target
         found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
         for each, begin in zip(self._passes, self._places(), strict=True):
             own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
@@ -239,10 +249,12 @@ class Objective(nn.Module):
                 value = term.matched(*features, self._known(mask), self.backend)
             else:
                 continue
-            found = _added(found, value * term.weight, {name: value})
-        dtype = _pixel.accumulate(last, target)
+            found = _added(found, value, {name: value}, term.weight)
         missing = [name for name in self.result._fields if name not in found]
-        return self.result(**found, **{name: last.new_zeros((), dtype=dtype) for name in missing})
+        if missing:
+            zero = last.new_zeros((), dtype=_pixel.accumulate(last, target))
+            found |= dict.fromkeys(missing, zero)
+        return self.result(**found)
 
     # The discriminator's side
 
@@ -254,16 +266,21 @@ class Objective(nn.Module):
         *,
         condition: Tensor | None = None,
     ) -> Any:
-        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages."""
+        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages.
+
+        The target is recognised as `target` or ``target.detach()``, inside a compiled graph as `target` alone.
+        """
         if not isinstance(image, Tensor):
-            return [self.discriminator_input(each, target, mask, condition=condition) for each in image]
+            stages = _checks.as_layers("image", image)
+            return [self.discriminator_input(each, target, mask, condition=condition) for each in stages]
         _checks.check_images(image, target, "image")
         if mask is not None:
-            mask = _checks.check_mask(mask, image, "image")
-        if getattr(self.settings, "discriminator_image", "raw") == "composite" and image is not target:
+            mask = _checks.check_mask(mask, image, "image").detach()
+        composed = getattr(self.settings, "discriminator_image", "raw") == "composite"
+        if composed and not _checks.is_same(image, target):
             if mask is None:
                 raise ValueError("mask is missing: the discriminator is shown composites")
-            known = self._composited(target, mask)
+            known = self._composited(target.detach(), mask)
             image = composite(image, known, mask, mask_is=self.settings.mask_is, backend=self.backend)
         return self.shown(image, self._known(mask), condition)
 
@@ -302,8 +319,7 @@ class Objective(nn.Module):
     def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
-        features = [term for each in self._passes for term in each.terms.values()]
-        if reads_mask(self._terms) or any(set(t.images) - {"raw"} or t.known_only for t in features):
+        if self._reads_mask:
             raise ValueError(
                 "mask is missing: these settings tell the hole from known pixels, which needs it"
             )
@@ -323,11 +339,10 @@ class Objective(nn.Module):
         self, stages: list[Tensor], target: Tensor, composited: Tensor, mask: Tensor | None
     ) -> dict[str, Tensor]:
         """The pixel terms by name and their weighted total, summed over the stages that the objective compares."""
-        terms = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
         found: dict[str, Tensor] = {}
         where = {"process_group": self.process_group, "backend": self.backend}
         for stage in stages if getattr(self.settings, "every_stage", False) else stages[-1:]:
-            new = pixel_terms(terms, stage, target, composited, mask, self.settings.mask_is, where)
+            new = pixel_terms(self._pixels, stage, target, composited, mask, self.settings.mask_is, where)
             found = {name: found[name] + value for name, value in new.items()} if found else new
         return found
 
@@ -438,5 +453,12 @@ class Objective(nn.Module):
         return total, dict(zip(each.terms, values, strict=True))
 
 
-def _added(found: dict[str, Tensor], total: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**found, **terms, "total": found["total"] + total if "total" in found else total}
+def _added(
+    found: dict[str, Tensor], value: Tensor, terms: dict[str, Tensor], weight: float = 1.0
+) -> dict[str, Tensor]:
+    """`found` with more terms, and with their total times a weight added to its own."""
+    if "total" in found:
+        total = torch.add(found["total"], value, alpha=weight)
+    else:
+        total = value if weight == 1 else value * weight
+    return {**found, **terms, "total": total}

@@ -49,6 +49,8 @@ def pixel_terms(
     `composited` stands for the target in composites. Without a mask every pixel is known.
     """
     found: dict[str, Tensor] = {}
+    if not terms:
+        return found
     split = {term.region: name for name, term in terms.items() if isinstance(term, Pixel)}
     whole = split.pop("image", None)
     variation = next((name for name, term in terms.items() if isinstance(term, TotalVariation)), None)
@@ -121,8 +123,3 @@ def _by_hole_share(
     else:
         factor = safe_divide(torch.ones_like(count), count)
     return error * (pred.numel() * factor).to(error.dtype)
-
-
-def zero(pred: Tensor, dtype: torch.dtype) -> Tensor:
-    """A term that is not computed."""
-    return pred.new_zeros((), dtype=dtype)

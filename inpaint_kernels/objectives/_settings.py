@@ -57,6 +57,10 @@ class Settings:
             elif name.endswith(("_weight", "_gamma")):
                 object.__setattr__(self, name, _checks.check_number(name, value))
             elif name.endswith("layer_weights"):
+                if isinstance(value, str) or not isinstance(value, Sequence):
+                    raise TypeError(
+                        f"{name} must be a sequence of numbers, one for each layer, got {value!r}"
+                    )
                 object.__setattr__(self, name, tuple(_checks.check_number(name, w) for w in value))
             elif name.endswith(("layers", "predictions")):
                 object.__setattr__(self, name, _names(name, value))

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..features.lpips_heads import LPIPSHeads
+from ..ops import _checks
 from ..ops._named_tuples import serializable
-from ..ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_loss
+from ..ops.adversarial import DiscriminatorLoss, as_entries, discriminator_loss, generator_loss, mean
 from ..ops.feature_distance import feature_distance
 from ..ops.feature_matching import feature_matching_loss
 from ..ops.gram import gram_matrix
@@ -43,7 +44,9 @@ def logits_of(name: str, output: Judged | None) -> Any:
     """The logits of what a discriminator returned, which an argument called `name` holds."""
     if output is None:
         raise ValueError(f"{name} is missing: pass what the discriminator returns as {name}=")
-    return output.logits if isinstance(output, DiscriminatorOutput) else output
+    logits = output.logits if isinstance(output, DiscriminatorOutput) else output
+    as_entries(name, logits)  # whose errors call them as the caller does
+    return logits
 
 
 def features_of(name: str, output: Judged | None) -> Any:
@@ -152,7 +155,7 @@ class KnownPerceptual(Perceptual):
         self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
     ) -> Tensor:
         assert known is not None
-        known = known.to(accumulate_dtype(known))
+        known = _checks.check_plane(known).to(accumulate_dtype(known))
         samples = target[0].shape[0]
         masks = [
             resize_mask(known, m.shape[-2:], "bilinear").expand(samples, 1, *m.shape[-2:]) for m in target
@@ -191,7 +194,8 @@ class LPIPS(FeatureTerm):
     def distance(
         self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
     ) -> Tensor:
-        return lpips_distance(maps, target, self.heads.values).mean() * len(self.images)
+        self.heads.check([m.shape[1] for m in maps])
+        return mean(lpips_distance(maps, target, self.heads.values)) * len(self.images)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class TrunkPass:
         found = [maps[self.layers.index(layer)] for layer in term.layers]
         if wanted == parts:
             return found
-        rows = [[parts.index(part) for part in wanted]]
-        return [torch.cat([m.chunk(len(parts))[row] for row in rows[0]]) for m in found]
+        rows = [parts.index(part) for part in wanted]
+        return [torch.cat([m.chunk(len(parts))[row] for row in rows]) for m in found]
 
 
 def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:

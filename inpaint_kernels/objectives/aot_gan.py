@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features.torchvision_nets import vgg19
+from ..ops import _checks
 from ..ops._named_tuples import serializable
-from ..ops.adversarial import DiscriminatorLoss
+from ..ops.adversarial import DiscriminatorLoss, mean
+from ..reference.gram import without_autocast
 from ..reference.masked_l1 import accumulate_dtype, safe_divide
 from ._objective import Objective
 from ._terms import Adversarial, Perceptual, Pixel, Style, Term
@@ -48,13 +50,22 @@ class AOTGANSettings(CTNSettings):
     adversarial_weight: float = 0.01
 
 
+def _blur(size: int, like: Tensor) -> Tensor:
+    """(size, size): what multiplies a line of pixels to blur it."""
+    place = torch.arange(max(size, 71), dtype=torch.float32, device=like.device)
+    distance = place[:size, None] - place[:size]
+    total = torch.exp(-(place[:71] - 35).square() / 200).sum()
+    weights = torch.exp(-distance.square() / 200) / total
+    return torch.where(distance.abs() <= 35, weights, 0.0).to(like.dtype)
+
+
 def _blurred(mask: Tensor) -> Tensor:
-    """A Gaussian of 71 x 71 with sigma 10 over (N, 1, H, W), zeros outside of the image."""
-    offset = torch.arange(71, dtype=torch.float32, device=mask.device) - 35
-    line = torch.exp(-offset.square() / 200)
-    line = (line / line.sum()).to(mask.dtype)
-    rows = F.conv2d(mask, line.view(1, 1, 1, -1), padding=(0, 35))
-    return F.conv2d(rows, line.view(1, 1, -1, 1), padding=(35, 0))
+    """A Gaussian of 71 x 71 with sigma 10 over (N, 1, H, W), zeros outside of the image.
+
+    As products, because autocast and TF32 would round a convolution.
+    """
+    with without_autocast(mask):
+        return _blur(mask.shape[-2], mask) @ mask @ _blur(mask.shape[-1], mask)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class _SoftMaskGuided(Adversarial):
         if not isinstance(logits, Tensor) or logits.ndim != 4:
             raise ValueError("fake and real must be logits (N, 1, h, w) of one discriminator")
         logits = logits.to(accumulate_dtype(logits))
-        hole = 1 - known.to(logits.dtype)
+        hole = 1 - _checks.check_plane(known).to(logits.dtype)
         if hole.ndim == 2:
             hole = hole[None, None]
         return F.interpolate(logits, hole.shape[-2:], mode="bilinear", align_corners=True), hole
@@ -79,15 +90,15 @@ class _SoftMaskGuided(Adversarial):
         logits, hole = self._enlarged(fake, known)
         error = (logits - 1).square()
         if self.labels == "released":
-            return error.mean()
-        return safe_divide((error * hole).mean(), hole.mean())
+            return mean(error)
+        return safe_divide(mean(error * hole), mean(hole))
 
     def discriminator(self, real: Any, fake: Any, known: Tensor | None) -> DiscriminatorLoss:
         (on_real, hole), (on_fake, _) = self._enlarged(real, known), self._enlarged(fake, known)
         if self.labels == "released":
-            losses = on_real.square().mean(), (on_fake - _blurred(hole)).square().mean()
+            losses = mean(on_real.square()), mean((on_fake - _blurred(hole)).square())
         else:
-            losses = (on_real - 1).square().mean(), (on_fake - _blurred(1 - hole)).square().mean()
+            losses = mean((on_real - 1).square()), mean((on_fake - _blurred(1 - hole)).square())
         return DiscriminatorLoss(losses[0] + losses[1], *losses)
 
 

@@ -57,9 +57,10 @@ class CMTObjective(Objective):
     perceptual and an adversarial term. The preset "community" is what a public reimplementation (HuyATon/thesis,
     2025) trains with. Take its numbers as a beginning: every one can be set.
 
-    Images are in [-1, 1] and go into the trunk as they are. ``mask_is`` is "valid" here as in most objectives, while
-    CMT's own network takes 1 = hole. That network pastes the known pixels itself, which makes `valid` 0. The
-    discriminator is shown composites, and its loss is the average of both log-losses.
+    The reimplementation takes images in [0, 1], which the trunk reads as they are, and masks that are 1 in the hole;
+    ``mask_is`` is "valid" here, as in most objectives. Its network pastes the known pixels itself, so that `valid` is
+    0 there: give the composite as `pred` to repeat that. The discriminator is shown composites, and its loss is the
+    average of both log-losses.
 
     {arguments}
 

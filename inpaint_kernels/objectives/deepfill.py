@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..nn._streaming import weighted_sum
+from ..ops import _checks
 from ..ops._named_tuples import serializable
 from ..ops.adversarial import DiscriminatorLoss, discriminator_loss
 from ..ops.penalties import gradient_penalty
@@ -134,7 +135,7 @@ class DeepFillObjective(Objective):
         if known is None:
             raise ValueError("mask is missing: the discriminator reads it")
         n, _, h, w = image.shape
-        return torch.cat([image, (1 - known.to(image.dtype)).expand(n, 1, h, w)], 1)
+        return torch.cat([image, (1 - _checks.check_plane(known).to(image.dtype)).expand(n, 1, h, w)], 1)
 
     def discriminator_loss(
         self, *, real: Judged, fake: Judged, mask: Tensor | None = None

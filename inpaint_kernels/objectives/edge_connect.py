@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..features.torchvision_nets import vgg19
+from ..ops import _checks
 from ..ops._named_tuples import serializable
 from ._objective import Objective
 from ._terms import Adversarial, FeatureMatching, Perceptual, Pixel, Style, Term
@@ -104,4 +105,12 @@ class EdgeConnectObjective(Objective):
         }
 
     def shown(self, image: Tensor, known: Tensor | None, condition: Tensor | None) -> Tensor:
-        return image if condition is None else torch.cat([condition.to(image.dtype), image], 1)
+        if condition is None:
+            return image
+        _checks.check_features("condition", condition)
+        if condition.shape[:1] + condition.shape[2:] != image.shape[:1] + image.shape[2:]:
+            raise ValueError(
+                f"condition has shape {tuple(condition.shape)}, image has {tuple(image.shape)}: only their channels "
+                "may differ"
+            )
+        return torch.cat([condition.to(image.dtype), image], 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..features.torchvision_nets import vgg19
+from ..ops import _checks
 from ..ops._named_tuples import serializable
 from ..ops.penalties import r1_penalty
 from ._objective import Objective
@@ -92,7 +93,7 @@ class MATObjective(Objective):
         if known is None:
             raise ValueError("mask is missing: the discriminators of MAT read it")
         n, _, h, w = image.shape
-        return torch.cat([known.to(image.dtype).expand(n, 1, h, w) - 0.5, image], 1)
+        return torch.cat([_checks.check_plane(known).to(image.dtype).expand(n, 1, h, w) - 0.5, image], 1)
 
     def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
         logits = logits_of("real_logits", real_logits)

@@ -56,6 +56,23 @@ def binary(mask: Tensor) -> Tensor:
     return (stored != 0).expand(mask.shape)
 
 
+def is_same(image: Tensor, target: Tensor) -> bool:
+    """Whether an image is the target: that tensor, or its memory, as ``target.detach()``, which no compiler sees."""
+    return image is target or (
+        _library.is_plain((image, target)) and not image.is_meta and image.is_set_to(target)
+    )
+
+
+def check_plane(mask: Tensor) -> Tensor:
+    """A mask that is the same for all channels."""
+    if mask.ndim == 4 and mask.shape[1] != 1:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; allowed here: (N, 1, H, W), (1, 1, H, W) or (H, W), one for all "
+            "channels"
+        )
+    return mask
+
+
 def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
     """The mask as a kernel takes it, its last two dimensions expanded to those of pred, an image called `name`."""
     mask = binary(mask)
@@ -83,7 +100,7 @@ def check_mask(mask: Tensor, pred: Tensor, name: str = "pred") -> Tensor:
 
 
 def check_image_mask(mask: Tensor, name: str, features: Tensor, batches: Sequence[int]) -> Tensor:
-    """A mask at the resolution of the images that `features`, called `name`, come from; of one of the `batches`."""
+    """A mask of images, of one of the `batches`, for `features` made of them that errors call `name`."""
     mask = binary(mask)
     if mask.device != features.device:
         raise ValueError(f"mask is on {mask.device}, {name} is on {features.device}")
@@ -120,6 +137,14 @@ def check_number(name: str, value: float) -> float:
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """An integer, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_features(name: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What total_variation and inpainting_pixel share: options, packed signs of neighbouring pixels, gradient formulas.
+"""What total_variation and inpainting_pixel share: options, and how the signs of differences are packed.
 
 Signs are packed, differently for `cuda`, whose threads walk down the rows of 4 columns. Kinds of signs: of the
 difference across, next pixel minus this one, of the same downwards, and (inpainting_pixel alone) of pred - target. A
@@ -14,8 +14,6 @@ Bits 2 k and 2 k + 1 belong to the k-th of 4 pixels: 1 + sign, and so 1 beyond t
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,57 +65,3 @@ def fake_signs(image: Tensor, planes: int, save_signs: bool, backend: str, mask:
         copies = mask.shape[0] * mask.shape[1] if mask.ndim == 4 else 1
         size += 1 + copies * h * groups
     return image.new_empty(size if save_signs else 0, dtype=torch.uint8)
-
-
-def unpack_signs(
-    signs: Tensor, planes: int, size: Any, channels_last: bool, dtype: torch.dtype, backend: str
-) -> list[Tensor]:
-    """planes / 2 images of +1, 0, -1; only a second derivative needs them unpacked."""
-    n, c, h, w = size
-    if backend == "cuda":
-        kinds, rows, columns = planes // 2, (h + 3) // 4, (w + 3) // 4
-        fields = signs.view(n, c, rows, kinds, columns, 4, 1) >> torch.arange(
-            0, 8, 2, device=signs.device, dtype=torch.uint8
-        )
-        images = (fields & 3).permute(3, 0, 1, 2, 5, 4, 6).reshape(kinds, n, c, 4 * rows, 4 * columns)
-        return list((images[..., :h, :w].to(dtype) - 1).unbind())
-    segments, length = (n, w * c) if channels_last else (n * c, w)
-    groups = (length + 7) // 8
-    packed = signs[: segments * h * planes * groups].view(segments * h, planes, groups, 1)
-    bits = (packed >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1
-    rows = bits.view(segments * h, planes // 2, 2, groups * 8)[..., :length].to(dtype)
-    found = []
-    for image in (rows[:, :, 0] - rows[:, :, 1]).unbind(1):
-        found.append(
-            image.reshape(n, h, w, c).permute(0, 3, 1, 2) if channels_last else image.reshape(n, c, h, w)
-        )
-    return found
-
-
-def weights(
-    like: Tensor, mask: Tensor | None, region: str, mask_is_hole: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of the pairs across and downwards; None where every pair counts."""
-    if region == "image":
-        return None, None
-    assert mask is not None
-    hole, _ = region_weights(like, like, mask, "hole" if mask_is_hole else "valid")
-    down, across, _ = pair_weights(hole, region)
-    return across, down
-
-
-def signs_gradient(
-    across: Tensor, down: Tensor, mask: Tensor | None, region: str, mask_is_hole: bool
-) -> Tensor:
-    """Gradient of the weighted differences by the image, given what each of them is multiplied with."""
-    across, down = across[..., :-1], down[..., :-1, :]
-    across_weight, down_weight = weights(across, mask, region, mask_is_hole)
-    if across_weight is not None and down_weight is not None:
-        across, down = across * across_weight, down * down_weight
-    return sum_gradient(across, down)
-
-
-def sum_gradient(across: Tensor, down: Tensor) -> Tensor:
-    """What the gradients by the differences, next pixel minus this one, add up to at each pixel."""
-    pad = torch.nn.functional.pad
-    return pad(across, (1, 0)) - pad(across, (0, 1)) + pad(down, (0, 0, 1, 0)) - pad(down, (0, 0, 0, 1))

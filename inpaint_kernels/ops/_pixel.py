@@ -1,15 +1,19 @@
-"""What masked_l1 and hole_valid share: metadata of their outputs, what they save, global counts."""
+"""What the ops on images share: metadata of their outputs, what they save, their backward, global counts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from ..reference.masked_l1 import accumulate_dtype, masked_loss_grad
+from ..reference.masked_l1 import accumulate_dtype
+
+# Of the images, as their gradients have to be written.
+IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype"
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -39,24 +43,23 @@ def fake_signs(
     return pred.new_empty(size if save_signs else 0, dtype=torch.uint8)
 
 
-def fake_gradients(
-    like: Tensor,
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    need_pred: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
-    """Metadata of (grad_pred, grad_target); one that is not needed is an empty vector."""
-    return (
-        empty_image(like, size, channels_last, pred_dtype)
-        if need_pred
-        else like.new_empty(0, dtype=pred_dtype),
-        empty_image(like, size, channels_last, target_dtype)
-        if need_target
-        else like.new_empty(0, dtype=target_dtype),
-    )
+def gradients_fake(like: int, size: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Fake of a backward whose arguments are `IMAGE` from number `size` on, and at the end which gradients it needs.
+
+    Argument number `like` is a tensor on the images' device. A gradient that is not needed is an empty vector.
+    """
+
+    def fake(*args: Any) -> tuple[Tensor, Tensor]:
+        shape, channels_last, *dtypes = args[size : size + 4]
+        pred, target = (
+            empty_image(args[like], shape, channels_last, dtype)
+            if needed
+            else args[like].new_empty(0, dtype=dtype)
+            for dtype, needed in zip(dtypes, args[-2:], strict=True)
+        )
+        return pred, target
+
+    return fake
 
 
 def needs_grad(pred: Tensor, target: Tensor) -> bool:
@@ -64,63 +67,100 @@ def needs_grad(pred: Tensor, target: Tensor) -> bool:
     return torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
 
 
-class Saved(NamedTuple):
-    """What a forward kept, in the order of the backward schemas: signs for l1, else pred and target."""
+def call(
+    op: _library.Op,
+    formula: Callable[[], Any],
+    backend: str | None,
+    pred: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    *options: Any,
+    l1: bool,
+) -> Any:
+    """Runs an op on two images: a kernel, which keeps signs for the gradient of `l1`, or the reference."""
+    other = pred if target is None else target
+    chosen = op.choose(backend, (pred, target, mask), pred.dtype, other.dtype, mask=mask)
+    if chosen == "reference":
+        return formula()
+    grad = needs_grad(pred, other)
+    return op(chosen, grad, pred, target, mask, *options, grad and l1)
 
-    scale: Tensor
-    signs: Tensor | None
-    mask: Tensor | None
-    pred: Tensor | None
-    target: Tensor | None
 
-
-def save_for_backward(
-    ctx: Any, pred: Tensor, target: Tensor, mask: Tensor | None, penalty: str, scale: Tensor, signs: Tensor
+def save(
+    ctx: Any, pred: Tensor, target: Tensor | None, options: tuple[Any, ...], *kept: Tensor | None
 ) -> None:
-    """l1 keeps 2 bits an element; the other penalties keep references to pred and target."""
-    kept = (signs, None) if penalty == "l1" else (pred, target)
-    _library.save_for_backward(ctx, scale, mask, *kept)
-    ctx.penalty = penalty
-    ctx.image = (pred.shape, is_channels_last(pred), pred.dtype, target.dtype)
+    """Notes what `backward` hands on: the tensors `kept`, `IMAGE`, the options."""
+    other = pred if target is None else target
+    ctx.image = (pred.shape, is_channels_last(pred), pred.dtype, other.dtype)
+    ctx.options = options
+    _library.save_for_backward(ctx, *kept)
 
 
-def saved(ctx: Any) -> Saved:
-    """The tensors of `save_for_backward`, pred and target connected to the graph."""
-    scale, mask, first, second = ctx.saved_tensors
-    if ctx.penalty == "l1":
-        return Saved(scale, first, mask, None, None)
-    return Saved(scale, None, mask, first, second)
+def save_differences(
+    ctx: Any,
+    pred: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    penalty: str,
+    options: tuple[Any, ...],
+    scale: Tensor,
+    signs: Tensor,
+) -> None:
+    """As `save`; l1 keeps 2 bits a difference, the other penalties references to pred and target."""
+    l1 = penalty == "l1"
+    save(
+        ctx,
+        pred,
+        target,
+        options,
+        scale,
+        signs if l1 else None,
+        mask,
+        None if l1 else pred,
+        None if l1 else target,
+    )
 
 
-def gradient_formula(ctx: Any, kept: Saved, coefficient: Tensor, weight: Tensor | None) -> Tensor:
-    """coefficient * weight * penalty'(d) as a differentiable expression, for `create_graph=True`."""
-    if kept.pred is not None and kept.target is not None:
-        return masked_loss_grad(kept.pred, kept.target, weight, coefficient, ctx.penalty, ctx.param)
-    assert kept.signs is not None
-    # l1 is constant almost everywhere: its second derivative by pred and target is zero.
-    size, channels_last = ctx.image[:2]
-    value = coefficient * unpack_signs(kept.signs, size, channels_last, kept.scale.dtype)
-    return value if weight is None else value * weight.to(value.dtype)
+def backward(
+    ctx: Any,
+    op: _library.Op,
+    kernel: Callable[..., Any] | None,
+    needs: Any,
+    grads: tuple[Tensor | None, ...],
+    formula: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_pred, grad_target) of an op with the backward (*grads, *kept, *IMAGE, *options, need_pred, need_target).
 
-
-def as_gradients(ctx: Any, value: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """(grad_pred, grad_target) from the gradient by the difference."""
-    _, _, pred_dtype, target_dtype = ctx.image
-    return value.to(pred_dtype) if needs[0] else None, -value.to(target_dtype) if needs[1] else None
-
-
-def unpack_signs(signs: Tensor, size: Any, channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """+1, 0, -1 of every element, from the packed bits; only the second derivative needs them unpacked."""
-    n, c, h, w = size
-    length = h * w * c if channels_last else h * w
-    segments = n if channels_last else n * c
-    groups = (length + 7) // 8
-    packed = signs[: 2 * segments * groups].view(segments, groups, 2, 1)
-    bits = (packed >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1
-    sign = (bits[:, :, 0].to(dtype) - bits[:, :, 1].to(dtype)).view(segments, groups * 8)[:, :length]
-    if channels_last:
-        return sign.reshape(n, h, w, c).permute(0, 3, 1, 2)
-    return sign.reshape(n, c, h, w)
+    `kernel` is missing where these gradients are differentiated again. Then they come, in torch, from
+    `formula(ctx, *grads, *kept)`. An op without a formula has a gradient that is constant in the images almost
+    everywhere (l1) and linear in `grads`: each of them multiplies what the kernel computes for a 1 in its place.
+    """
+    if all(grad is None for grad in grads):
+        return None, None
+    needs = needs[:2]
+    # Once: under a checkpoint a second look finds nothing.
+    saved = ctx.saved_tensors
+    if kernel is not None:
+        found = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
+        return found[0] if needs[0] else None, found[1] if needs[1] else None
+    size, channels_last, *dtypes = ctx.image
+    if formula is not None:
+        terms: list[Sequence[Tensor]] = [formula(ctx, *grads, *saved)]
+    else:
+        scale = saved[0]
+        # Not rounded before they are multiplied.
+        image = size, channels_last, scale.dtype, scale.dtype
+        terms = []
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                one = [scale.new_ones(grad.shape) if j == i else None for j in range(len(grads))]
+                own = op.routes[ctx.backend].backward(*one, *saved, *image, *ctx.options, *needs)
+                terms.append([grad * g if needed else g for g, needed in zip(own, needs, strict=True)])
+    pred, target = (
+        reduce(torch.add, [term[side] for term in terms]).to(dtype) if needs[side] else None
+        for side, dtype in enumerate(dtypes)
+    )
+    return pred, target
 
 
 def sum_copies(value: Tensor, batch: int) -> Tensor:

@@ -78,40 +78,44 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def _clamped_bce(x: Tensor, label: float) -> Tensor:
+def _clamped_bce(x: Tensor, label: float, reduction: str) -> Tensor:
     probability = torch.sigmoid(x)
-    labels = probability.new_full((), label).expand_as(probability)
+    labels = torch.full_like(probability, label)
     # Autocast for CUDA refuses this function; the logits are in float32 already.
     with without_autocast(x):
-        return F.binary_cross_entropy(probability, labels, reduction="none")
+        return F.binary_cross_entropy(probability, labels, reduction=reduction)
 
 
-def _as_real(x: Tensor, mode: str, smoothing: float = 0.0) -> Tensor:
-    """The loss of every logit that should be real."""
+def _as_real(x: Tensor, mode: str, smoothing: float = 0.0, *, reduction: str = "none") -> Tensor:
+    """The loss of logits that should be real: of every one, or its mean, 0 of nothing."""
+    if mode == "clamped_bce" and x.numel():
+        return _clamped_bce(x, 1 - smoothing, reduction)
     if mode == "hinge":
-        return F.relu(1 - x)
-    if mode == "lsgan":
-        return (x - (1 - smoothing)).square()
-    if mode == "wgan":
-        return -x
-    if mode == "clamped_bce":
-        return _clamped_bce(x, 1 - smoothing)
-    if smoothing:
-        return (1 - smoothing) * _softplus(-x) + smoothing * _softplus(x)
-    return _softplus(-x)
+        value = F.relu(1 - x)
+    elif mode == "lsgan":
+        value = (x - (1 - smoothing)).square()
+    elif mode in ("wgan", "clamped_bce"):
+        value = -x
+    elif smoothing:
+        value = (1 - smoothing) * _softplus(-x) + smoothing * _softplus(x)
+    else:
+        value = _softplus(-x)
+    return mean(value) if reduction == "mean" else value
 
 
-def _as_fake(x: Tensor, mode: str) -> Tensor:
-    """The loss of every logit that should be fake."""
+def _as_fake(x: Tensor, mode: str, *, reduction: str = "none") -> Tensor:
+    """The loss of logits that should be fake: of every one, or its mean, 0 of nothing."""
+    if mode == "clamped_bce" and x.numel():
+        return _clamped_bce(x, 0.0, reduction)
     if mode == "hinge":
-        return F.relu(1 + x)
-    if mode == "lsgan":
-        return x.square()
-    if mode == "wgan":
-        return x
-    if mode == "clamped_bce":
-        return _clamped_bce(x, 0.0)
-    return _softplus(x)
+        value = F.relu(1 + x)
+    elif mode == "lsgan":
+        value = x.square()
+    elif mode in ("wgan", "clamped_bce"):
+        value = x
+    else:
+        value = _softplus(x)
+    return mean(value) if reduction == "mean" else value
 
 
 def _known(mask: Tensor, name: str, logits: Tensor) -> Tensor:
@@ -149,7 +153,8 @@ def generator_loss(
             bfloat16 (computed in float32), float32 or float64.
         mode: see above.
         mask: 1 = known, 0 = hole, at any resolution: (N, 1, H, W), (1, 1, H, W) or (H, W); floating, bool or an
-            integer (nonzero counts as 1). For logits (N, C, H', W') alone.
+            integer (nonzero counts as 1). For logits (N, C, H', W') alone. One that `resize_mask` brought to (H', W')
+            in another mode is taken as it is.
         extra_hole_weight: how much more a logit in the hole counts; with 0 the mask has no effect.
 
     Returns:
@@ -175,15 +180,16 @@ def generator_loss(
     values = []
     for name, entry in as_entries("logits", logits).items():
         x = _accumulated(entry)
+        known = None if mask is None else _known(mask, name, entry)
+        weighted = known is not None and extra_hole_weight != 0
+        reduction = "none" if weighted else "mean"
         if mode == "minimax":
-            value = -_softplus(x)
+            value = -_as_fake(x, mode, reduction=reduction)
         else:
-            value = -x if mode == "hinge" else _as_real(x, mode)
-        if mask is not None:
-            known = _known(mask, name, entry)
-            if extra_hole_weight:
-                value = value * (1 + extra_hole_weight * (1 - known))
-        values.append(mean(value))
+            value = _as_real(x, "wgan" if mode == "hinge" else mode, reduction=reduction)
+        if known is not None and weighted:
+            value = mean(value * (1 + extra_hole_weight * (1 - known)))
+        values.append(value)
     return mean_of_entries(values)
 
 
@@ -247,15 +253,20 @@ def discriminator_loss(
     reals, fakes = as_entries("real_logits", real_logits), as_entries("fake_logits", fake_logits)
     if len(reals) != len(fakes):
         raise ValueError(f"fake_logits has {len(fakes)} entries, real_logits has {len(reals)}")
-    real = mean_of_entries([mean(_as_real(_accumulated(x), mode, label_smoothing)) for x in reals.values()])
+    devices = [next(iter(entries.values())).device for entries in (reals, fakes)]
+    if devices[0] != devices[1]:
+        raise ValueError(f"fake_logits is on {devices[1]}, real_logits is on {devices[0]}")
+    real = mean_of_entries(
+        [_as_real(_accumulated(x), mode, label_smoothing, reduction="mean") for x in reals.values()]
+    )
     values = []
     for name, entry in fakes.items():
         x = _accumulated(entry)
-        value = _as_fake(x, mode)
-        if mask is not None:
+        if mask is None:
+            values.append(_as_fake(x, mode, reduction="mean"))
+        else:
             known = _known(mask, name, entry)
-            value = (1 - known) * value + known * _as_real(x, mode)
-        values.append(mean(value))
+            values.append(mean((1 - known) * _as_fake(x, mode) + known * _as_real(x, mode)))
     fake = mean_of_entries(values)
     total = real + fake
     return DiscriminatorLoss(0.5 * total if half else total, real, fake)

@@ -63,55 +63,54 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ]
 
 
-def _formula(ctx: Any, i: int, grad: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+def _formula(ctx: Any, i: int, grad: Tensor, scale: Tensor, *saved: Tensor) -> Tensor:
     """Gradient by the difference of layer i as a differentiable expression."""
     penalty, param, mask_count = ctx.settings
-    count = len(ctx.layers)
-    masks, kept = saved[1 : 1 + mask_count], saved[1 + mask_count :]
-    size, channels_last, _, _ = ctx.layers[i]
-    copies = size[0] // size[4] if size[4] else 0
-    mask = masks[i] if mask_count else None
-    if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, size[0]):
+    features, targets = saved[mask_count:][i], saved[mask_count + len(ctx.layers) :][i]
+    copies = features.shape[0] // targets.shape[0] if targets.shape[0] else 0
+    mask = saved[i] if mask_count else None
+    if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, features.shape[0]):
         mask = mask.repeat(copies, 1, 1, 1)
-    coefficient = grad * saved[0][i]
-    if penalty != "l1":
-        # Converted before it is repeated, as in the reference.
-        target = kept[count + i].to(coefficient.dtype).repeat(copies, 1, 1, 1)
-        return masked_loss_grad(kept[i], target, mask, coefficient, penalty, param)
-    value = coefficient * _pixel.unpack_signs(kept[i], size[:4], channels_last, saved[0].dtype)
-    return value if mask is None else value * mask.to(value.dtype)
+    coefficient = grad * scale[i]
+    # Converted before it is repeated, as in the reference.
+    target = targets.to(coefficient.dtype).repeat(copies, 1, 1, 1)
+    return masked_loss_grad(features, target, mask, coefficient, penalty, param)
 
 
-def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
     count = len(ctx.layers)
     grad_input: list[Tensor | None] = [None] * count
     grad_target: list[Tensor | None] = [None] * count
     if grad is None:
         return grad_input, grad_target
-    saved = ctx.saved_tensors
     wanted = [i for i in range(count) if needs[0][i] or needs[1][i]]
-    if op is None:
-        found = [_formula(ctx, i, grad, saved) for i in wanted]
+    penalty, param, mask_count = ctx.settings
+    l1, again = penalty == "l1", kernel is None
+    # Once: under a checkpoint a second look finds nothing.
+    scale, *saved = ctx.saved_tensors
+    if again and not l1:
+        found = [_formula(ctx, i, grad, scale, *saved) for i in wanted]
     else:
-        penalty, param, mask_count = ctx.settings
-        masks, kept = saved[1 : 1 + mask_count], saved[1 + mask_count :]
-        l1 = penalty == "l1"
-        # Slices: an index list would be copied to the device, which no CUDA graph can capture.
-        scale = saved[0] if len(wanted) == count else torch.cat([saved[0][i : i + 1] for i in wanted])
-        found = op(
-            grad,
-            scale,
+        masks, kept = saved[:mask_count], saved[mask_count:]
+        # A target's gradient is a sum over the predictions: not of rounded terms.
+        in_full = [again or needed for needed in needs[1]]
+        found = (_op.routes[ctx.backend].backward if again else kernel)(
+            scale.new_ones(()) if again else grad,
+            # Slices: an index list would be copied to the device, which no CUDA graph can capture.
+            scale if len(wanted) == count else torch.cat([scale[i : i + 1] for i in wanted]),
             [kept[i] for i in wanted] if l1 else [],
             [masks[i] for i in wanted] if mask_count else [],
             [] if l1 else [kept[i] for i in wanted],
             [] if l1 else [kept[count + i] for i in wanted],
             [n for i in wanted for n in ctx.layers[i][0]],
             [int(ctx.layers[i][1]) for i in wanted],
-            # A target's gradient is a sum over the predictions: not of rounded terms.
-            [_checks.FLOATS.index(scale.dtype if needs[1][i] else ctx.layers[i][2]) for i in wanted],
+            [_checks.FLOATS.index(scale.dtype if in_full[i] else ctx.layers[i][2]) for i in wanted],
             penalty,
             param,
         )
+        if again:
+            # Constant in the features almost everywhere, and linear in `grad`, as in `_pixel.backward`.
+            found = [grad * own for own in found]
     for i, value in zip(wanted, found, strict=True):
         size, _, dtype, target_dtype = ctx.layers[i]
         if needs[0][i]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _library
 from ..reference import hole_valid as reference
+from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pixel
 from ._named_tuples import serializable
-from .masked_l1 import _IMAGE
 
 
 @serializable
@@ -42,61 +41,34 @@ def _fake(
     )
 
 
-def _backward_fake(
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pred, target, mask, penalty, param, _, mask_is_hole, _ = inputs
+    options = penalty, param, mask_is_hole
+    _pixel.save_differences(ctx, pred, target, mask, penalty, options, *output[2:])
+
+
+def _formula(
+    ctx: Any,
     grad_hole: Tensor | None,
     grad_valid: Tensor | None,
     scale: Tensor,
-    signs: Tensor | None,
+    signs: None,
     mask: Tensor,
-    pred: Tensor | None,
-    target: Tensor | None,
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    penalty: str,
-    param: float,
-    mask_is_hole: bool,
-    need_pred: bool,
-    need_target: bool,
+    pred: Tensor,
+    target: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
+    penalty, param, mask_is_hole = ctx.options
+    regions = reference.region_weights(scale, scale, mask, "hole" if mask_is_hole else "valid")
+    value = scale.new_zeros(())
+    for column, (grad, weight) in enumerate(zip((grad_hole, grad_valid), regions, strict=True)):
+        if grad is not None:
+            coefficient = grad * scale[:, column, None, None, None]
+            value = value + masked_loss_grad(pred, target, weight, coefficient, penalty, param)
+    return value, -value
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param, _, mask_is_hole, _ = inputs
-    ctx.param, ctx.mask_is_hole = param, mask_is_hole
-    _pixel.save_for_backward(ctx, pred, target, mask, penalty, output[2], output[3])
-
-
-def _backward(
-    ctx: Any, op: Any, needs: Any, grad_hole: Tensor | None, grad_valid: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_hole is None and grad_valid is None:
-        return None, None
-    kept = _pixel.saved(ctx)
-    needs = needs[:2]
-    if op is None:
-        assert kept.mask is not None
-        mask = kept.mask.to(kept.scale.dtype)
-        hole, valid = (mask, 1 - mask) if ctx.mask_is_hole else (1 - mask, mask)
-        value = kept.scale.new_zeros(())
-        for column, (grad, weight) in enumerate(((grad_hole, hole), (grad_valid, valid))):
-            if grad is not None:
-                coefficient = grad * kept.scale[:, column, None, None, None]
-                value = value + _pixel.gradient_formula(ctx, kept, coefficient, weight)
-        return _pixel.as_gradients(ctx, value, needs)
-    grad_pred, grad_target = op(
-        grad_hole,
-        grad_valid,
-        *kept,
-        *ctx.image,
-        ctx.penalty,
-        ctx.param,
-        ctx.mask_is_hole,
-        *needs,
-    )
-    return grad_pred if needs[0] else None, grad_target if needs[1] else None
+def _backward(ctx: Any, kernel: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _pixel.backward(ctx, _op, kernel, needs, grads, None if ctx.options[0] == "l1" else _formula)
 
 
 _op = _library.Op(
@@ -104,11 +76,11 @@ _op = _library.Op(
     schema="(Tensor pred, Tensor target, Tensor mask, str penalty, float param, str normalize, "
     "bool mask_is_hole, bool save_signs) -> (Tensor, Tensor, Tensor, Tensor)",
     backward_schema="(Tensor? grad_hole, Tensor? grad_valid, Tensor scale, Tensor? signs, Tensor mask, "
-    f"Tensor? pred, Tensor? target, {_IMAGE}, str penalty, float param, bool mask_is_hole, bool need_pred, "
+    f"Tensor? pred, Tensor? target, {_pixel.IMAGE}, str penalty, float param, bool mask_is_hole, bool need_pred, "
     "bool need_target) -> (Tensor, Tensor)",
     outputs=2,
     fake=_fake,
-    backward_fake=_backward_fake,
+    backward_fake=_pixel.gradients_fake(2, 7),
     save=_save,
     backward=_backward,
 )
@@ -205,24 +177,20 @@ def hole_valid_loss(
         )
         counts = region_counts(pred, target, mask, normalize, mask_is)
         return HoleValid(*_pixel.global_means(local, counts, process_group))
-    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
-    if chosen == "reference":
-        return HoleValid(
-            *reference.hole_valid(
+    return HoleValid(
+        *_pixel.call(
+            _op,
+            lambda: reference.hole_valid(
                 pred, target, mask, penalty=penalty, param=param, normalize=normalize, mask_is=mask_is
-            )
+            ),
+            backend,
+            pred,
+            target,
+            mask,
+            penalty,
+            param,
+            normalize,
+            mask_is == "hole",
+            l1=penalty == "l1",
         )
-    grad = _pixel.needs_grad(pred, target)
-    hole, valid = _op(
-        chosen,
-        grad,
-        pred,
-        target,
-        mask,
-        penalty,
-        param,
-        normalize,
-        mask_is == "hole",
-        grad and penalty == "l1",
     )
-    return HoleValid(hole, valid)

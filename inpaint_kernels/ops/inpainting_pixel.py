@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _library
-from ..reference import hole_valid, partial_conv
 from ..reference import inpainting_pixel as reference
 from . import _checks, _pairs, _pixel
 from ._named_tuples import serializable
 from .hole_valid import hole_valid_loss, region_counts
-from .masked_l1 import _IMAGE
 from .total_variation import total_variation_loss
 
 
@@ -51,63 +48,13 @@ def _fake(
     )
 
 
-def _backward_fake(
-    grad_total: Tensor | None,
-    grad_hole: Tensor | None,
-    grad_valid: Tensor | None,
-    grad_tv: Tensor | None,
-    scale: Tensor,
-    tv_scale: Tensor,
-    signs: Tensor,
-    mask: Tensor,
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    hole_weight: float,
-    valid_weight: float,
-    tv_weight: float,
-    tv_region: str,
-    mask_is_hole: bool,
-    need_pred: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, target, mask, *weights, _, tv_region, _, mask_is_hole, _ = inputs
-    ctx.options = (*weights, tv_region, mask_is_hole)
-    ctx.image = (pred.shape, _pixel.is_channels_last(pred), pred.dtype, target.dtype)
-    _library.save_for_backward(ctx, *output[4:], mask)
+    _pixel.save(ctx, pred, target, (*weights, tv_region, mask_is_hole), *output[4:], mask)
 
 
-def _backward(ctx: Any, op: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if all(grad is None for grad in grads):
-        return None, None
-    scale, tv_scale, signs, mask = ctx.saved_tensors
-    needs = needs[:2]
-    if op is not None:
-        found = op(*grads, scale, tv_scale, signs, mask, *ctx.image, *ctx.options, *needs)
-        return found[0] if needs[0] else None, found[1] if needs[1] else None
-    # Every term is constant almost everywhere: its second derivative by pred and target is zero.
-    *weights, tv_region, mask_is_hole = ctx.options
-    size, channels_last, pred_dtype, target_dtype = ctx.image
-    total, *raw = (scale.new_zeros(()) if grad is None else grad for grad in grads)
-    hole_grad, valid_grad, tv_grad = (
-        grad + total * weight for grad, weight in zip(raw, weights, strict=True)
-    )
-    across, down, sign = _pairs.unpack_signs(signs, 6, size, channels_last, scale.dtype, ctx.backend)
-    tv = _pairs.signs_gradient(
-        tv_grad * tv_scale[1] * across, tv_grad * tv_scale[0] * down, mask, tv_region, mask_is_hole
-    )
-    hole, valid = hole_valid.region_weights(tv, tv, mask, "hole" if mask_is_hole else "valid")
-    column = scale[:, :, None, None, None]
-    pixel = (hole_grad * column[:, 0] * hole + valid_grad * column[:, 1] * valid) * sign
-    return (
-        (partial_conv.masked_input(tv, hole) + pixel).to(pred_dtype) if needs[0] else None,
-        (partial_conv.masked_input(tv, valid) - pixel).to(target_dtype) if needs[1] else None,
-    )
+def _backward(ctx: Any, kernel: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _pixel.backward(ctx, _op, kernel, needs, grads)
 
 
 _op = _library.Op(
@@ -116,11 +63,11 @@ _op = _library.Op(
     "str normalize, str tv_region, str tv_normalize, bool mask_is_hole, bool save_signs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_schema="(Tensor? grad_total, Tensor? grad_hole, Tensor? grad_valid, Tensor? grad_tv, Tensor scale, "
-    f"Tensor tv_scale, Tensor signs, Tensor mask, {_IMAGE}, float hole_weight, float valid_weight, "
+    f"Tensor tv_scale, Tensor signs, Tensor mask, {_pixel.IMAGE}, float hole_weight, float valid_weight, "
     "float tv_weight, str tv_region, bool mask_is_hole, bool need_pred, bool need_target) -> (Tensor, Tensor)",
     outputs=4,
     fake=_fake,
-    backward_fake=_backward_fake,
+    backward_fake=_pixel.gradients_fake(4, 8),
     save=_save,
     backward=_backward,
 )

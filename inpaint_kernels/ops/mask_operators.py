@@ -24,13 +24,6 @@ def _checked(mask: Tensor) -> Tensor:
     return mask.detach()
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def _floating(mask: Tensor) -> Tensor:
     """In a dtype that pooling and interpolation know, and that holds every value of the mask's."""
     return mask if mask.dtype == torch.float64 else mask.to(torch.float32)
@@ -58,7 +51,7 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
         tensor([[False, False,  True,  True]])
     """
     found = _checked(mask)
-    _check_count("radius", radius, 0)
+    _checks.check_count("radius", radius, 0)
     return reference.dilate(_floating(found), radius).to(mask.dtype, copy=True)
 
 
@@ -111,7 +104,7 @@ def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") 
     if len(given) != 2:
         raise ValueError(f"size must be a number or (H, W), got {size!r}")
     for side in given:
-        _check_count("size", side, 1)
+        _checks.check_count("size", side, 1)
     height, width = given
     if mask.shape[-1] == 0 or mask.shape[-2] == 0:
         raise ValueError(f"mask has no pixel to resize, got shape {tuple(mask.shape)}")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _library
 from ..reference import masked_l1 as reference
 from . import _checks, _pixel
-
-_IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype"
 
 
 def _fake(
@@ -33,48 +30,21 @@ def _fake(
     return pred.new_empty((), dtype=dtype), pred.new_empty((pred.shape[0], 1), dtype=dtype), signs
 
 
-def _backward_fake(
-    grad: Tensor,
-    scale: Tensor,
-    signs: Tensor | None,
-    mask: Tensor | None,
-    pred: Tensor | None,
-    target: Tensor | None,
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    penalty: str,
-    param: float,
-    need_pred: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param = inputs[:5]
-    ctx.param = param
-    _pixel.save_for_backward(ctx, pred, target, mask, penalty, output[1], output[2])
+    pred, target, mask, penalty, param, *_ = inputs
+    _pixel.save_differences(ctx, pred, target, mask, penalty, (penalty, param), *output[1:])
 
 
-def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None
-    kept = _pixel.saved(ctx)
-    needs = needs[:2]
-    if op is None:
-        coefficient = grad * kept.scale[:, :, None, None] if grad.ndim == 0 else grad
-        return _pixel.as_gradients(ctx, _pixel.gradient_formula(ctx, kept, coefficient, kept.mask), needs)
-    grad_pred, grad_target = op(
-        grad,
-        *kept,
-        *ctx.image,
-        ctx.penalty,
-        ctx.param,
-        *needs,
-    )
-    return grad_pred if needs[0] else None, grad_target if needs[1] else None
+def _formula(
+    ctx: Any, grad: Tensor, scale: Tensor, signs: None, mask: Tensor | None, pred: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    coefficient = grad * scale[:, :, None, None] if grad.ndim == 0 else grad
+    value = reference.masked_loss_grad(pred, target, mask, coefficient, *ctx.options)
+    return value, -value
+
+
+def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _pixel.backward(ctx, _op, kernel, needs, (grad,), None if ctx.options[0] == "l1" else _formula)
 
 
 _op = _library.Op(
@@ -82,10 +52,10 @@ _op = _library.Op(
     schema="(Tensor pred, Tensor target, Tensor? mask, str penalty, float param, str reduction, "
     "str normalize, bool save_signs) -> (Tensor, Tensor, Tensor)",
     backward_schema="(Tensor grad, Tensor scale, Tensor? signs, Tensor? mask, Tensor? pred, Tensor? target, "
-    f"{_IMAGE}, str penalty, float param, bool need_pred, bool need_target) -> (Tensor, Tensor)",
+    f"{_pixel.IMAGE}, str penalty, float param, bool need_pred, bool need_target) -> (Tensor, Tensor)",
     outputs=1,
     fake=_fake,
-    backward_fake=_backward_fake,
+    backward_fake=_pixel.gradients_fake(1, 6),
     save=_save,
     backward=_backward,
 )
@@ -110,34 +80,26 @@ def _masked_loss(
     if process_group is not None:
         if reduction != "mean":
             raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
-        return _global_mean(pred, target, mask, penalty, param, normalize, process_group, backend)
-    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
-    if chosen == "reference":
-        return reference.masked_loss(
+        _pixel.check_group(process_group, mask)
+        local = _masked_loss(pred, target, mask, penalty, param, "mean", normalize, None, backend)
+        count = _pixel.mean_count(pred, mask, normalize)
+        return _pixel.global_means((local,), (count,), process_group)[0]
+    out: Tensor = _pixel.call(
+        _op,
+        lambda: reference.masked_loss(
             pred, target, mask, penalty=penalty, param=param, reduction=reduction, normalize=normalize
-        )
-    grad = _pixel.needs_grad(pred, target)
-    out: Tensor = _op(
-        chosen, grad, pred, target, mask, penalty, param, reduction, normalize, grad and penalty == "l1"
+        ),
+        backend,
+        pred,
+        target,
+        mask,
+        penalty,
+        param,
+        reduction,
+        normalize,
+        l1=penalty == "l1",
     )
     return out
-
-
-def _global_mean(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    penalty: str,
-    param: float,
-    normalize: str,
-    process_group: Any,
-    backend: str | None,
-) -> Tensor:
-    _pixel.check_group(process_group, mask)
-    local = _masked_loss(pred, target, mask, penalty, param, "mean", normalize, None, backend)
-    count = _pixel.mean_count(pred, mask, normalize)
-    (value,) = _pixel.global_means((local,), (count,), process_group)
-    return value
 
 
 def masked_l1_loss(

@@ -96,8 +96,11 @@ def partial_conv2d(
         RuntimeError: the `backend` asked for cannot run, with the reason.
 
     Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018; NVIDIA/partialconv. MAT's
-    layer is ``mask_input=False, scale_bias=True, activation="leaky_relu", negative_slope=0.2`` with weight and bias
-    multiplied by its gain.
+    layer is ``mask_input=False, scale_bias=True, activation="leaky_relu", negative_slope=0.2`` with the weight times
+    ``sqrt(2 / (Cin * kh * kw))`` and the bias times ``sqrt(2)``, its gains. Where it halves the image (``down=2``, a
+    3x3 kernel), a low-pass filter comes first: with f = (1, 3, 3, 1) / 8 and k = outer(f, f), the input is
+    ``F.conv2d(input, k.expand(Cin, 1, 4, 4), padding=2, groups=Cin)``, the mask ``F.pad(mask, (1, 0, 1, 0))``, and
+    the layer has stride 2 and padding 0.
 
     Example:
         >>> import torch, inpaint_kernels as ik

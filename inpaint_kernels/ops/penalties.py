@@ -55,7 +55,7 @@ def r1_penalty(real_logits: Logits, real_images: Tensor, *, gamma: float = 10.0)
     squared in float32 whatever the images' dtype. Lazy regularisation (every 16th step, times 16) is the caller's.
 
     Differentiable in the discriminator's parameters and in what `real_images` was made of, by autograd's backward.
-    The discriminator has to be differentiable twice: torch refuses one that ``torch.compile`` made.
+    Keep penalty and discriminator out of ``torch.compile``, of which torch has no second derivative and says so.
 
     Raises:
         TypeError: an argument is no tensor or number, or has no floating dtype.
@@ -151,8 +151,8 @@ def gradient_penalty(
     Mixes, norm and mean are computed in float32 under autocast, too; the discriminator runs as for any other call.
 
     Differentiable in the discriminator's parameters, `mask` and `alpha`, by autograd's backward; the derivatives of a
-    norm at the zero vector are 0, in every order. The discriminator has to be differentiable twice: torch refuses one
-    that ``torch.compile`` made.
+    norm at the zero vector are 0, in every order. Keep penalty and discriminator out of ``torch.compile``, of which
+    torch has no second derivative and says so.
 
     Raises:
         TypeError: an argument is no tensor, number or function as listed above.

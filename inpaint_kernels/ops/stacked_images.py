@@ -13,7 +13,6 @@ from ..reference import stacked_images as reference
 from ..reference.hole_valid import region_weights
 from ..reference.partial_conv import masked_input
 from . import _checks, _pixel
-from .masked_l1 import _IMAGE
 
 PARTS = reference.PARTS
 # Of parts, and of channels with constants of their own, for a GPU kernel: parameters of the launch in CUDA, written
@@ -46,28 +45,9 @@ def _fake(
     )
 
 
-def _backward_fake(
-    grad: Tensor,
-    mask: Tensor | None,
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    parts: Sequence[int],
-    scale: Sequence[float],
-    swap: bool,
-    mask_is_hole: bool,
-    need_pred: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     pred, target, mask, parts, scale, _, swap, mask_is_hole = inputs
-    ctx.options = (parts, scale, swap, mask_is_hole)
-    ctx.image = (pred.shape, _pixel.is_channels_last(pred), pred.dtype, target.dtype)
-    _library.save_for_backward(ctx, mask)
+    _pixel.save(ctx, pred, target, (parts, scale, swap, mask_is_hole), mask)
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -120,11 +100,11 @@ _op = _library.Op(
     "stacked_images",
     schema="(Tensor pred, Tensor target, Tensor? mask, int[] parts, float[] scale, float[] shift, bool swap, "
     "bool mask_is_hole) -> Tensor",
-    backward_schema=f"(Tensor grad, Tensor? mask, {_IMAGE}, int[] parts, float[] scale, bool swap, "
+    backward_schema=f"(Tensor grad, Tensor? mask, {_pixel.IMAGE}, int[] parts, float[] scale, bool swap, "
     "bool mask_is_hole, bool need_pred, bool need_target) -> (Tensor, Tensor)",
     outputs=1,
     fake=_fake,
-    backward_fake=_backward_fake,
+    backward_fake=_pixel.gradients_fake(0, 2),
     save=_save,
     backward=_backward,
 )

@@ -13,7 +13,6 @@ from ..reference import total_variation as reference
 from ..reference.composite import composite
 from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pairs, _pixel
-from .masked_l1 import _IMAGE
 
 
 def _fake(
@@ -35,75 +34,36 @@ def _fake(
     )
 
 
-def _backward_fake(
-    grad: Tensor,
-    scale: Tensor,
-    signs: Tensor | None,
-    mask: Tensor | None,
-    image: Tensor | None,
-    target: Tensor | None,
-    size: Any,
-    channels_last: bool,
-    image_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    composite: bool,
-    region: str,
-    penalty: str,
-    mask_is_hole: bool,
-    need_image: bool,
-    need_target: bool,
-) -> tuple[Tensor, Tensor]:
-    return _pixel.fake_gradients(
-        scale, size, channels_last, image_dtype, target_dtype, need_image, need_target
-    )
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     image, target, mask, region, penalty, _, mask_is_hole, _ = inputs
-    scale, signs = output[1:]
-    ctx.options = region, penalty, mask_is_hole
-    ctx.composite = target is not None
-    other = image if target is None else target
-    ctx.image = (image.shape, _pixel.is_channels_last(image), image.dtype, other.dtype)
-    if penalty == "l1":
-        _library.save_for_backward(ctx, scale, signs, mask, None, None)
-    else:
-        _library.save_for_backward(ctx, scale, None, mask, image, target)
+    options = target is not None, region, penalty, mask_is_hole
+    _pixel.save_differences(ctx, image, target, mask, penalty, options, *output[1:])
 
 
-def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None
-    scale, signs, mask, image, target = ctx.saved_tensors
-    region, penalty, mask_is_hole = ctx.options
-    needs = needs[:2]
-    if op is not None:
-        found = op(grad, scale, signs, mask, image, target, *ctx.image, ctx.composite, *ctx.options, *needs)
-        return found[0] if needs[0] else None, found[1] if needs[1] else None
+def _formula(
+    ctx: Any, grad: Tensor, scale: Tensor, signs: None, mask: Any, image: Tensor, target: Any
+) -> tuple[Tensor, Tensor]:
+    is_composite, region, penalty, mask_is_hole = ctx.options
     mask_is = "hole" if mask_is_hole else "valid"
-    size, channels_last, image_dtype, target_dtype = ctx.image
-    if penalty == "l1":
-        # Constant almost everywhere: its second derivative by the images is zero.
-        across, down = _pairs.unpack_signs(signs, 4, size, channels_last, scale.dtype, ctx.backend)
-        value = _pairs.signs_gradient(
-            grad * scale[1] * across, grad * scale[0] * down, mask, region, mask_is_hole
-        )
-    else:
-        x = image.to(scale.dtype)
-        if target is not None:
-            x = composite(x, target.to(scale.dtype), mask, mask_is=mask_is)
-        across_weight, down_weight = _pairs.weights(x, mask, region, mask_is_hole)
-        value = _pairs.sum_gradient(
-            masked_loss_grad(x[..., 1:], x[..., :-1], across_weight, grad * scale[1], penalty, 0.0),
-            masked_loss_grad(x[..., 1:, :], x[..., :-1, :], down_weight, grad * scale[0], penalty, 0.0),
-        )
-    if not ctx.composite:
-        return value.to(image_dtype), None
+    x = image.to(scale.dtype)
+    if is_composite:
+        x = composite(x, target.to(scale.dtype), mask, mask_is=mask_is)
+    across_weight = down_weight = None
+    if region != "image":
+        hole, _ = hole_valid.region_weights(x, x, mask, mask_is)
+        down_weight, across_weight, _ = reference.pair_weights(hole, region)
+    across = masked_loss_grad(x[..., 1:], x[..., :-1], across_weight, grad * scale[1], penalty, 0.0)
+    down = masked_loss_grad(x[..., 1:, :], x[..., :-1, :], down_weight, grad * scale[0], penalty, 0.0)
+    pad = torch.nn.functional.pad
+    value = pad(across, (1, 0)) - pad(across, (0, 1)) + pad(down, (0, 0, 1, 0)) - pad(down, (0, 0, 0, 1))
+    if not is_composite:
+        return value, value
     hole, valid = hole_valid.region_weights(value, value, mask, mask_is)
-    return (
-        partial_conv.masked_input(value, hole).to(image_dtype) if needs[0] else None,
-        partial_conv.masked_input(value, valid).to(target_dtype) if needs[1] else None,
-    )
+    return partial_conv.masked_input(value, hole), partial_conv.masked_input(value, valid)
+
+
+def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _pixel.backward(ctx, _op, kernel, needs, (grad,), None if ctx.options[2] == "l1" else _formula)
 
 
 _op = _library.Op(
@@ -111,11 +71,11 @@ _op = _library.Op(
     schema="(Tensor image, Tensor? target, Tensor? mask, str region, str penalty, str normalize, "
     "bool mask_is_hole, bool save_signs) -> (Tensor, Tensor, Tensor)",
     backward_schema="(Tensor grad, Tensor scale, Tensor? signs, Tensor? mask, Tensor? image, Tensor? target, "
-    f"{_IMAGE.replace('pred_dtype', 'image_dtype')}, bool composite, str region, str penalty, "
+    f"{_pixel.IMAGE.replace('pred_dtype', 'image_dtype')}, bool composite, str region, str penalty, "
     "bool mask_is_hole, bool need_image, bool need_target) -> (Tensor, Tensor)",
     outputs=1,
     fake=_fake,
-    backward_fake=_backward_fake,
+    backward_fake=_pixel.gradients_fake(1, 6),
     save=_save,
     backward=_backward,
 )
@@ -210,16 +170,12 @@ def total_variation_loss(
         count = _pairs.pair_count(image, mask, region, normalize, mask_is)
         (value,) = _pixel.global_means((local,), (count,), process_group)
         return value
-    other = image if target is None else target
-    chosen = _op.choose(backend, (image, target, mask), image.dtype, other.dtype, mask=mask)
-    if chosen == "reference":
-        return reference.total_variation(
+    found: Tensor = _pixel.call(
+        _op,
+        lambda: reference.total_variation(
             image, mask, target=target, region=region, penalty=penalty, normalize=normalize, mask_is=mask_is
-        )
-    grad = _pixel.needs_grad(image, other)
-    found: Tensor = _op(
-        chosen,
-        grad,
+        ),
+        backend,
         image,
         target,
         mask,
@@ -227,6 +183,6 @@ def total_variation_loss(
         penalty,
         normalize,
         mask_is == "hole",
-        grad and penalty == "l1",
+        l1=penalty == "l1",
     )
     return found

@@ -19,7 +19,8 @@ def gram_scale(normalize: str, channels: int, pixels: int) -> float:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast for what is computed on the device of x; meta tensors and others know none."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
+    # Where there is none anyway, entering and leaving a context would be what a small call costs.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
 

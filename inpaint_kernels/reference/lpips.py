@@ -12,8 +12,10 @@ from .masked_l1 import accumulate_dtype
 
 
 def unit_vectors(features: Tensor, eps: float) -> Tensor:
-    """Every pixel's channels over their norm plus `eps`; the norm of a zero vector has gradient 0."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
+    """Every pixel's channels over their norm plus `eps`; a zero vector stays one, with all derivatives 0."""
+    squares = features.square().sum(1, keepdim=True)
+    zero = squares == 0
+    return torch.where(zero, 0.0, features / (torch.where(zero, 1.0, squares).sqrt() + eps))
 
 
 def lpips_distance(
@@ -28,7 +30,8 @@ def lpips_distance(
         for x, y, weight in zip(input, target, weights, strict=True):
             dtype = accumulate_dtype(x, y)
             u, v = (unit_vectors(features.to(dtype), eps) for features in (x, y))
-            difference = (u.unflatten(0, (-1, y.shape[0])) - v).square().flatten(0, 1)
+            copies = x.shape[0] // y.shape[0] if y.shape[0] else 1
+            difference = (u.unflatten(0, (copies, y.shape[0])) - v).square().flatten(0, 1)
             layer = torch.einsum("nchw,c->nhw", difference, weight.to(dtype)).mean((1, 2))
             found = layer if found is None else found + layer
     assert found is not None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .composite import composite
 from .hole_valid import region_weights
-from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
+from .masked_l1 import accumulate_dtype, is_differentiated, safe_divide, weighted_map
 
 
 def dilate(hole: Tensor, radius: int = 1) -> Tensor:
@@ -19,10 +19,26 @@ def dilate(hole: Tensor, radius: int = 1) -> Tensor:
     """
     if hole.numel() == 0:
         return hole
+    if hole.device.type == "cpu" and not is_differentiated(hole):
+        return _dilate_doubling(hole, radius)
     size = 2 * radius + 1
     planes = hole.reshape(-1, 1, *hole.shape[-2:])
     rows = F.max_pool2d(planes, (1, size), stride=1, padding=(0, radius))
     return F.max_pool2d(rows, (size, 1), stride=1, padding=(radius, 0)).reshape(hole.shape)
+
+
+def _dilate_doubling(hole: Tensor, radius: int) -> Tensor:
+    """`dilate` by maxima of neighbours, then of pairs, of fours and so on: 2 log2(2 r + 1) comparisons a pixel, which
+    the CPU makes of many pixels at once, where pooling takes them one by one. A gradient would be split at ties."""
+    found = F.pad(hole, (radius,) * 4, value=-torch.inf)
+    for _ in range(2):  # down, then across
+        size = 1
+        while size < 2 * radius + 1:
+            step = min(size, 2 * radius + 1 - size)
+            found = torch.maximum(found[..., :-step, :], found[..., step:, :])
+            size += step
+        found = found.mT
+    return found
 
 
 def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,7 +47,8 @@ def forward(
                 region_sum=tv_normalize == "mask",
             )
             # It reads the first sums alone.
-            pixel.launch_finalise(sums, hole, valid, scale, n, sums.shape[1] // n, pred.numel(), normalize)
+            firsts = 0, sums.shape[1]
+            pixel.launch_finalise(sums, (hole, valid), scale, firsts, (pred.numel(),), normalize, n)
             weights = hole_weight, valid_weight, tv_weight
             pairs_forward.launch_finalise(
                 sums, tv, tv_scale, (total, hole, valid), weights, size, tv_normalize

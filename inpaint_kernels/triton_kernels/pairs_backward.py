@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .hole_valid import region_weights
 from .pairs_tile import (
     SIZES,
     after_edge,
@@ -37,7 +36,7 @@ from .pairs_tile import (
     strip_place,
     wider,
 )
-from .pixel import apply_signs, penalty_grad
+from .pixel import apply_signs, penalty_grad, region_weights
 
 
 @triton.jit

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .hole_valid import region_weights
-from .pixel import pack_signs
+from .pixel import pack_signs, region_weights
 from .plan import Mask
 
 # (elements of the call, rows of a strip), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.

@@ -146,20 +146,9 @@ def _plan(
         steps = _ceil_div(channels, _ceil_div(channels, max_steps))
     tiles = _ceil_div(groups, block_g)
     chunks = _ceil_div(channels, block_c * steps)
-    return Plan(
-        length=length,
-        groups=groups,
-        channels=channels,
-        tiles=tiles,
-        chunks=chunks,
-        WHOLE=length % 8 == 0,
-        BLOCK_C=block_c,
-        BLOCK_G=block_g,
-        STEPS=steps,
-        samples=samples,
-        programs=samples * tiles * chunks,
-        warps=warps,
-    )
+    programs = samples * tiles * chunks
+    split = length, groups, channels, tiles, chunks, length % 8 == 0, block_c, block_g, steps
+    return Plan(*split, samples, programs, warps)
 
 
 def packed(values: Iterable[int]) -> tuple[int, ...]:
@@ -172,7 +161,7 @@ def packed(values: Iterable[int]) -> tuple[int, ...]:
 
 
 class Layer(NamedTuple):
-    """What the kernels of feature_distance are told about one layer."""
+    """What the kernels of `pixel.py` are told about one layer."""
 
     mask: Tensor | None
     programs: int
@@ -190,13 +179,14 @@ def make_layer(
     signs: bool,
     width: int,
     elements: int,
+    per_sample: bool = False,
 ) -> Layer:
     """Work split of one layer; `elements` of the largest one choose the tile of all."""
     ready = prepare_mask(mask, size, channels_last)
     copies = size[0] // batch
     # Steps are written out once for every prediction: as many loads in flight as with one.
     steps = max(1, MAX_STEPS // copies)
-    work, kind = make_plan((batch, *size[1:]), channels_last, ready, signs, False, elements, steps)
+    work, kind = make_plan((batch, *size[1:]), channels_last, ready, signs, per_sample, elements, steps)
     shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or copies == 1
     unit = 1 if ready.stride_n % 8 or ready.stride_c % 8 else 8
     return Layer(
@@ -208,10 +198,10 @@ def make_layer(
     )
 
 
-def empty_signs(like: Tensor, size: Any, channels_last: bool) -> Tensor:
-    """Packed signs (uint8, 1-D), see `pack_signs`; the same size in both layouts."""
+def empty_signs(like: Tensor, size: Any, channels_last: bool, save: bool = True) -> Tensor:
+    """Packed signs (uint8, 1-D), see `pack_signs`; the same size in both layouts, empty if none are kept."""
     n, c, h, w = size
-    allocated = 2 * n * c * ((h * w + 7) // 8)
+    allocated = 2 * n * c * ((h * w + 7) // 8) if save else 0
     if channels_last and h * w % 8:
         # Whole samples need less padding than planes: the rest of the buffer is not written.
         return torch.zeros(allocated, dtype=torch.uint8, device=like.device)
@@ -246,14 +236,13 @@ def empty_gradients(
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """Buffers of (grad_pred, grad_target) [N, C, H, W]; one that is not needed is empty."""
-    return (
-        empty_image(like, size, channels_last, pred_dtype)
-        if need_pred
-        else torch.empty(0, dtype=pred_dtype, device=like.device),
-        empty_image(like, size, channels_last, target_dtype)
-        if need_target
-        else torch.empty(0, dtype=target_dtype, device=like.device),
+    pred, target = (
+        empty_image(like, size, channels_last, dtype)
+        if needed
+        else torch.empty(0, dtype=dtype, device=like.device)
+        for dtype, needed in ((pred_dtype, need_pred), (target_dtype, need_target))
     )
+    return pred, target
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:

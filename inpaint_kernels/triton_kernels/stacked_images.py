@@ -150,7 +150,7 @@ def forward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
+    sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
     rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, _, _ = rows
     place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)
@@ -233,7 +233,7 @@ def backward_kernel(
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    sample, first, tile = program_place(tiles, chunks, BLOCK_C, STEPS)
+    sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
     rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, _, _ = rows
     place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)

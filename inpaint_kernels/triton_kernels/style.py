@@ -175,7 +175,7 @@ def forward(
                 normalize,
                 target_is_gram,
             )
-        pixel.launch_finalise(losses, loss, loss, unused, 1, losses.shape[0], 1, "sum")
+        pixel.launch_finalise(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
     return loss.view(()), factors
 
 

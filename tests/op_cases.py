@@ -1,0 +1,389 @@
+"""One table of every op in its settings: how it is called, its inputs, its formula, what it keeps for the backward.
+
+What is asked of all ops alike is tested over this table; the name of a test contains the setting's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from feature_cases import (
+    STYLES,
+    check,
+    distance_call,
+    distance_formula,
+    distance_pair,
+    distance_settings,
+    distance_sizes,
+    feature_map,
+    gram_call,
+    gram_formula,
+    gram_sizes,
+    style_call,
+    style_formula,
+    style_pair,
+    style_settings,
+    style_sizes,
+)
+from harness import (
+    COVERING,
+    EMULATING,
+    INTERPRETING,
+    Backend,
+    Call,
+    as_tuple,
+    check_against_truth,
+    evaluate,
+    spread,
+)
+from pairs_cases import (
+    MASK_IS,
+    PARTS,
+    SCALE,
+    SHIFT,
+    composite_formula,
+    inpainting_pixel_call,
+    inpainting_pixel_formula,
+    stacked_images_call,
+    stacked_images_formula,
+    total_variation_call,
+    total_variation_formula,
+)
+from pairs_cases import MODES as PAIR_MODES
+from pairs_cases import PENALTIES as PAIR_PENALTIES
+from partial_conv_cases import FORMS, FUNCTIONS, make_tensors
+from partial_conv_cases import Case as Convolution
+from pixel_cases import (
+    MODES,
+    NORMALIZATIONS,
+    PENALTIES,
+    hole_valid_call,
+    hole_valid_formula,
+    image_pair,
+    make_mask,
+    masked_call,
+    masked_formula,
+)
+from torch import Tensor
+
+import inpaint_kernels as ik
+
+Size = tuple[int, ...]
+# Planes of 126 elements: several vectors of 8 or 16, then a tail.
+SIZE = (2, 3, 9, 14)
+SMALL = (2, 3, 4, 5)
+# What large inputs are: several tiles, parts of a sum and threads.
+LARGE = (2, 3, 5, 7) if INTERPRETING else (2, 3, 48, 56) if EMULATING else (3, 3, 150, 170)
+MANY_CHANNELS = ((1, 17, 9, 14),) if INTERPRETING or EMULATING else ((2, 3, 91, 101), (2, 64, 91, 101))
+# Of the inputs that kernels compute a gradient to, by how many those are.
+SUBSETS: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((0,),),
+    2: ((0, 1), (0,), (1,)),
+    3: ((0, 1, 2), (0,), (1,), (2,), (0, 2), (1, 2)),
+    4: ((0, 1, 2, 3), (0, 1), (1,), (0, 3), (2, 3)),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Op:
+    """An op in one setting, as a function of a flat list of tensors."""
+
+    id: str
+    name: str  # of its operators, inpaint_kernels::<name>_<backend>
+    by: Callable[[Backend | None], Call]  # the call on one backend
+    formula: Call
+    make: Callable[..., list[Tensor]]  # inputs from (size, dtypes, layout, mask), on the CPU
+    free: int  # how many of the first tensors kernels compute a gradient to
+    judge: Callable[..., None]  # raises unless (call, formula, inputs, wanted=) is right
+    # The most bytes of memory that nobody else holds; `made`: which inputs nobody else holds either.
+    keeps: Callable[[Sequence[Tensor]], float] | None = None
+    made: tuple[int, ...] = ()
+    large: tuple[Size, ...] = (LARGE,)
+
+    def __repr__(self) -> str:
+        return self.id
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        return tuple(range(self.free))
+
+    def outputs(self, tensors: Sequence[Tensor], backend: str | None = None) -> tuple[Tensor, ...]:
+        return as_tuple(self.by(backend and Backend(backend, "cpu"))(*tensors))
+
+    def check(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        """Values and gradients of `call`, which is this op, are right."""
+        self.judge(call, self.formula, inputs, wanted=self.wanted)
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------------
+
+
+def images(
+    size: Size = SIZE, dtypes: str = "f32/f32", layout: str = "contiguous", mask: str = "n1hw"
+) -> list[Tensor]:
+    """[pred, target, mask]"""
+    weights = make_mask(mask, size)
+    return [*image_pair(size, dtypes, f"{layout}/{layout}"), *([] if weights is None else [weights])]
+
+
+def one_image(*args: Any, **options: Any) -> list[Tensor]:
+    """[image, mask]"""
+    return images(*args, **options)[::2]
+
+
+def layers_of(size: Size) -> tuple[Size, Size]:
+    """No two sizes of `SIZE` and the second layer are equal: a compiler would expect that of every call."""
+    n, c, h, w = size
+    return size, (n or 2, c + 3, (h + 1) // 2, (w + 1) // 2)
+
+
+def features(
+    size: Size = SIZE,
+    dtypes: str = "f32/f32",
+    layout: str = "contiguous",
+    *,
+    pair: Callable[..., tuple[Tensor, Tensor]],
+    predictions: int = 2,
+    **_: str,
+) -> list[Tensor]:
+    """[*inputs, *targets] of two layers."""
+    options = {"predictions": predictions, "dtypes": dtypes, "layouts": f"{layout}/{layout}"}
+    pairs = [pair(s, seed=i, **options) for i, s in enumerate(layers_of(size))]
+    return [*(x for x, _ in pairs), *(y for _, y in pairs)]
+
+
+def masked_features(size: Size = SIZE, *args: Any, **options: Any) -> list[Tensor]:
+    masks = [make_mask("n1hw", s, seed=i) for i, s in enumerate(layers_of(size))]
+    return [*features(size, *args, pair=distance_pair, **options), *masks]
+
+
+def given_grams(*args: Any, style: str, **options: Any) -> list[Tensor]:
+    flat = features(*args, pair=style_pair, **options)
+    return flat[:2] + [gram_formula(y.double(), STYLES[style][0]).to(y.dtype) for y in flat[2:]]
+
+
+def one_map(size: Size = SIZE, dtypes: str = "f32/f32", layout: str = "contiguous", **_: str) -> list[Tensor]:
+    return [feature_map(size, dtypes.partition("/")[0], layout)]
+
+
+def convolution(
+    size: Size = SIZE,
+    dtypes: str = "f32/f32",
+    layout: str = "contiguous",
+    *,
+    holes: str,
+    dims: int = 2,
+    **_: str,
+) -> list[Tensor]:
+    """[input, weight, bias, mask]"""
+    case = Convolution(size=(*size, 3)[: dims + 2], outputs=4)
+    given = make_tensors(case, dtypes.partition("/")[0], mask=holes, layouts=f"{layout}/contiguous")
+    return [t for t in given if t is not None]
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+# A gradient that is a sum of both signs is judged by its largest element.
+PAIRS = partial(check_against_truth, magnitudes={0: None, 1: None})
+KEPT_MASK = 1 / 8  # cpu also keeps the mask as bits, to spare its backward the mask itself
+
+
+def bits(an_element: float, of_mask: float, numbers: int) -> Callable[[Sequence[Tensor]], float]:
+    """Of the first image, of the mask; and single numbers of up to 8 bytes."""
+    return lambda t: t[0].numel() * an_element / 8 + t[-1].numel() * of_mask + numbers * 8
+
+
+def masked() -> Iterator[Op]:
+    for penalty, mode in product(PENALTIES, MODES):
+        options = {"penalty": penalty, "mode": mode}
+        # Packed signs, and the scales [N, 1]; smooth penalties keep their inputs.
+        l1 = penalty == "l1"
+        yield Op(
+            f"masked_l1 {penalty} {mode}", "masked_l1", partial(masked_call, **options),
+            partial(masked_formula, **options), images, 2, check_against_truth,
+            keeps=bits(2 if l1 else 0, 0, 8), made=(0, 1) if l1 else (),
+        )  # fmt: skip
+
+
+def hole_valid() -> Iterator[Op]:
+    for penalty, normalize, region in product(PENALTIES, NORMALIZATIONS, MASK_IS):
+        options = {"penalty": penalty, "normalize": normalize, "mask_is": region}
+        l1 = penalty == "l1"
+        yield Op(
+            f"hole_valid {penalty} {normalize} {region}", "hole_valid", partial(hole_valid_call, **options),
+            partial(hole_valid_formula, **options), images, 2, check_against_truth,
+            keeps=bits(2 if l1 else 0, KEPT_MASK * l1, 16), made=(0, 1) if l1 else (),
+        )  # fmt: skip
+
+
+DEFAULT = "dilated_hole-default"
+
+
+def mask_is(number: int) -> str:
+    """Both meanings for every value of every option, whose lists have two elements or more."""
+    return MASK_IS[(number + number // 2 + number // 4) % 2]
+
+
+def inpainting_pixel() -> Iterator[Op]:
+    some = (DEFAULT, "image-default", "hole-mask")
+    settings = [*product(NORMALIZATIONS, some, PAIR_PENALTIES)]
+    settings += [("image", mode, "l1") for mode in PAIR_MODES if mode not in some]
+    for i, (normalize, mode, penalty) in enumerate(settings):
+        options = {"normalize": normalize, "mode": mode, "penalty": penalty, "mask_is": mask_is(i)}
+        yield Op(
+            f"inpainting_pixel {normalize} {mode} {penalty}", "inpainting_pixel",
+            partial(inpainting_pixel_call, **options), partial(inpainting_pixel_formula, **options),
+            images, 2, PAIRS, keeps=bits(6, KEPT_MASK, 24) if penalty == "l1" else None, made=(0, 1),
+        )  # fmt: skip
+
+
+def total_variation() -> Iterator[Op]:
+    for i, (mode, penalty, of) in enumerate(product(PAIR_MODES, PAIR_PENALTIES, ("composite", "image"))):
+        options = {"mode": mode, "penalty": penalty, "mask_is": mask_is(i)}
+        composite, l1 = of == "composite", penalty == "l1"
+        by, formula = partial(total_variation_call, **options), partial(total_variation_formula, **options)
+        yield Op(
+            f"total_variation {penalty} {mode} {of}", "total_variation",
+            by if composite else lambda backend, by=by: lambda x, mask: by(backend)(x, None, mask),
+            formula if composite else lambda x, mask, formula=formula, **o: formula(x, None, mask, **o),
+            images if composite else one_image, 1 + composite, PAIRS,
+            keeps=bits(4 * l1, KEPT_MASK * l1, 4 if l1 else 2), made=(0, 1)[: 1 + composite] if l1 else (),
+        )  # fmt: skip
+
+
+NORMALIZED: dict[str, Any] = {"scale": SCALE, "shift": SHIFT}
+STACKS: dict[str, dict[str, Any]] = {
+    "all": {"parts": PARTS, **NORMALIZED},
+    "swap": {"parts": PARTS, **NORMALIZED, "swap_channels": True, "mask_is": "hole"},
+    "composite": {"parts": ("composite",)},
+    "raw+target": {"parts": ("raw", "target"), **NORMALIZED},
+    "raw+target swap": {"parts": ("raw", "target"), **NORMALIZED, "swap_channels": True},
+    "target+raw": {"parts": ("target", "raw"), "scale": 2.0},
+}
+
+
+def stacked_images() -> Iterator[Op]:
+    for stack, options in STACKS.items():
+        mask = 0 if "target" in stack else 4
+        common = (
+            "stacked_images", partial(stacked_images_call, **options), partial(stacked_images_formula, **options),
+            images, 2, check_against_truth,
+        )  # fmt: skip
+        # The mask, and nothing else; a mask that the caller holds costs nothing.
+        yield Op(f"stacked_images {stack}", *common, keeps=bits(0, 0, 0), made=(0, 1))
+        yield Op(f"stacked_images {stack} own mask", *common, keeps=bits(0, mask, 0), made=(0, 1, 2))
+    yield Op(
+        "composite", "stacked_images", lambda backend: partial(ik.composite, backend=backend and backend.name),
+        composite_formula, images, 2, check_against_truth, keeps=bits(0, 0, 0), made=(0, 1),
+    )  # fmt: skip
+
+
+def gram() -> Iterator[Op]:
+    for normalize in ("chw", "hw", "none"):
+        yield Op(
+            f"gram {normalize}", "gram", partial(gram_call, normalize=normalize),
+            partial(gram_formula, normalize=normalize), one_map, 1,
+            partial(check, sizes=partial(gram_sizes, normalize=normalize)),
+            keeps=lambda t: 0.0, large=MANY_CHANNELS,
+        )  # fmt: skip
+
+
+def _matrices(t: Sequence[Tensor]) -> float:
+    """One for each sample and layer, and targets that want a gradient."""
+    asked = sum(y.numel() * y.element_size() for y in t[2:] if y.requires_grad)
+    return asked + sum(4 * x.shape[0] * x.shape[1] ** 2 for x in t[:2])
+
+
+def style() -> Iterator[Op]:
+    settings = [*product(STYLES, ("", " gram")), ("chw-l1", " once")]
+    for name, kind in settings:
+        given = kind == " gram"
+        options = style_settings(name, (0.5, 2.0), target_is_gram=given)
+        make = partial(features, pair=style_pair, predictions=1 if kind == " once" else 2)
+        yield Op(
+            f"style {name}{kind}", "style", partial(style_call, settings=options),
+            partial(style_formula, **options), partial(given_grams, style=name) if given else make,
+            2 if given else 4, partial(check, sizes=partial(style_sizes, **options)),
+            keeps=_matrices, made=(2, 3), large=MANY_CHANNELS,
+        )  # fmt: skip
+
+
+def feature_distance() -> Iterator[Op]:
+    settings = [*product(("l1", "l2", "charbonnier"), (" mask", "")), ("l1", " once")]
+    for penalty, kind in settings:
+        masked, l1 = kind == " mask", penalty == "l1"
+        options = distance_settings(penalty, weights=(0.5, 2.0))
+        make = partial(features, pair=distance_pair, predictions=1 if kind == " once" else 2)
+
+        def keeps(t: Sequence[Tensor], l1: bool = l1) -> float:
+            return (sum(x.numel() for x in t[:2]) / 4 if l1 else 0) + 64
+
+        yield Op(
+            f"feature_distance {penalty}{kind}", "feature_distance",
+            partial(distance_call, layers=2, settings=options),
+            partial(distance_formula, layers=2, **options), masked_features if masked else make, 4,
+            partial(check, sizes=partial(distance_sizes, layers=2, **options)),
+            keeps=keeps, made=(0, 1, 2, 3) if l1 else (),
+        )  # fmt: skip
+
+
+def partial_conv() -> Iterator[Op]:
+    settings = [(form, mask, 2) for form, mask in product(FORMS, ("n1", "none", "nc"))]
+    for form, mask, dims in [*settings, ("soft", "n1", 3)]:
+
+        def by(backend: Backend | None, form: str = form, dims: int = dims) -> Call:
+            def call(*t: Tensor) -> Tensor:
+                name = backend and backend.name
+                found = FUNCTIONS[dims](*t, padding=1, **FORMS[form], backend=name)
+                return found.output
+
+            return call
+
+        def keeps(t: Sequence[Tensor], known: bool = mask != "none") -> float:
+            """Two planes; an operand only for the gradient to the other one."""
+            x, w = (s.numel() * s.element_size() for s in t[:2])
+            planes = 8 * t[0][:, 0].numel() // (1 if known else t[0].shape[0])
+            return planes + x * t[1].requires_grad + w * t[0].requires_grad
+
+        def as_eager(call: Call, eager: Call, inputs: Sequence[Tensor], wanted: Sequence[int]) -> None:
+            want = evaluate(eager, inputs, wanted)
+            got = evaluate(call, inputs, wanted, want[2])
+            torch.testing.assert_close((*got[0], *got[1]), (*want[0], *want[1]), rtol=1e-6, atol=1e-6)
+
+        yield Op(
+            f"partial_conv {form} {mask} {dims}d", "partial_conv", by, by(Backend("reference", "cpu")),
+            partial(convolution, holes=mask, dims=dims), 3, as_eager,
+            keeps=keeps, made=(0, 1),
+        )  # fmt: skip
+
+
+def table(*groups: Callable[[], Iterator[Op]]) -> dict[str, Op]:
+    return {op.id: op for group in groups for op in group()}
+
+
+OPS = table(
+    masked, hole_valid, total_variation, inpainting_pixel, stacked_images, gram, style, feature_distance, partial_conv
+)  # fmt: skip
+NAMES = tuple(dict.fromkeys(op.name for op in OPS.values()))
+
+
+def ops(*beginnings: str) -> list[Op]:
+    """The settings whose names begin with one of these."""
+    found = [op for op in OPS.values() if op.id.startswith(beginnings)]
+    assert all(any(op.id.startswith(b) for op in found) for b in beginnings), beginnings
+    return found
+
+
+def enough(chosen: Iterable[Op]) -> list[Op]:
+    """All, or where there is no time for that six settings of each op, among them every value of an option."""
+    if not COVERING:
+        return list(chosen)
+    by_name: dict[str, dict[tuple[object, ...], Op]] = {}
+    for op in chosen:
+        by_name.setdefault(op.name, {})[tuple(op.id.split())] = op
+    return [rows[row] for rows in by_name.values() for row in spread(list(rows), 6)]
