@@ -160,6 +160,8 @@ class Published(Objective):
         images = self.in_range(target).detach().requires_grad_()
         return self.gradient_penalty(discriminator(self.seen(images, images, mask)), images)
 
+    # What the two sides compute, on pictures in the method's own range.
+
     def terms(
         self, pred: Tensor, target: Tensor, mask: Tensor, fake: Judged | None, real: Judged | None
     ) -> Terms:
