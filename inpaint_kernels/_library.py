@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class _Route:
         name, backward_name = f"{op.name}_{backend}", f"{op.name}_backward_{backend}"
         self.forward = _define(name, op.schema, functools.partial(op.fake, backend))
         self.backward = backward_op = _define(backward_name, op.backward_schema, op.backward_fake)
+        self.inputs, self.lists = op.inputs, op.lists
         self.composed: Callable[..., Any] | None = None
         run_backward: Callable[..., Any] = backward_op
         if op.implement is not None:
@@ -49,27 +51,28 @@ class _Route:
         def gradients(ctx: Any, needs: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
             run: Callable[..., Any] | None = backward_op
             grads = grads[: op.outputs]
-            if torch.is_grad_enabled() or any(_torch_private.is_batched(g) for g in grads if g is not None):
+            if torch.is_grad_enabled():
                 run = None
             elif is_plain(grads):
                 run = run_backward
             elif unserved(grads) is not None:
                 run = None
+            for grad in grads:
+                if grad is not None and _torch_private.is_batched(grad):
+                    run = None
             return op.backward(ctx, run, needs, *grads)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
             found = gradients(ctx, needs, grads)
-            if op.lists:
-                return found + tuple(
-                    [None] * len(n) if isinstance(n, list) else None for n in needs[len(found) :]
-                )
-            return found + (None,) * (len(needs) - len(found))
+            rest = needs[len(found) :]
+            return found + tuple([None] * len(n) if isinstance(n, list) else None for n in rest)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*_flatten(output[op.outputs :])[1])
+            kept = (x if isinstance(x, list) else [x] for x in output[op.outputs :])
+            ctx.mark_non_differentiable(*itertools.chain(*kept))
             ctx.backend = backend
             op.save(ctx, inputs, output)
 
@@ -82,32 +85,30 @@ class _Route:
         )
 
         class Function(torch.autograd.Function):
+            # `given` are the tensors that gradients are computed of, lists of them flat, as autograd.Function sees
+            # no tensor inside a list, and then all arguments as one tuple: every argument costs time here.
             # The `forward(ctx, ...)` form: the `setup_context` form inspects signatures on every call (+45 us).
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
+            def forward(ctx: Any, *given: Any) -> Any:
+                args = given[-1]
                 output = _as_tuple(self.run(args))
                 ctx.set_materialize_grads(False)
                 ctx.backend = backend
                 op.save(ctx, args, output)
+                if op.lists:
+                    ctx.lengths = [len(arg) for arg in args[: op.inputs]]
                 return output[0] if op.outputs == 1 else output[: op.outputs]
-
-        Function.backward = staticmethod(backward)  # type: ignore[method-assign]
-
-        class ListFunction(torch.autograd.Function):
-            # Lists of tensors are invisible to autograd.Function: they travel flat, with their lengths in front.
-            @staticmethod
-            def forward(ctx: Any, lengths: tuple[int, ...], *flat: Any) -> Any:
-                ctx.lengths = lengths
-                return Function.forward(ctx, *_unflatten(lengths, flat))
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                found = gradients(ctx, _unflatten(ctx.lengths, ctx.needs_input_grad[1:]), grads)
-                given = _flatten(found)[1]
-                return (None, *given, *(None,) * (len(ctx.needs_input_grad) - 1 - len(given)))
+                needs = ctx.needs_input_grad[:-1]
+                if not op.lists:
+                    return *gradients(ctx, needs, grads), None
+                ends = list(itertools.accumulate(ctx.lengths))
+                nested = [needs[end - length : end] for end, length in zip(ends, ctx.lengths, strict=True)]
+                return *itertools.chain(*gradients(ctx, nested, grads)), None
 
         self.function = Function
-        self.list_function = ListFunction
 
     def run(self, args: tuple[Any, ...]) -> Any:
         """The forward without autograd; where nobody watches, without the dispatcher, which converts a score of
@@ -117,10 +118,10 @@ class _Route:
                 return self.composed(*args)
             return self.forward(*args)
 
-    def differentiable(self, *args: Any) -> Any:
-        """The differentiable outputs of an op with list arguments, connected to the graph."""
-        lengths, flat = _flatten(args)
-        return self.list_function.apply(lengths, *flat)
+    def differentiable(self, args: tuple[Any, ...]) -> Any:
+        """The differentiable outputs, connected to the graph."""
+        tensors = args[: self.inputs]
+        return self.function.apply(*(itertools.chain(*tensors) if self.lists else tensors), args)
 
 
 _PLAIN = frozenset(
@@ -179,29 +180,6 @@ def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
 
 
-def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int, ...], list[Any]]:
-    """(lengths, flat): lists of tensors (or gradients) spliced in; length -1 marks what was no such list."""
-    lengths: list[int] = []
-    flat: list[Any] = []
-    for arg in args:
-        if isinstance(arg, list) and all(item is None or isinstance(item, Tensor) for item in arg):
-            lengths.append(len(arg))
-            flat += arg
-        else:
-            lengths.append(-1)
-            flat.append(arg)
-    return tuple(lengths), flat
-
-
-def _unflatten(lengths: tuple[int, ...], flat: tuple[Any, ...]) -> list[Any]:
-    args: list[Any] = []
-    at = 0
-    for length in lengths:
-        args.append(flat[at] if length < 0 else list(flat[at : at + length]))
-        at += 1 if length < 0 else length
-    return args
-
-
 class Op:
     """An op with compiled backends.
 
@@ -216,7 +194,8 @@ class Op:
             `needs` tells which are wanted, nested likewise. `op` is None where the gradients are differentiated again
             (`create_graph=True`, forward-mode AD, torch.func): differentiable torch functions then take its place, or
             what the op's own backward makes of ones, see `ops/_pixel.py`.
-        lists: whether an argument is a list of tensors.
+        inputs: how many leading arguments get gradients.
+        lists: whether those are lists of tensors.
         implement: for an op made of kernels (see `define_kernel`) around calls of torch: `(forward, backward)`, each
             called with the backend first. Without it, every backend registers the two functions itself.
         backends: those with kernels, besides `reference`.
@@ -236,6 +215,7 @@ class Op:
         save: Callable[..., None],
         backward: Callable[..., tuple[Tensor | None, ...]],
         backends: tuple[str, ...] = BACKENDS,
+        inputs: int = 2,
         lists: bool = False,
         implement: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
@@ -243,7 +223,7 @@ class Op:
         self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
         self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
         self.backends = backends
-        self.lists, self.implement, self.flops = lists, implement, flops
+        self.inputs, self.lists, self.implement, self.flops = inputs, lists, implement, flops
         self.routes = {backend: _Route(self, backend) for backend in backends}
         if implement is not None:
             for backend in backends:
@@ -295,7 +275,7 @@ class Op:
         if torch.compiler.is_compiling():
             output = route.forward(*args)
         elif needs_grad:
-            return route.differentiable(*args) if self.lists else route.function.apply(*args)
+            return route.differentiable(args)
         else:
             output = route.run(args)
         output = _as_tuple(output)

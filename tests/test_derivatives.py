@@ -59,9 +59,7 @@ def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layo
     inputs = on_device(kernel, *op.make(layout=layout))
     outputs, gradients, _ = evaluate(op.by(kernel), inputs, op.wanted)
     alike = [out for out in outputs if out.shape == inputs[0].shape and op.name == "masked_l1"]
-    # The targets' side of feature maps may come in any layout.
-    first = 2 if op.name in ("style", "feature_distance") else op.free
-    for got, like in [*zip(gradients[:first], inputs, strict=False), *((out, inputs[0]) for out in alike)]:
+    for got, like in [*zip(gradients[: op.free], inputs, strict=False), *((out, inputs[0]) for out in alike)]:
         if layout == "transposed" and like.ndim >= 4:
             assert got.is_contiguous()
         else:

@@ -19,7 +19,7 @@ from ..ops import _checks, _pixel
 from ..ops.adversarial import DiscriminatorLoss
 from ..ops.composite import composite
 from ..ops.stacked_images import stacked_images
-from ._pixel_terms import pixel_terms, reads_mask
+from ._pixel_terms import PixelTerms, reads_mask
 from ._settings import chosen
 from ._terms import (
     LPIPS,
@@ -48,8 +48,7 @@ _ARGUMENTS = """
             `pred` is kept. Value and gradient are the same; those raw terms are then not differentiable, `total` is,
             once. Under ``torch.compile`` this breaks the graph.
         process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means
-        over
-            samples, right under DDP with equal batches.
+            over samples, right under DDP with equal batches.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
         {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
             and returned as 0.
@@ -135,8 +134,12 @@ class Objective(nn.Module):
         self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
         self._passes = trunk_passes(self._terms)
-        self._pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
-        self._reads_mask = reads_mask(self._pixels) or any(
+        self._judged = {n: t for n, t in self._terms.items() if isinstance(t, (Adversarial, FeatureMatching))}
+        pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
+        self._pixels = PixelTerms(
+            pixels, self.settings.mask_is, {"process_group": process_group, "backend": backend}
+        )
+        self._reads_mask = reads_mask(pixels) or any(
             set(getattr(term, "images", ())) - {"raw"} or getattr(term, "known_only", False)
             for term in self._terms.values()
         )
@@ -241,14 +244,12 @@ class Objective(nn.Module):
             found = _added(
                 found, *self._feature_terms(each, last, target, mask, own, preprocessed, composited)
             )
-        for name, term in self._terms.items():
+        for name, term in self._judged.items():
             if isinstance(term, Adversarial):
                 value = term.generator(logits_of("fake", fake), self._known(mask))
-            elif isinstance(term, FeatureMatching):
+            else:
                 features = features_of("fake", fake), features_of("real", real)
                 value = term.matched(*features, self._known(mask), self.backend)
-            else:
-                continue
             found = _added(found, value, {name: value}, term.weight)
         missing = [name for name in self.result._fields if name not in found]
         if missing:
@@ -339,11 +340,10 @@ class Objective(nn.Module):
         self, stages: list[Tensor], target: Tensor, composited: Tensor, mask: Tensor | None
     ) -> dict[str, Tensor]:
         """The pixel terms by name and their weighted total, summed over the stages that the objective compares."""
-        found: dict[str, Tensor] = {}
-        where = {"process_group": self.process_group, "backend": self.backend}
-        for stage in stages if getattr(self.settings, "every_stage", False) else stages[-1:]:
-            new = pixel_terms(self._pixels, stage, target, composited, mask, self.settings.mask_is, where)
-            found = {name: found[name] + value for name, value in new.items()} if found else new
+        found = self._pixels(stages[-1], target, composited, mask)
+        for stage in stages[:-1] if getattr(self.settings, "every_stage", False) else ():
+            new = self._pixels(stage, target, composited, mask)
+            found = {name: value + new[name] for name, value in found.items()}
         return found
 
     def _images(

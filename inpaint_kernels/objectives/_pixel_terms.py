@@ -35,81 +35,85 @@ def reads_mask(terms: Mapping[str, Term]) -> bool:
     )
 
 
-def pixel_terms(
-    terms: Mapping[str, Term],
-    pred: Tensor,
-    target: Tensor,
-    composited: Tensor,
-    mask: Tensor | None,
-    mask_is: str,
-    where: dict[str, Any],
-) -> dict[str, Tensor]:
-    """The terms by name, and their weighted total as "total"; empty without any.
+class PixelTerms:
+    """Computes the pixel terms of an objective. Which term is of which region is looked up once, here."""
 
-    `composited` stands for the target in composites. Without a mask every pixel is known.
-    """
-    found: dict[str, Tensor] = {}
-    if not terms:
-        return found
-    split = {term.region: name for name, term in terms.items() if isinstance(term, Pixel)}
-    whole = split.pop("image", None)
-    variation = next((name for name, term in terms.items() if isinstance(term, TotalVariation)), None)
-    tv = terms[variation] if variation is not None else None
-    assert tv is None or isinstance(tv, TotalVariation)
-    total: Tensor | None = None
-    if split:
-        first = terms[next(iter(split.values()))]
-        assert isinstance(first, Pixel)
-        weights = {region: terms[name].weight for region, name in split.items()}
-        if mask is None:
-            values = {"valid": masked_l1_loss(pred, target, normalize=first.normalize, **where)}
-        elif tv is not None and tv.image == "composite" and composited is target:
-            values = inpainting_pixel_loss(
+    def __init__(self, terms: Mapping[str, Term], mask_is: str, where: dict[str, Any]) -> None:
+        self.terms, self.mask_is, self.where = terms, mask_is, where
+        self.weights = {name: term.weight for name, term in terms.items()}
+        pixels = {name: term for name, term in terms.items() if isinstance(term, Pixel)}
+        self.split = {term.region: name for name, term in pixels.items() if term.region != "image"}
+        self.whole = next(((n, t) for n, t in pixels.items() if t.region == "image"), None)
+        self.variation = next(((n, t) for n, t in terms.items() if isinstance(t, TotalVariation)), None)
+        self.normalize = next((pixels[name].normalize for name in self.split.values()), "image")
+
+    def __call__(
+        self, pred: Tensor, target: Tensor, composited: Tensor, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The terms by name, and their weighted total as "total"; empty without any.
+
+        `composited` stands for the target in composites. Without a mask every pixel is known.
+        """
+        found: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        where, mask_is = self.where, self.mask_is
+        if self.split:
+            if mask is None:
+                values = {"valid": masked_l1_loss(pred, target, normalize=self.normalize, **where)}
+            elif (
+                self.variation is not None and self.variation[1].image == "composite" and composited is target
+            ):
+                name, tv = self.variation
+                weight = {region: self.weights[name] for region, name in self.split.items()}
+                values = inpainting_pixel_loss(
+                    pred,
+                    target,
+                    mask,
+                    hole_weight=weight.get("hole", 0.0),
+                    valid_weight=weight.get("valid", 0.0),
+                    tv_weight=tv.weight,
+                    normalize=self.normalize,
+                    tv_region=tv.region,
+                    tv_normalize=tv.normalize,
+                    mask_is=mask_is,
+                    **where,
+                )._asdict()
+                total = values["total"]
+                found[name] = values["tv"]
+            else:
+                values = hole_valid_loss(
+                    pred, target, mask, normalize=self.normalize, mask_is=mask_is, **where
+                )._asdict()
+            found |= {name: values[region] for region, name in self.split.items() if region in values}
+        left = list(found) if total is None else []
+        if self.whole is not None:
+            name, term = self.whole
+            if term.by_hole_share:
+                assert mask is not None
+                hole = region_weights(pred, target, mask, mask_is)[0]
+                found[name] = _by_hole_share(pred, target, hole, **where)
+            else:
+                found[name] = masked_l1_loss(pred, target, normalize="image", **where)
+            left.append(name)
+        if self.variation is not None and self.variation[0] not in found:
+            name, tv = self.variation
+            composite = tv.image == "composite"
+            found[name] = total_variation_loss(
                 pred,
-                target,
-                mask,
-                hole_weight=weights.get("hole", 0.0),
-                valid_weight=weights.get("valid", 0.0),
-                tv_weight=tv.weight,
-                normalize=first.normalize,
-                tv_region=tv.region,
-                tv_normalize=tv.normalize,
+                mask if composite or tv.region != "image" else None,
+                target=composited if composite else None,
+                region=tv.region,
+                normalize=tv.normalize,
                 mask_is=mask_is,
                 **where,
-            )._asdict()
-            total = values["total"]
-            found[str(variation)] = values["tv"]
-        else:
-            values = hole_valid_loss(
-                pred, target, mask, normalize=first.normalize, mask_is=mask_is, **where
-            )._asdict()
-        found |= {name: values[region] for region, name in split.items() if region in values}
-    if whole is not None:
-        term = terms[whole]
-        assert isinstance(term, Pixel)
-        if term.by_hole_share:
-            assert mask is not None
-            found[whole] = _by_hole_share(
-                pred, target, region_weights(pred, target, mask, mask_is)[0], **where
             )
-        else:
-            found[whole] = masked_l1_loss(pred, target, normalize="image", **where)
-    if tv is not None and variation not in found:
-        composite = tv.image == "composite"
-        found[str(variation)] = total_variation_loss(
-            pred,
-            mask if composite or tv.region != "image" else None,
-            target=composited if composite else None,
-            region=tv.region,
-            normalize=tv.normalize,
-            mask_is=mask_is,
-            **where,
-        )
-    left = [name for name in found if total is None or name == whole]
-    if left:
-        rest = weighted_sum([found[name] for name in left], [terms[name].weight for name in left])
-        total = rest if total is None else total + rest
-    return found if total is None else {"total": total, **found}
+            left.append(name)
+        if left:
+            rest = weighted_sum([found[name] for name in left], [self.weights[name] for name in left])
+            total = rest if total is None else total + rest
+        if total is not None:
+            found["total"] = total
+        return found
 
 
 def _by_hole_share(

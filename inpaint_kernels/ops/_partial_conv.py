@@ -421,6 +421,7 @@ op = _library.Op(
     "ScalarType weight_dtype, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, bool weigh_bias, "
     "bool scale_bias, str activation, float slope, bool need_bias) -> (Tensor, Tensor, Tensor)",
     outputs=1,
+    inputs=3,
     fake=_fake,
     backward_fake=_backward_fake,
     save=_save,

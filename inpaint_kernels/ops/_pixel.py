@@ -107,18 +107,10 @@ def save_differences(
     signs: Tensor,
 ) -> None:
     """As `save`; l1 keeps 2 bits a difference, the other penalties references to pred and target."""
-    l1 = penalty == "l1"
-    save(
-        ctx,
-        pred,
-        target,
-        options,
-        scale,
-        signs if l1 else None,
-        mask,
-        None if l1 else pred,
-        None if l1 else target,
-    )
+    if penalty == "l1":
+        save(ctx, pred, target, options, scale, signs, mask, None, None)
+    else:
+        save(ctx, pred, target, options, scale, None, mask, pred, target)
 
 
 def backward(

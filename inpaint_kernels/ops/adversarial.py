@@ -70,7 +70,8 @@ def mean(value: Tensor) -> Tensor:
 
 
 def _accumulated(logits: Tensor) -> Tensor:
-    return logits.to(accumulate_dtype(logits))
+    dtype = accumulate_dtype(logits)
+    return logits if logits.dtype == dtype else logits.to(dtype)
 
 
 def _softplus(x: Tensor) -> Tensor:

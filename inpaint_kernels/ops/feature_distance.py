@@ -58,7 +58,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _library.save_for_backward(ctx, output[1], *masks, *kept)
     ctx.settings = (penalty, param, len(masks))
     ctx.layers = [
-        ((*x.shape, y.shape[0]), _pixel.is_channels_last(x), x.dtype, y.dtype)
+        ((*x.shape, y.shape[0]), *map(_pixel.is_channels_last, (x, y)), x.dtype, y.dtype)
         for x, y in zip(features, targets, strict=True)
     ]
 
@@ -104,7 +104,7 @@ def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[A
             [] if l1 else [kept[count + i] for i in wanted],
             [n for i in wanted for n in ctx.layers[i][0]],
             [int(ctx.layers[i][1]) for i in wanted],
-            [_checks.FLOATS.index(scale.dtype if in_full[i] else ctx.layers[i][2]) for i in wanted],
+            [_checks.FLOATS.index(scale.dtype if in_full[i] else ctx.layers[i][3]) for i in wanted],
             penalty,
             param,
         )
@@ -112,11 +112,13 @@ def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[A
             # Constant in the features almost everywhere, and linear in `grad`, as in `_pixel.backward`.
             found = [grad * own for own in found]
     for i, value in zip(wanted, found, strict=True):
-        size, _, dtype, target_dtype = ctx.layers[i]
+        size, _, target_last, dtype, target_dtype = ctx.layers[i]
         if needs[0][i]:
-            grad_input[i] = value.to(dtype)
+            grad_input[i] = value if value.dtype == dtype else value.to(dtype)
         if needs[1][i]:
-            grad_target[i] = -_pixel.sum_copies(value, size[4]).to(target_dtype)
+            memory_format = torch.channels_last if target_last else torch.contiguous_format
+            summed = -_pixel.sum_copies(value, size[4]).to(target_dtype)
+            grad_target[i] = summed.contiguous(memory_format=memory_format)
     return grad_input, grad_target
 
 
@@ -200,7 +202,6 @@ def feature_distance(
     factors = _checks.layer_weights(weights, len(inputs))
     if layer_reduction == "mean":
         factors = [factor / len(inputs) for factor in factors]
-    needs = False
     for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         _checks.check_features(f"input[{layer}]", x)
         _checks.check_features(f"target[{layer}]", y)
@@ -218,9 +219,22 @@ def feature_distance(
                 and masks[layer].shape[0] == y.shape[0]
             )
             masks[layer] = _checks.check_mask(masks[layer], y if shared else x)
-        needs = needs or x.requires_grad or y.requires_grad
-    needs = needs and torch.is_grad_enabled()
+    return checked_distance(inputs, targets, masks, factors, penalty, param, normalize, backend)
+
+
+def checked_distance(
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    masks: list[Tensor],
+    factors: list[Any],
+    penalty: str,
+    param: float,
+    normalize: str,
+    backend: str | None,
+) -> Tensor:
+    """`feature_distance` of arguments that fit each other; no masks are an empty list."""
     features = [*inputs, *targets]
+    needs = torch.is_grad_enabled() and any(x.requires_grad for x in features)
     chosen = _op.choose(
         backend,
         [*features, *masks],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import _checks
-from .feature_distance import feature_distance
+from .feature_distance import checked_distance
 from .mask_operators import resized
 
 Features = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
@@ -76,6 +76,7 @@ def feature_matching_loss(
     fakes, reals = _as_discriminators("fake", fake), _as_discriminators("real", real)
     if len(fakes) != len(reals):
         raise ValueError(f"fake is of {len(fakes)} discriminators, real of {len(reals)}")
+    _checks.check_choice("penalty", penalty, ("l1", "l2", "charbonnier"))
     _checks.check_choice("layer_reduction", layer_reduction, ("sum", "mean"))
     inputs, targets, factors, masks = [], [], [], []
     for (name, layers), (real_name, truths) in zip(fakes.items(), reals.items(), strict=True):
@@ -97,16 +98,8 @@ def feature_matching_loss(
                     f"{name}[{i}] is on {x.device}, {real_name}[{i}] on {y.device}, {name}[0] on {layers[0].device}"
                 )
             inputs.append(x)
-            targets.append(y.detach())
+            targets.append(y.detach() if y.requires_grad else y)
             if mask is not None:
                 plane = _checks.check_image_mask(mask, f"{name}[{i}]", x, (1, batch, x.shape[0]))
                 masks.append(resized(plane, x.shape[-2:], "bilinear"))
-    return feature_distance(
-        inputs,
-        targets,
-        weights=factors,
-        penalty=penalty,
-        mask=masks or None,
-        normalize="image",
-        backend=backend,
-    )
+    return checked_distance(inputs, targets, masks, factors, penalty, 1e-3, "image", backend)

@@ -62,6 +62,7 @@ _op = _library.Op(
     schema="(Tensor features, str normalize) -> Tensor",
     backward_schema="(Tensor grad, Tensor features, str normalize) -> Tensor",
     outputs=1,
+    inputs=1,
     fake=_fake,
     backward_fake=_backward_fake,
     save=_save,
