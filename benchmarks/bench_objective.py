@@ -89,7 +89,7 @@ BENCHMARK = Benchmark(
                 (2, 3, 128, 128) if name in RELATIVES else (4, 3, 256, 256),
                 name,
                 # MAT reads the deepest layers, which at 64x64 have too few pixels for a comparison.
-                options={"method": name, **({"tiny_side": 256} if name == "mat" else {})},
+                options={"method": name, **({"tiny_side": 128} if name == "mat" else {})},
             )
             for name in METHODS
         ),

@@ -10,20 +10,16 @@ namespace {
 
 template <typename T>
 void write_gram(const FeatureMap& map, double scale, Tensor& out) {
-  const auto sums = gram_sums<T>(map);
-  T* gram = static_cast<T*>(out.mutable_data_ptr());
+  GramSums<T> sums(map);
   const int64_t C = map.channels;
-  torch::stable::parallel_for(0, map.samples, grain_of(C * C), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t i = 0; i < C; ++i) {
-        for (int64_t j = 0; j <= i; ++j) {
-          const T value = static_cast<T>(sums[(n * C + i) * C + j] * scale);
-          gram[(n * C + i) * C + j] = value;
-          gram[(n * C + j) * C + i] = value;
-        }
-      }
-    }
-  });
+  auto write = [&](const auto* gram) {
+    write_symmetric(map.samples, C, static_cast<T*>(out.mutable_data_ptr()),
+                    [&](int64_t n, int64_t i, T* row) {
+                      for (int64_t j = 0; j <= i; ++j)
+                        row[j] = static_cast<T>(gram[(n * C + i) * C + j] * scale);
+                    });
+  };
+  sums.whole() ? write(sums.partials.get()) : write(sums.wide());
 }
 
 Tensor gram(const Tensor& features,  // [N, C, H, W]
@@ -42,8 +38,9 @@ template <typename T>
 Tensor differentiate_gram(const Features& x, const Tensor& grad, double scale) {
   const T* g = static_cast<const T*>(grad.const_data_ptr());
   const int64_t C = x.map.channels;
-  const auto factor = padded_factor<T>(x.map.samples, C, [&](int64_t n, int64_t i, int64_t j) {
-    return static_cast<T>((g[(n * C + i) * C + j] + g[(n * C + j) * C + i]) * scale);
+  const auto factor = padded_factor<T>(x.map.samples, C, [&](int64_t n, int64_t i, T* row) {
+    const T* matrix = g + n * C * C;
+    for (int64_t j = 0; j < C; ++j) row[j] = static_cast<T>((matrix[i * C + j] + matrix[j * C + i]) * scale);
   });
   return symmetric_product<T>(x, factor.get());
 }

@@ -4,8 +4,8 @@
 //   dX = F X, F symmetric [C, C]: the whole gradient of any loss of G is one product, F = dG + dG^T.
 //
 // NCHW keeps pixels contiguous, so G is made of dot products along rows; channels_last keeps channels
-// contiguous, so it is made of outer products. Neither transposes anything. Half types are converted block by
-// block in cache.
+// contiguous, so it is made of outer products. Only maps of few pixels are transposed. Half types are
+// converted block by block in cache.
 #include "cpu/gram_kernels.h"
 
 #include <cstdlib>
@@ -65,24 +65,21 @@ void add_dot_products(const T* x, int64_t channels, int64_t first, int64_t last,
   }
 }
 
-// Panels of channels, each [kOuterPixels][kOuterCols] and a cache line, so that the same pixel of several
-// panels lies in different sets.
+// The same from panels of channels, each [n][kOuterCols], `panel_stride` apart. What it adds above the
+// diagonal is not read.
 template <typename T>
-constexpr int64_t kPanelStride = kOuterPixels * kOuterCols<T> + 16;
-
-// The same from panels of channels_last pixels. What it adds above the diagonal is not read.
-template <typename T>
-void add_outer_products(const T* panels, int64_t channels, int64_t first, int64_t last, int64_t n, T* gram) {
+void add_outer_products(const T* panels, int64_t panel_stride, int64_t channels, int64_t first, int64_t last,
+                        int64_t n, T* gram) {
   constexpr int64_t cols = kOuterCols<T>;
   for (int64_t j = 0; j < last; j += cols) {
-    const T* panel = panels + j / cols * kPanelStride<T>;
+    const T* panel = panels + j / cols * panel_stride;
     const int64_t above =
         j > first ? (j - first) / kOuterRows * kOuterRows : 0;  // rows without a column here
     for (int64_t i = first + above; i < last; i += kOuterRows) {
       const T* rows[kOuterRows];
       for (int r = 0; r < kOuterRows; ++r) {
         const int64_t row = least(i + r, last - 1);
-        rows[r] = panels + row / cols * kPanelStride<T> + row % cols;
+        rows[r] = panels + row / cols * panel_stride + row % cols;
       }
       T* out = gram + i * channels + j;
       if (i + kOuterRows <= last && j + cols <= channels) {
@@ -98,45 +95,69 @@ void add_outer_products(const T* panels, int64_t channels, int64_t first, int64_
   }
 }
 
+// Pixels k .. k + n of channels 0 .. last as panels, zero beyond the last channel.
+template <typename T>
+void pack_panels(const FeatureMap& map, int64_t sample, int64_t k, int64_t n, int64_t last,
+                 int64_t panel_stride, T* converted, T* panels) {
+  constexpr int64_t cols = kOuterCols<T>;
+  const int64_t C = map.channels;
+  const int64_t M = map.pixels;
+  const bool native = map.dtype == kNative<T>;
+  auto values = [&](int64_t index, int64_t count) {
+    if (native) return reinterpret_cast<const T*>(element(map, index));
+    convert_to(map.dtype, element(map, index), count, converted);
+    return static_cast<const T*>(converted);
+  };
+  if (map.channels_last) {
+    for (int64_t m = 0; m < n; ++m) {
+      const T* row = values((sample * M + k + m) * C, last);
+      T* panel = panels + m * cols;
+      for (int64_t c = 0; c < last; c += cols, panel += panel_stride) pack_columns(row + c, last - c, panel);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < (last + cols - 1) / cols * cols; ++c) {
+    const T* plane = c < last ? values((sample * C + c) * M + k, n) : nullptr;
+    T* column = panels + c / cols * panel_stride + c % cols;
+    for (int64_t m = 0; m < n; ++m) column[m * cols] = plane == nullptr ? T(0) : plane[m];
+  }
+}
+
 template <typename T>
 void gram_units(const GramCall& call, int64_t unit_begin, int64_t unit_end) {
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
-  const bool native = map.dtype == kNative<T>;
   constexpr int64_t cols = kOuterCols<T>;
-  Scratch<T> scratch(map.channels_last ? C : C * kBlockStride);
-  Scratch<T> panels(map.channels_last ? (C + cols - 1) / cols * kPanelStride<T> : 0);
+  // Of few pixels, too: a dot product would cost more for adding up its lanes than for its products.
+  const bool outer = map.channels_last || M <= kOuterPixels;
+  const int64_t block = outer ? least(kOuterPixels, M) : kBlockPixels;
+  // With a cache line between panels, so that the same pixel of several panels lies in different sets.
+  const int64_t panel_stride = block * cols + 16;
+  Scratch<T> scratch(!outer ? C * kBlockStride : map.channels_last ? C : block);
+  Scratch<T> panels(outer ? (C + cols - 1) / cols * panel_stride : 0);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t bands = call.bands();
     const int64_t parts = call.parts();
-    const int64_t first = unit % bands * GramCall::band;
+    const int64_t first = balanced(unit % bands, bands) * GramCall::band;
     const int64_t last = least(first + GramCall::band, C);
     const int64_t part = unit / bands % parts;
     const int64_t sample = unit / bands / parts;
     T* gram = static_cast<T*>(call.partials) + (sample * parts + part) * C * C;
     for (int64_t i = first * C; i < last * C; ++i) gram[i] = T(0);
     const int64_t end = least((part + 1) * call.part_pixels(), M);
-    const int64_t block = map.channels_last ? kOuterPixels : kBlockPixels;
     for (int64_t k = part * call.part_pixels(); k < end; k += block) {
       const int64_t n = least(block, end - k);
-      if (!map.channels_last) {
-        for (int64_t c = 0; c < last; ++c) {
-          const char* row = element(map, (sample * C + c) * M + k);
-          convert_to(map.dtype, row, n, scratch.get() + c * kBlockStride);
-        }
-        add_dot_products(scratch.get(), C, first, last, n, gram);
+      if (outer) {
+        pack_panels(map, sample, k, n, last, panel_stride, scratch.get(), panels.get());
+        add_outer_products(panels.get(), panel_stride, C, first, last, n, gram);
         continue;
       }
-      for (int64_t m = 0; m < n; ++m) {
-        const char* pixel = element(map, (sample * M + k + m) * C);
-        if (!native) convert_to(map.dtype, pixel, last, scratch.get());
-        const T* row = native ? reinterpret_cast<const T*>(pixel) : scratch.get();
-        T* panel = panels.get() + m * cols;
-        for (int64_t c = 0; c < last; c += cols, panel += kPanelStride<T>)
-          pack_columns(row + c, last - c, panel);
+      for (int64_t c = 0; c < last; ++c) {
+        const char* row = element(map, (sample * C + c) * M + k);
+        convert_to(map.dtype, row, n, scratch.get() + c * kBlockStride);
       }
-      add_outer_products(panels.get(), C, first, last, n, gram);
+      add_dot_products(scratch.get(), C, first, last, n, gram);
     }
   }
 }
@@ -173,7 +194,7 @@ IK_INLINE void product_tile(const SymmetricProductCall& call, const T* const* ro
 // second-level cache.
 template <typename T>
 void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_t sample, int64_t begin,
-                       int64_t end, T* scratch) {
+                       int64_t end, int64_t first, int64_t last, T* scratch) {
   constexpr int64_t cols = kOuterCols<T>;
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
@@ -193,11 +214,11 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
       for (int64_t p = 0; p < width; p += cols) pack_columns(row + p, width - p, scratch + p * C + c * cols);
     }
     for (int64_t p = 0; p < width; p += cols) {
-      for (int64_t c = 0; c < C; c += kOuterRows) {
+      for (int64_t c = first; c < last; c += kOuterRows) {
         const int64_t index = (sample * C + c) * M + m + p;
         const T* rows[kOuterRows];
-        for (int r = 0; r < kOuterRows; ++r) rows[r] = factor + least(c + r, C - 1) * stride;
-        product_tile(call, rows, scratch + p * C, index, M, C - c, width - p, stream);
+        for (int r = 0; r < kOuterRows; ++r) rows[r] = factor + least(c + r, last - 1) * stride;
+        product_tile(call, rows, scratch + p * C, index, M, last - c, width - p, stream);
       }
     }
   }
@@ -206,7 +227,7 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
 // out[m] = x[m] * factor over channels_last pixels, from panels of the factor.
 template <typename T>
 void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_t sample, int64_t begin,
-                       int64_t end, T* scratch) {
+                       int64_t end, int64_t first, int64_t last, T* scratch) {
   constexpr int64_t cols = kOuterCols<T>;
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
@@ -218,12 +239,12 @@ void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_
     const char* pixels = element(map, (sample * M + m) * C);
     if (!native) convert_to(map.dtype, pixels, height * C, scratch);
     const T* x = native ? reinterpret_cast<const T*>(pixels) : scratch;
-    for (int64_t c = 0; c < C; c += cols) {
+    for (int64_t c = first; c < last; c += cols) {
       for (int64_t r = 0; r < height; r += kOuterRows) {
         const int64_t index = (sample * M + m + r) * C + c;
         const T* rows[kOuterRows];
         for (int i = 0; i < kOuterRows; ++i) rows[i] = x + least(r + i, height - 1) * C;
-        product_tile(call, rows, panels + c * C, index, C, height - r, C - c, stream);
+        product_tile(call, rows, panels + c * C, index, C, height - r, last - c, stream);
       }
     }
   }
@@ -238,25 +259,30 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
   const bool native = call.map.dtype == kNative<T>;
   Scratch<T> scratch(by_pixel ? (native ? 0 : kPixelRows * C) : panel_count<T>(C) * (C + 1) * cols);
   Scratch<T> panels(by_pixel ? C * stride : 0);  // [stride / cols][C][cols]
-  int64_t packed = -1;                           // whose factor is in the panels
+  int64_t packed = -1;                           // sample and band of the factor in the panels
+  const int64_t bands = call.bands();
+  const int64_t width = bands == 1 ? C : SymmetricProductCall::band;
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t sample = unit / call.blocks();
-    const int64_t begin = unit % call.blocks() * SymmetricProductCall::block;
+    const int64_t band = unit % bands;
+    const int64_t sample = unit / bands / call.blocks();
+    const int64_t begin = unit / bands % call.blocks() * SymmetricProductCall::block;
     const int64_t end = least(begin + SymmetricProductCall::block, call.map.pixels);
+    const int64_t first = band * width;
+    const int64_t last = least(first + width, C);
     const T* factor = static_cast<const T*>(call.factor) + sample * C * stride;
     if (!by_pixel) {
-      product_of_planes(call, factor, sample, begin, end, scratch.get());
+      product_of_planes(call, factor, sample, begin, end, first, last, scratch.get());
       continue;
     }
-    if (packed != sample) {
+    if (packed != sample * bands + band) {
       for (int64_t k = 0; k < C; ++k) {
-        for (int64_t c = 0; c < C; c += cols) {
+        for (int64_t c = first; c < last; c += cols) {
           pack_columns(factor + k * stride + c, cols, panels.get() + c * C + k * cols);
         }
       }
-      packed = sample;
+      packed = sample * bands + band;
     }
-    product_of_pixels(call, panels.get(), sample, begin, end, scratch.get());
+    product_of_pixels(call, panels.get(), sample, begin, end, first, last, scratch.get());
   }
   end_stream(call.stream);
 }

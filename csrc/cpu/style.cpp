@@ -3,6 +3,7 @@
 
 #if defined(IK_ISA_GENERIC)
 
+#include <optional>
 #include <tuple>
 
 #include "cpu/gram_op.h"
@@ -10,24 +11,46 @@
 namespace ik {
 namespace {
 
-// Scaled Gram matrices of a layer's target, lower triangle in double: [N, C, C].
-template <typename T>
-std::unique_ptr<double[]> target_grams(const Tensor& target, bool is_gram, GramNormalize normalize) {
-  if (is_gram) {
-    const Tensor ready = torch::stable::contiguous(target);
-    std::unique_ptr<double[]> grams(new double[static_cast<size_t>(ready.numel())]);
-    generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(),
-                                grams.get());
-    return grams;
-  }
-  const Features y(target);
-  auto grams = gram_sums<T>(y.map);
-  const int64_t C = y.map.channels;
-  const double scale = gram_scale(normalize, static_cast<double>(C), static_cast<double>(y.map.pixels));
-  for (int64_t row = 0; row < y.map.samples * C; ++row) {
-    for (int64_t j = 0; j <= row % C; ++j) grams[row * C + j] *= scale;
-  }
+// Given Gram matrices in double.
+std::unique_ptr<double[]> given_grams(const Tensor& target) {
+  const Tensor ready = torch::stable::contiguous(target);
+  std::unique_ptr<double[]> grams(new double[static_cast<size_t>(ready.numel())]);
+  generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(),
+                              grams.get());
   return grams;
+}
+
+// One row of G - G', `count` entries below the diagonal and the one on it: returns the penalties of the row
+// and of its mirror image, writes `factor` times the slopes. Four sums, which compilers turn into vectors.
+template <typename T, typename Gram>
+double style_row(bool l1, const Gram* gram, double scale, const Gram* goal, double goal_scale, int64_t count,
+                 double factor, T* row) {
+  double sums[4] = {0, 0, 0, 0};
+  auto entry = [&](int64_t j) {
+    const double d = gram[j] * scale - goal[j] * goal_scale;
+    row[j] = static_cast<T>(factor * style_penalty_grad(l1, d));
+    return style_penalty(l1, d);
+  };
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += entry(j + lane);
+  }
+  for (; j < count; ++j) sums[0] += entry(j);
+  return 2 * ((sums[0] + sums[1]) + (sums[2] + sums[3])) + entry(count);
+}
+
+// The same against a given matrix, which may be unsymmetric.
+template <typename T>
+double given_row(bool l1, const double* gram, double scale, const double* goal, int64_t C, int64_t i,
+                 double factor, T* row) {
+  double sum = 0;
+  for (int64_t j = 0; j <= i; ++j) {
+    const double d = gram[j] * scale - goal[i * C + j];
+    const double mirrored = gram[j] * scale - goal[j * C + i];
+    row[j] = static_cast<T>(factor * style_entry_grad(l1, d, mirrored));
+    sum += style_entry(l1, d, mirrored, i == j);
+  }
+  return sum;
 }
 
 // Loss of one layer; fills `factor` [k N, C, C] if it is wanted.
@@ -36,36 +59,39 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
                    double weight, T* factor) {
   const Features x(input);
   const int64_t C = x.map.channels;
+  const int64_t N = x.map.samples;
   const int64_t batch = target.sizes()[0];
   const double pixels = static_cast<double>(x.map.pixels);
   const double scale = gram_scale(normalize, static_cast<double>(C), pixels);
-  const double coefficient = weight * style_coefficient(normalize, static_cast<double>(C), pixels,
-                                                        static_cast<double>(x.map.samples));
-  const auto grams = gram_sums<T>(x.map);
-  const auto goals = target_grams<T>(target, is_gram, normalize);
-  std::vector<double> losses(static_cast<size_t>(x.map.samples));
-  torch::stable::parallel_for(0, x.map.samples, grain_of(C * C), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const double* gram = grams.get() + n * C * C;
-      const double* goal = goals.get() + n % batch * C * C;
-      double loss = 0;
-      for (int64_t i = 0; i < C; ++i) {
-        for (int64_t j = 0; j <= i; ++j) {
-          const double d = gram[i * C + j] * scale - goal[i * C + j];
-          double mirrored = d;
-          if (is_gram) mirrored = gram[i * C + j] * scale - goal[j * C + i];
-          loss += style_entry(l1, d, mirrored, i == j);
-          if (factor != nullptr) {
-            const double slope = style_entry_grad(l1, d, mirrored);
-            const T value = static_cast<T>(2 * scale * coefficient * slope);
-            factor[(n * C + i) * C + j] = value;
-            factor[(n * C + j) * C + i] = value;
-          }
-        }
-      }
-      losses[n] = loss;
+  const double coefficient =
+      weight * style_coefficient(normalize, static_cast<double>(C), pixels, static_cast<double>(N));
+  const double slope = 2 * scale * coefficient;
+  std::vector<double> losses(static_cast<size_t>(N * C));
+  GramSums<T> grams(x.map);
+  if (is_gram) {
+    const auto given = given_grams(target);
+    const double* gram = grams.wide();
+    write_symmetric(N, C, factor, [&](int64_t n, int64_t i, T* row) {
+      const double* goal = given.get() + n % batch * C * C;
+      losses[n * C + i] = given_row(l1, gram + (n * C + i) * C, scale, goal, C, i, slope, row);
+    });
+  } else {
+    const Features y(target);
+    GramSums<T> goals(y.map);
+    const double goal_scale =
+        gram_scale(normalize, static_cast<double>(C), static_cast<double>(y.map.pixels));
+    auto compare = [&](const auto* gram, const auto* goal) {
+      write_symmetric(N, C, factor, [&](int64_t n, int64_t i, T* row) {
+        losses[n * C + i] = style_row(l1, gram + (n * C + i) * C, scale, goal + (n % batch * C + i) * C,
+                                      goal_scale, i, slope, row);
+      });
+    };
+    if (grams.whole() && goals.whole()) {
+      compare(grams.partials.get(), goals.partials.get());
+    } else {
+      compare(grams.wide(), goals.wide());
     }
-  });
+  }
   double loss = 0;
   for (const double value : losses) loss += value;
   return loss * coefficient;
@@ -112,10 +138,18 @@ Tensor differentiate_layer(const Tensor& factors, const Tensor& features, double
   const int64_t C = x.map.channels;
   const int64_t N = x.map.samples;
   const int64_t predictions = factors.sizes()[0];
-  const auto padded = padded_factor<T>(N, C, [&](int64_t n, int64_t i, int64_t j) {
-    double sum = 0;
-    for (int64_t p = n; p < predictions; p += N) sum += static_cast<double>(f[(p * C + i) * C + j]);
-    return static_cast<T>(sum * coefficient);
+  const auto padded = padded_factor<T>(N, C, [&](int64_t n, int64_t i, T* row) {
+    constexpr int64_t run = 64;
+    double sums[run];
+    for (int64_t j = 0; j < C; j += run) {
+      const int64_t count = std::min(run, C - j);
+      std::fill(sums, sums + count, 0.0);
+      for (int64_t p = n; p < predictions; p += N) {
+        const T* part = f + (p * C + i) * C + j;
+        for (int64_t k = 0; k < count; ++k) sums[k] += static_cast<double>(part[k]);
+      }
+      for (int64_t k = 0; k < count; ++k) row[j + k] = static_cast<T>(sums[k] * coefficient);
+    }
   });
   return symmetric_product<T>(x, padded.get());
 }

@@ -15,7 +15,8 @@ def unit_vectors(features: Tensor, eps: float) -> Tensor:
     """Every pixel's channels over their norm plus `eps`; a zero vector stays one, with all derivatives 0."""
     squares = features.square().sum(1, keepdim=True)
     zero = squares == 0
-    return torch.where(zero, 0.0, features / (torch.where(zero, 1.0, squares).sqrt() + eps))
+    # One factor a pixel: zeros are put right in a plane, not in the whole map.
+    return features * torch.where(zero, 0.0, 1.0 / (torch.where(zero, 1.0, squares).sqrt() + eps))
 
 
 def lpips_distance(
