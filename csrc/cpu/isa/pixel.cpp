@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "cpu/pixel_backward.h"
+#include "cpu/isa/pixel_backward.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -325,11 +325,9 @@ void backward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end)
 
 }  // namespace
 
-const PixelKernels pixel_kernels = {forward_units<float>, backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-// float64 is for checking, not for speed: one build of it is enough.
-const PixelKernels pixel_kernels_wide = {forward_units<double>, backward_units<double>};
-#endif
+template <typename T>
+constexpr Kernels<PixelCall> kKernels = {forward_units<T>, backward_units<T>};
+IK_DEFINE_PER_ISA(Kernels<PixelCall>, pixel_kernels, kKernels)
 
 }  // namespace IK_ISA
 }  // namespace ik

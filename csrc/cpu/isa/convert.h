@@ -1,24 +1,12 @@
 // Conversion between storage types and the accumulation type, a run of elements at a time.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
+#include "cpu/kernels.h"
 
 namespace ik {
-
-// bits: a mask of zeros and ones, 8 elements a byte.
-enum class Dtype : int { f32, f64, f16, bf16, boolean, u8, bits };
-
-static inline int64_t dtype_bytes(Dtype dtype) {
-  return dtype == Dtype::f64                           ? 8
-         : dtype == Dtype::f32                         ? 4
-         : dtype == Dtype::f16 || dtype == Dtype::bf16 ? 2
-                                                       : 1;
-}
-
 namespace IK_ISA {
 
 // How T itself is stored.
@@ -100,7 +88,6 @@ IK_INLINE void store_vec(Vec<T> x, T* p, bool stream) {
 
 #if defined(IK_ISA_AVX512)
 
-// The first `valid` elements; nothing behind them is touched.
 IK_INLINE Vec<float> load_first(const float* p, int valid) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
 }
@@ -185,6 +172,52 @@ IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool) { store_halves(x, p); 
 
 #endif
 
+// Calls f(i, count) for runs of at most one vector.
+template <typename V, typename F>
+IK_INLINE void for_each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) f(i, V::lanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// Whether whole vectors of S are loaded and stored as such by those who compute in T.
+template <typename S, typename T>
+constexpr bool kDirect = std::is_same_v<S, T> || (sizeof(T) == 4 && sizeof(S) == 2);
+
+// The first `count` elements, 0 behind them; nothing behind them is touched.
+template <typename V, typename S>
+IK_INLINE V load_part(const S* p, int count) {
+  using T = typename V::Element;
+  if constexpr (kDirect<S, T>) {
+    if (count == V::lanes) return load_vec(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+    if constexpr (std::is_same_v<S, float>) return load_first(p, count);
+#endif
+  }
+  T part[V::lanes] = {};
+  for (int i = 0; i < count; ++i) part[i] = static_cast<T>(load_one(p + i));
+  return V::load(part);
+}
+template <typename V, typename S>
+IK_INLINE void store_part(V x, S* p, int count) {
+  using T = typename V::Element;
+  if constexpr (kDirect<S, T>) {
+    if (count == V::lanes) return store_vec(x, p, false);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+    if constexpr (std::is_same_v<S, float>) return store_first(x, p, count);
+#endif
+  }
+  T part[V::lanes];
+  x.store(part);
+  for (int i = 0; i < count; ++i) {
+    if constexpr (sizeof(S) == 2) {
+      store_one(static_cast<float>(part[i]), p + i);
+    } else {
+      p[i] = static_cast<S>(part[i]);
+    }
+  }
+}
+
 // dst[i] = src[i], i < n, of one stored type.
 template <typename S, typename T>
 static void convert_run_to(const S* src, int64_t n, T* dst) {
@@ -222,7 +255,7 @@ static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
       return convert_run_to(static_cast<const Half*>(src), n, dst);
     case Dtype::bf16:
       return convert_run_to(static_cast<const Bfloat16*>(src), n, dst);
-    default: {  // bool and uint8 are plain weights
+    default: {  // bool
       const uint8_t* s = static_cast<const uint8_t*>(src);
 #if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
       if constexpr (sizeof(T) == 4) {
@@ -271,26 +304,6 @@ static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
     default:
       return convert_run_from(src, n, static_cast<Bfloat16*>(dst));
   }
-}
-
-// dst[3 * i + c] = src[i], i < n: the mask of an interleaved image of three channels.
-template <typename T>
-static void triple(const T* src, int64_t n, T* dst) {
-  int64_t i = 0;
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    const __m256i first = _mm256_setr_epi32(0, 0, 0, 1, 1, 1, 2, 2);
-    const __m256i second = _mm256_setr_epi32(2, 3, 3, 3, 4, 4, 4, 5);
-    const __m256i third = _mm256_setr_epi32(5, 5, 6, 6, 6, 7, 7, 7);
-    for (; i + 8 <= n; i += 8) {
-      const __m256 x = _mm256_loadu_ps(src + i);
-      _mm256_storeu_ps(dst + 3 * i, _mm256_permutevar8x32_ps(x, first));
-      _mm256_storeu_ps(dst + 3 * i + 8, _mm256_permutevar8x32_ps(x, second));
-      _mm256_storeu_ps(dst + 3 * i + 16, _mm256_permutevar8x32_ps(x, third));
-    }
-  }
-#endif
-  for (; i < n; ++i) dst[3 * i] = dst[3 * i + 1] = dst[3 * i + 2] = src[i];
 }
 
 constexpr Dtype dtype_of(const float*) { return Dtype::f32; }

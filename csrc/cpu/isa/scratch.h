@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
 namespace ik {
 namespace IK_ISA {

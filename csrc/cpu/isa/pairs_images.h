@@ -1,7 +1,7 @@
 // Units of work, and the rows of the images they go over.
 #pragma once
 
-#include "cpu/pairs_rows.h"
+#include "cpu/isa/pairs_rows.h"
 
 namespace ik {
 namespace IK_ISA {

@@ -1,8 +1,8 @@
 // Backward over neighbouring pixels: from the signs for l1, from three rows of the image for l2.
 #pragma once
 
-#include "cpu/pairs_images.h"
-#include "cpu/sign_bytes.h"
+#include "cpu/isa/pairs_images.h"
+#include "cpu/isa/sign_bytes.h"
 
 namespace ik {
 namespace IK_ISA {

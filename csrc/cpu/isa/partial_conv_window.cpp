@@ -1,9 +1,9 @@
 // CPU kernels of partial convolution's mask path: the mask summed over channels, then over windows.
 #include <limits>
 
-#include "cpu/convert.h"
-#include "cpu/partial_conv_kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/isa/convert.h"
+#include "cpu/partial_conv.h"
+#include "cpu/isa/scratch.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -152,10 +152,9 @@ void sum_windows_rows(const WindowCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const WindowKernels window_kernels = {sum_channels_units<float>, sum_windows_rows<float>};
-#if defined(IK_ISA_GENERIC)
-const WindowKernels window_kernels_wide = {sum_channels_units<double>, sum_windows_rows<double>};
-#endif
+template <typename T>
+constexpr WindowKernels kKernels = {sum_channels_units<T>, sum_windows_rows<T>};
+IK_DEFINE_PER_ISA(WindowKernels, window_kernels, kKernels)
 
 }  // namespace IK_ISA
 }  // namespace ik

@@ -2,9 +2,9 @@
 // pixels of one channel, or the channels of one pixel where everything is interleaved.
 #pragma once
 
-#include "cpu/convert.h"
-#include "cpu/partial_conv_kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/isa/convert.h"
+#include "cpu/partial_conv.h"
+#include "cpu/isa/scratch.h"
 
 namespace ik {
 namespace IK_ISA {

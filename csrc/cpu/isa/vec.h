@@ -1,5 +1,5 @@
-// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/*.cpp are compiled once
-// per set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler
+// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/isa/*.cpp are compiled
+// once per set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler
 // vectorises (SSE2, NEON). Vec<double> is always such an array: float64 is for checking, not for speed.
 #pragma once
 
@@ -41,6 +41,7 @@ IK_INLINE double select_if_zero_(double weight, double value) { return weight ==
 
 template <typename T>
 struct Vec {
+  using Element = T;
   static constexpr int lanes = 8;
   T v[lanes];
   Vec() = default;
@@ -132,6 +133,7 @@ IK_INLINE Vec<T> sqrt_(Vec<T> a) {
 
 template <>
 struct Vec<float> {
+  using Element = float;
   static constexpr int lanes = 16;
   __m512 v;
   Vec() = default;
@@ -179,6 +181,7 @@ IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float>
 
 template <>
 struct Vec<float> {
+  using Element = float;
   static constexpr int lanes = 8;
   __m256 v;
   Vec() = default;

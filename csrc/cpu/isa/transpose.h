@@ -1,7 +1,7 @@
 // Transposition of a square block of vectors in registers.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
 namespace ik {
 namespace IK_ISA {

@@ -1,7 +1,7 @@
 // Forward over neighbouring pixels: sums of the terms, and the signs of the differences.
 #pragma once
 
-#include "cpu/pairs_images.h"
+#include "cpu/isa/pairs_images.h"
 
 namespace ik {
 namespace IK_ISA {

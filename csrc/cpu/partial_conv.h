@@ -1,15 +1,11 @@
-// Interface between the kernels of partial convolution (partial_conv_kernels.cpp, one build per instruction
-// set) and their registration.
+// Interface between the kernels of partial convolution (isa/partial_conv.cpp, isa/partial_conv_window.cpp)
+// and the op.
 #pragma once
 
-#include <cstdint>
-
 #include "common/partial_conv.h"
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace ik {
-
-enum class Dtype : int;
 
 // A tensor [N, C, S] of S pixels, dense as [N, C, S] or, interleaved, as [N, S, C].
 struct ImageView {
@@ -78,23 +74,14 @@ struct WindowCall {
 };
 
 struct PartialConvKernels {
-  void (*mask_input)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*finish)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*finish_backward)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
+  Kernel<PartialConvCall> mask_input, finish, finish_backward;
 };
 
 struct WindowKernels {
-  void (*sum_channels)(const WindowCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*sum_windows)(const WindowCall& call, int64_t row_begin, int64_t row_end);
+  Kernel<WindowCall> sum_channels, sum_windows;
 };
 
 }  // namespace ik
 
 IK_DECLARE_PER_ISA(PartialConvKernels, partial_conv_kernels)
 IK_DECLARE_PER_ISA(WindowKernels, window_kernels)
-namespace ik {
-namespace generic {
-extern const PartialConvKernels partial_conv_kernels_wide;
-extern const WindowKernels window_kernels_wide;
-}  // namespace generic
-}  // namespace ik

@@ -1,7 +1,7 @@
 // Register tiles of the Gram kernels: small matrix products whose operands stay where they are.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
 namespace ik {
 namespace IK_ISA {

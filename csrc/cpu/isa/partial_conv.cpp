@@ -5,10 +5,10 @@
 //   finish_backward  gradients by raw and by the bias                   likewise, and the output read
 //
 // Along runs where all tensors lie the same way, else by blocks that are transposed in registers.
-#include "cpu/partial_conv_kernels.h"
+#include "cpu/partial_conv.h"
 
-#include "cpu/partial_conv_blocks.h"
-#include "cpu/partial_conv_rows.h"
+#include "cpu/isa/partial_conv_blocks.h"
+#include "cpu/isa/partial_conv_rows.h"
 
 namespace ik {
 namespace IK_ISA {
@@ -102,12 +102,9 @@ void finish_backward_units(const PartialConvCall& call, int64_t begin, int64_t e
 
 }  // namespace
 
-const PartialConvKernels partial_conv_kernels = {mask_input_units<float>, finish_units<float>,
-                                                 finish_backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-const PartialConvKernels partial_conv_kernels_wide = {mask_input_units<double>, finish_units<double>,
-                                                      finish_backward_units<double>};
-#endif
+template <typename T>
+constexpr PartialConvKernels kKernels = {mask_input_units<T>, finish_units<T>, finish_backward_units<T>};
+IK_DEFINE_PER_ISA(PartialConvKernels, partial_conv_kernels, kKernels)
 
 }  // namespace IK_ISA
 }  // namespace ik

@@ -2,7 +2,7 @@
 // l1 and from pred and target otherwise.
 #pragma once
 
-#include "cpu/pixel_forward.h"
+#include "cpu/isa/pixel_forward.h"
 
 namespace ik {
 namespace IK_ISA {

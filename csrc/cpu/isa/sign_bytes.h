@@ -2,7 +2,7 @@
 // and sums of signs are one instruction for 32 elements.
 #pragma once
 
-#include "cpu/scratch.h"
+#include "cpu/isa/scratch.h"
 
 namespace ik {
 namespace IK_ISA {
