@@ -52,16 +52,14 @@ struct ImageCall {
 
 // Declares the kernels `name` of every instruction set, and those that compute in double.
 #define IK_DECLARE_PER_ISA(type, name) \
-  namespace ik {                       \
-  namespace generic {                  \
+  namespace ik::generic {              \
   extern const type name, name##_wide; \
   }                                    \
-  namespace avx2 {                     \
+  namespace ik::avx2 {                 \
   extern const type name;              \
   }                                    \
-  namespace avx512 {                   \
+  namespace ik::avx512 {               \
   extern const type name;              \
-  }                                    \
   }
 
 // Defines them: of<T> is what computes in T. float64 is for checking, not for speed: one build of it is

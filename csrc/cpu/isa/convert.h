@@ -6,8 +6,7 @@
 #include "cpu/isa/vec.h"
 #include "cpu/kernels.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // How T itself is stored.
 template <typename T>
@@ -74,6 +73,16 @@ IK_INLINE void store_one(float x, Bfloat16* p) { p->bits = float_to_bfloat16(x);
 template <typename T>
 IK_INLINE void store_one(T x, T* p) {
   *p = x;
+}
+
+// Any T as any stored type.
+template <typename T, typename S>
+IK_INLINE void store_as(T x, S* p) {
+  if constexpr (sizeof(S) == 2) {
+    store_one(static_cast<float>(x), p);
+  } else {
+    *p = static_cast<S>(x);
+  }
 }
 
 template <typename T>
@@ -209,65 +218,50 @@ IK_INLINE void store_part(V x, S* p, int count) {
   }
   T part[V::lanes];
   x.store(part);
-  for (int i = 0; i < count; ++i) {
-    if constexpr (sizeof(S) == 2) {
-      store_one(static_cast<float>(part[i]), p + i);
-    } else {
-      p[i] = static_cast<S>(part[i]);
-    }
-  }
+  for (int i = 0; i < count; ++i) store_as(part[i], p + i);
 }
 
-// dst[i] = src[i], i < n, of one stored type.
-template <typename S, typename T>
-static void convert_run_to(const S* src, int64_t n, T* dst) {
-  int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
+// Calls f(Stored<S>()) for the type S that `dtype` is stored as.
+template <typename S>
+struct Stored {
+  using type = S;
+};
+template <typename F>
+IK_INLINE auto with_stored(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(Stored<float>());
+    case Dtype::f64:
+      return f(Stored<double>());
+    case Dtype::f16:
+      return f(Stored<Half>());
+    case Dtype::bf16:
+      return f(Stored<Bfloat16>());
+    default:
+      return f(Stored<uint8_t>());
   }
-  for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
-}
-template <typename S, typename T>
-static void convert_run_from(const T* src, int64_t n, S* dst) {
-  int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) store_vec(Vec<T>::load(src + i), dst + i, false);
-  }
-  for (; i < n; ++i) store_one(static_cast<float>(src[i]), dst + i);
 }
 
 // dst[i] = src[i], i < n.
 template <typename T>
-static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
-  int64_t i = 0;
-  switch (dtype) {
-    case Dtype::f32: {
-      const float* s = static_cast<const float*>(src);
-      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
-      break;
+static void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
+  with_stored(dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    const S* src = static_cast<const S*>(data);
+    int64_t i = 0;
+    if constexpr (kDirect<S, T>) {
+      for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
     }
-    case Dtype::f64: {
-      const double* s = static_cast<const double*>(src);
-      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
-      break;
-    }
-    case Dtype::f16:
-      return convert_run_to(static_cast<const Half*>(src), n, dst);
-    case Dtype::bf16:
-      return convert_run_to(static_cast<const Bfloat16*>(src), n, dst);
-    default: {  // bool
-      const uint8_t* s = static_cast<const uint8_t*>(src);
 #if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + i));
-          _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
-        }
+    if constexpr (sizeof(S) == 1 && sizeof(T) == 4) {
+      for (; i + 8 <= n; i += 8) {
+        const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src + i));
+        _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
       }
-#endif
-      for (; i < n; ++i) dst[i] = static_cast<T>(static_cast<int>(s[i]));
     }
-  }
+#endif
+    for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
+  });
 }
 
 // dst[i] = bit i of src.
@@ -286,24 +280,16 @@ static void unpack_bits(const uint8_t* src, int64_t n, T* dst) {
 
 // dst[i] = src[i] rounded to nearest even; dst is f16, bf16, f32 or f64.
 template <typename T>
-static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
-  int64_t i = 0;
-  switch (dtype) {
-    case Dtype::f32: {
-      float* d = static_cast<float*>(dst);
-      for (; i < n; ++i) d[i] = static_cast<float>(src[i]);
-      break;
+static void convert_from(Dtype dtype, const T* src, int64_t n, void* data) {
+  with_stored(dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    S* dst = static_cast<S*>(data);
+    int64_t i = 0;
+    if constexpr (kDirect<S, T>) {
+      for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) store_vec(Vec<T>::load(src + i), dst + i, false);
     }
-    case Dtype::f64: {
-      double* d = static_cast<double*>(dst);
-      for (; i < n; ++i) d[i] = static_cast<double>(src[i]);
-      break;
-    }
-    case Dtype::f16:
-      return convert_run_from(src, n, static_cast<Half*>(dst));
-    default:
-      return convert_run_from(src, n, static_cast<Bfloat16*>(dst));
-  }
+    for (; i < n; ++i) store_as(src[i], dst + i);
+  });
 }
 
 constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
@@ -326,5 +312,4 @@ static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, 
   return buffer;
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

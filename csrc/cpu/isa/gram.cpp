@@ -14,8 +14,7 @@
 #include "cpu/isa/gemm.h"
 #include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
@@ -267,5 +266,4 @@ template <typename T>
 constexpr GramKernels kKernels = {gram_units<T>, symmetric_product_units<T>};
 IK_DEFINE_PER_ISA(GramKernels, gram_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -3,8 +3,7 @@
 
 #include "cpu/isa/convert.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // dst[3 * i + c] = src[i], i < n: the mask of an interleaved image of three channels.
 template <typename T>
@@ -84,5 +83,4 @@ IK_INLINE void split_regions(T mask, T one, bool mask_is_hole, T& hole, T& valid
   valid = mask_is_hole ? one - mask : mask;
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

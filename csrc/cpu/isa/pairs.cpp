@@ -9,12 +9,10 @@
 #include "cpu/isa/pairs_backward.h"
 #include "cpu/isa/pairs_forward.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 template <typename T>
 constexpr Kernels<PairCall> kKernels = {forward_units<T>, backward_units<T>};
 IK_DEFINE_PER_ISA(Kernels<PairCall>, pair_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -5,8 +5,7 @@
 #include "cpu/isa/scratch.h"
 #include "cpu/pairs.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 constexpr int64_t kNoRow = INT64_MIN;
 
@@ -165,5 +164,4 @@ class MaskRows {
   Scratch<T> wide_, dilated_, ones_;
 };
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -10,8 +10,7 @@
 
 #define IK_NOINLINE static __attribute__((noinline))
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // The channels and pixels of one block.
@@ -58,18 +57,8 @@ IK_NOINLINE void load_typed(const ImageView& view, const Block& b, Vec<T>* rows)
 
 template <bool PIXEL_ROWS, typename T>
 void load_block(const ImageView& view, const Block& b, Vec<T>* rows) {
-  switch (view.dtype) {
-    case Dtype::f32:
-      return load_typed<PIXEL_ROWS, float>(view, b, rows);
-    case Dtype::f64:
-      return load_typed<PIXEL_ROWS, double>(view, b, rows);
-    case Dtype::f16:
-      return load_typed<PIXEL_ROWS, Half>(view, b, rows);
-    case Dtype::bf16:
-      return load_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
-    default:
-      return load_typed<PIXEL_ROWS, uint8_t>(view, b, rows);
-  }
+  with_stored(view.dtype,
+              [&](auto stored) { load_typed<PIXEL_ROWS, typename decltype(stored)::type>(view, b, rows); });
 }
 
 template <bool PIXEL_ROWS, typename S, typename T>
@@ -88,16 +77,10 @@ IK_NOINLINE void store_typed(const ImageView& view, const Block& b, Vec<T>* rows
 // Leaves `rows` in any order.
 template <bool PIXEL_ROWS, typename T>
 void store_block(const ImageView& view, const Block& b, Vec<T>* rows) {
-  switch (view.dtype) {
-    case Dtype::f32:
-      return store_typed<PIXEL_ROWS, float>(view, b, rows);
-    case Dtype::f64:
-      return store_typed<PIXEL_ROWS, double>(view, b, rows);
-    case Dtype::f16:
-      return store_typed<PIXEL_ROWS, Half>(view, b, rows);
-    default:
-      return store_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
-  }
+  with_stored(view.dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    if constexpr (sizeof(S) > 1) store_typed<PIXEL_ROWS, S>(view, b, rows);
+  });
 }
 
 // A plane's values for the rows of a block.
@@ -239,5 +222,4 @@ static inline bool all_interleaved(const PartialConvCall& call) {
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

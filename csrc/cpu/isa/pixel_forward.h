@@ -6,8 +6,7 @@
 #include "cpu/isa/scratch.h"
 #include "cpu/pixel.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // What a mask means to a run. A mask of zeros and ones selects and needs no multiplication.
 enum class Weights { none, mask, binary_mask, two_regions, two_binary_regions };
@@ -134,5 +133,4 @@ void forward_run(const ForwardRun<S, T, K>& run, double* sum) {
   }
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -5,8 +5,7 @@
 #include "cpu/isa/masks.h"
 #include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 constexpr int64_t kPixels = StackedCall::unit_pixels;
@@ -284,5 +283,4 @@ template <typename T>
 constexpr Kernels<StackedCall> kKernels = {forward_units<T>, backward_units<T>};
 IK_DEFINE_PER_ISA(Kernels<StackedCall>, stacked_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -3,8 +3,7 @@
 
 #include "cpu/isa/vec.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 template <typename T>
 IK_INLINE void transpose(Vec<T>* rows) {
@@ -71,5 +70,4 @@ IK_INLINE void transpose(Vec<float>* rows) {
 
 #endif
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -25,8 +25,7 @@
 #define IK_INLINE static inline __attribute__((always_inline))
 #define IK_MEMBER inline __attribute__((always_inline))
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // The overloads for Vec below would hide those for single elements.
 using ik::abs_;
@@ -241,5 +240,4 @@ IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float>
 
 #endif
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA
