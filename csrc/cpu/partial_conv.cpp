@@ -90,19 +90,18 @@ void mask_input(const Tensor& input, const std::optional<Tensor>& mask, Tensor o
   run(call, IK_PICK_ISA(partial_conv_kernels, wide).mask_input);
 }
 
-void set_finish(PartialConvCall& call, const Tensor& ratio, const Tensor& new_mask, bool weigh_bias,
-                bool scale_bias, const std::string& activation, double slope) {
+void set_finish(PartialConvCall& call, const Tensor& ratio, const Tensor& new_mask, int64_t how,
+                double slope) {
   call.ratio = planes_of(ratio, call, "ratio");
   call.new_mask = planes_of(new_mask, call, "new_mask");
-  call.how = parse_finish(weigh_bias, scale_bias, activation);
-  call.slope = call.how.activation == Activation::relu ? 0.0 : slope;
+  call.how = parse_finish(how);
+  call.slope = slope;
 }
 
 void finish_raw(const Tensor& raw, const Tensor& ratio, const Tensor& new_mask,
-                const std::optional<Tensor>& bias, bool weigh_bias, bool scale_bias,
-                const std::string& activation, double slope, Tensor out) {
+                const std::optional<Tensor>& bias, int64_t how, double slope, Tensor out) {
   PartialConvCall call = make_call(raw, out, "raw");
-  set_finish(call, ratio, new_mask, weigh_bias, scale_bias, activation, slope);
+  set_finish(call, ratio, new_mask, how, slope);
   const bool wide = is_double(ratio);
   std::vector<char> values;
   if (bias.has_value()) {
@@ -132,10 +131,9 @@ void differentiate(PartialConvCall& call, bool need_bias, Tensor& bias_grad) {
 }
 
 Tensor finish_backward(const Tensor& grad, const std::optional<Tensor>& output, const Tensor& ratio,
-                       const Tensor& new_mask, bool weigh_bias, bool scale_bias,
-                       const std::string& activation, double slope, bool need_bias, Tensor out) {
+                       const Tensor& new_mask, int64_t how, double slope, bool need_bias, Tensor out) {
   PartialConvCall call = make_call(grad, out, "grad");
-  set_finish(call, ratio, new_mask, weigh_bias, scale_bias, activation, slope);
+  set_finish(call, ratio, new_mask, how, slope);
   if (call.how.activation != Activation::none) {
     STD_TORCH_CHECK(output.has_value() && same_sizes(*output, grad), "output must have grad's shape");
     call.output = view_of(*output, "output");
@@ -150,31 +148,16 @@ void run_rows(const WindowCall& call, int64_t count, int64_t elements, Kernel<Wi
   run_units(call, kernel, count, kGrainElements / std::max<int64_t>(elements, 1) + 1);
 }
 
-std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t groups, int64_t multiplicity,
-                                  const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t multiplicity, const Ints& windows,
                                   double numerator, const std::string& update, ScalarType dtype) {
-  const WindowShape shape = window_shape(mask, groups, kernel, stride, padding, dilation);
-  WindowCall call;
+  WindowCall call{window_shape(mask, Windows(windows))};
   call.mask = mask.const_data_ptr();
   call.mask_dtype = dtype_code(mask.scalar_type());
-  call.samples = shape.samples;
-  call.groups = shape.groups;
-  call.members = shape.members;
   call.multiplicity = mask.size(1) == 1 ? multiplicity : 1;
-  std::copy(shape.mask_stride, shape.mask_stride + 5, call.mask_stride);
-  for (int i = 0; i < 3; ++i) {
-    call.size[i] = shape.size[i];
-    call.out_size[i] = shape.out_size[i];
-    call.kernel[i] = shape.kernel[i];
-    call.stride[i] = shape.stride[i];
-    call.padding[i] = shape.padding[i];
-    call.dilation[i] = shape.dilation[i];
-  }
   call.numerator = numerator;
   call.update = parse_update(update);
-  Tensor ratio = empty_strided(mask, shape.out_sizes, shape.out_strides, dtype);
-  Tensor new_mask = empty_strided(mask, shape.out_sizes, shape.out_strides, dtype);
+  Tensor ratio = empty_planes(mask, call, dtype);
+  Tensor new_mask = empty_planes(mask, call, dtype);
   if (ratio.numel() == 0) return {ratio, new_mask};
   call.ratio = ratio.mutable_data_ptr();
   call.new_mask = new_mask.mutable_data_ptr();
@@ -189,19 +172,10 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t groups, int64_t mu
     run_rows(call, call.sum_units(), std::min(call.pixels(), WindowCall::tile) * call.members,
              kernels.sum_channels);
   }
-  run_rows(call, call.rows(), call.out_size[2] * (shape.kernel[0] * shape.kernel[1] + shape.kernel[2]),
+  run_rows(call, call.rows(), call.out_size[2] * (call.kernel[0] * call.kernel[1] + call.kernel[2]),
            kernels.sum_windows);
   return {ratio, new_mask};
 }
-
-using Ints = std::vector<int64_t>;
-
-struct Windows {
-  const Ints& stride;
-  const Ints& padding;
-  const Ints& dilation;
-  int64_t groups;
-};
 
 // By name, through the dispatcher: the C shims of the two operators belong to Inductor, not to the stable
 // ABI, and without one of them the library would not load. They spared each call some microseconds.
@@ -266,63 +240,61 @@ class Operand {
   Tensor tensor_;
 };
 
+// `inner`: dtype and layouts of the convolution.
 Tensor layer(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& mask, const Tensor& ratio, const Tensor& new_mask,
-             const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, bool weigh_bias,
-             bool scale_bias, const std::string& activation, double slope, ScalarType dtype,
-             bool channels_last, bool output_channels_last) {
+             const Ints& windows, int64_t how, double slope, ScalarType inner, bool inner_last,
+             bool output_last) {
   Tensor raw;
   {
-    const Operand x(input, mask, channels_last, dtype);
-    raw = dense(convolution(x.tensor(), with_dtype(weight, dtype), {stride, padding, dilation, groups}));
+    const Operand x(input, mask, inner_last, inner);
+    raw = dense(convolution(x.tensor(), with_dtype(weight, inner), Windows(windows)));
   }
   Tensor out = raw;
-  if (dtype != input.scalar_type() || !has_layout(raw, output_channels_last)) {
-    out = empty_image(raw, sizes_of(raw), output_channels_last, input.scalar_type());
+  if (inner != input.scalar_type() || !has_layout(raw, output_last)) {
+    out = empty_image(raw, sizes_of(raw), output_last, input.scalar_type());
   }
-  finish_raw(raw, ratio, new_mask, bias, weigh_bias, scale_bias, activation, slope, out);
+  finish_raw(raw, ratio, new_mask, bias, how, slope, out);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_backward(
     const Tensor& grad_output, const std::optional<Tensor>& input, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& output, const Tensor& ratio,
-    const Tensor& new_mask, const Ints& input_size, const Ints& weight_size, const Ints& stride,
-    const Ints& padding, const Ints& dilation, int64_t groups, bool weigh_bias, bool scale_bias,
-    const std::string& activation, double slope, bool need_bias, ScalarType dtype, bool channels_last,
-    bool weight_channels_last, ScalarType input_dtype, bool input_last, ScalarType weight_dtype,
-    bool weight_last) {
-  const Windows windows{stride, padding, dilation, groups};
+    const Tensor& new_mask, const Ints& input_size, const Ints& weight_size, bool input_last,
+    bool weight_last, ScalarType dtype, const Ints& packed, int64_t how, double slope, bool need_bias,
+    ScalarType inner, bool inner_last, bool inner_weight_last) {
+  const Windows windows(packed);
   const Tensor grad = dense(grad_output);
   std::optional<Temporary> finished;
-  finished.emplace(grad, sizes_of(grad), input.has_value() ? weight_channels_last : channels_last, dtype);
-  const Tensor grad_bias = finish_backward(grad, output, ratio, new_mask, weigh_bias, scale_bias, activation,
-                                           slope, need_bias, finished->tensor());
+  finished.emplace(grad, sizes_of(grad), input.has_value() ? inner_weight_last : inner_last, inner);
+  const Tensor grad_bias =
+      finish_backward(grad, output, ratio, new_mask, how, slope, need_bias, finished->tensor());
   Tensor grad_weight;
   Tensor raw;
   if (input.has_value()) {
-    const Operand x(*input, mask, weight_channels_last, dtype);
+    const Operand x(*input, mask, inner_weight_last, inner);
     // With AVX2 alone the two gradients are computed in layouts of their own.
-    const bool both = weight.has_value() && channels_last == weight_channels_last;
+    const bool both = weight.has_value() && inner_last == inner_weight_last;
     // An operand torch asks for and does not read: in another layout than the others it would be copied.
     const Tensor w =
-        both ? with_dtype(*weight, dtype) : empty_image(grad, weight_size, weight_channels_last, dtype);
+        both ? with_dtype(*weight, inner) : empty_image(grad, weight_size, inner_weight_last, inner);
     auto found = convolution_backward(finished->tensor(), x.tensor(), w, windows, both, true);
     if (both) raw = found[0];
-    grad_weight = in_layout(with_dtype(found[1], weight_dtype), weight_last);
+    grad_weight = in_layout(with_dtype(found[1], dtype), weight_last);
   } else {
-    grad_weight = empty_1d(grad, 0, weight_dtype);
+    grad_weight = empty_1d(grad, 0, dtype);
   }
-  if (!weight.has_value()) return {empty_1d(grad, 0, input_dtype), grad_weight, grad_bias};
+  if (!weight.has_value()) return {empty_1d(grad, 0, dtype), grad_weight, grad_bias};
   if (!raw.defined()) {
-    const Operand g(finished->tensor(), std::nullopt, channels_last, dtype);
-    const Tensor x = empty_image(grad, input_size, channels_last, dtype);
-    raw = convolution_backward(g.tensor(), x, with_dtype(*weight, dtype), windows, true, false)[0];
+    const Operand g(finished->tensor(), std::nullopt, inner_last, inner);
+    const Tensor x = empty_image(grad, input_size, inner_last, inner);
+    raw = convolution_backward(g.tensor(), x, with_dtype(*weight, inner), windows, true, false)[0];
   }
   finished.reset();
   raw = dense(raw);
-  const bool ready = dtype == input_dtype && has_layout(raw, input_last);
-  const Tensor grad_input = ready ? raw : empty_image(raw, input_size, input_last, input_dtype);
+  const bool ready = inner == dtype && has_layout(raw, input_last);
+  const Tensor grad_input = ready ? raw : empty_image(raw, input_size, input_last, dtype);
   if (!ready || mask.has_value()) mask_input(raw, mask, grad_input);
   return {grad_input, grad_weight, grad_bias};
 }

@@ -47,21 +47,11 @@ struct PartialConvCall {
   int64_t units() const { return samples * tiles(); }
 };
 
-// Sums of a mask over windows. Sizes and strides are (depth, height, width).
-struct WindowCall {
+// Sums of a mask over windows.
+struct WindowCall : WindowShape {
   const void* mask = nullptr;
   Dtype mask_dtype{};
-  int64_t mask_stride[5] = {};
-  int64_t samples = 0;
-  int64_t groups = 1;
-  int64_t members = 1;       // channels of a group
   int64_t multiplicity = 1;  // of a single channel
-  int64_t size[3] = {};
-  int64_t out_size[3] = {};
-  int64_t kernel[3] = {};
-  int64_t stride[3] = {};
-  int64_t padding[3] = {};
-  int64_t dilation[3] = {};
   double numerator = 0;
   MaskUpdate update = MaskUpdate::clamp;
   void* planes = nullptr;  // [N, G, D, H, W] of the type computed in: the mask summed over channels
