@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _library, _torch_private
 from ..reference import partial_conv as reference
+from ..reference._common import masked_input
 from ..reference.partial_conv import Windows
 from . import _checks
 from ._named_tuples import serializable
@@ -773,12 +774,12 @@ def _formula(
     grad_bias = value.sum(others)
     if not finish.scale_bias:
         value = value * ratio
-    x = input if input is None or mask is None else reference.masked_input(input, mask)
+    x = input if input is None or mask is None else masked_input(input, mask)
     grad_input, grad_weight = _convolution_backward(
         value.to(dtype), x, weight, input_size, weight_size, Windows.of(windows)
     )
     if weight is not None and mask is not None:
-        grad_input = reference.masked_input(grad_input, mask)
+        grad_input = masked_input(grad_input, mask)
     return grad_input, grad_weight, grad_bias
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype, is_differentiated
+from ._common import masked_input
 
 ACTIVATIONS = ("none", "relu", "leaky_relu")
 
@@ -116,17 +116,6 @@ def window_planes(
         )
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(empty, zero, ratio), torch.where(empty, zero, new_mask)
-
-
-def masked_input(input: Tensor, mask: Tensor) -> Tensor:
-    """input * mask in the input's dtype, 0 where the mask is exactly 0 whatever lies there."""
-    dtype = accumulate_dtype(input)
-    ignored = mask == 0
-    if is_differentiated(mask):
-        # The derivative by the mask is the input, also at mask 0: drop only what is not finite.
-        ignored = ignored & ~torch.isfinite(input)
-    zero = torch.zeros((), dtype=dtype, device=input.device)
-    return (torch.where(ignored, zero, input.to(dtype)) * mask.to(dtype)).to(input.dtype)
 
 
 def activate(x: Tensor, activation: str, slope: float) -> Tensor:
