@@ -244,7 +244,7 @@ IK_INLINE auto with_stored(Dtype dtype, const F& f) {
 
 // dst[i] = src[i], i < n.
 template <typename T>
-static void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
+IK_NOINLINE void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
   with_stored(dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
     const S* src = static_cast<const S*>(data);
@@ -280,7 +280,7 @@ static void unpack_bits(const uint8_t* src, int64_t n, T* dst) {
 
 // dst[i] = src[i] rounded to nearest even; dst is f16, bf16, f32 or f64.
 template <typename T>
-static void convert_from(Dtype dtype, const T* src, int64_t n, void* data) {
+IK_NOINLINE void convert_from(Dtype dtype, const T* src, int64_t n, void* data) {
   with_stored(dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
     S* dst = static_cast<S*>(data);

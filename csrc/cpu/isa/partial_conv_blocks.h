@@ -8,8 +8,6 @@
 #include "cpu/isa/scratch.h"
 #include "cpu/isa/transpose.h"
 
-#define IK_NOINLINE static __attribute__((noinline))
-
 namespace ik::IK_ISA {
 namespace {
 

@@ -24,6 +24,7 @@
 
 #define IK_INLINE static inline __attribute__((always_inline))
 #define IK_MEMBER inline __attribute__((always_inline))
+#define IK_NOINLINE static __attribute__((noinline))
 
 namespace ik::IK_ISA {
 
