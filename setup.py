@@ -51,7 +51,7 @@ from toolchain import (  # noqa: E402
 PACKAGE = "inpaint_kernels"
 MODES = ("auto", "none", "cpu", "cuda")
 LIBRARIES = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
-SOURCES = {"cpu": "csrc/cpu/*.cpp", "cuda": "csrc/cuda/*.cu"}
+SOURCES = {"cpu": "csrc/cpu/*.cpp", "isa": "csrc/cpu/isa/*.cpp", "cuda": "csrc/cuda/*.cu"}
 ON_MAC = sys.platform == "darwin"
 
 # Anything newer than torch 2.10 then fails to compile instead of failing to load at a user's.
@@ -126,7 +126,7 @@ def make_plan() -> Plan:
 
 
 def cpu_variants() -> dict[str, list[str]]:
-    """ISA name -> compile flags. Every CPU source is compiled once per variant; run time chooses."""
+    """ISA name -> compile flags. Every source in csrc/cpu/isa is compiled once per variant; run time chooses."""
     variants = {"generic": ["-DIK_ISA=generic", "-DIK_ISA_GENERIC=1"]}
     if platform.machine().lower() in ("x86_64", "amd64"):
         # For machines without AVX2 alone: not worth the second half of the time -O3 takes to compile it.
@@ -176,13 +176,14 @@ class NinjaFile:
         return out
 
     def cpu_library(self, out: Path) -> None:
-        objects = []
         # Order matters: of an inline function compiled into several objects the linker keeps the first copy,
         # and that one must run on any machine.
-        for isa, flags in cpu_variants().items():
-            for source in sources("cpu"):
-                target = self.folder / f"{source.stem}.{isa}.o"
-                objects.append(self.edge("cxx", target, [source], isa=flags))
+        variants = cpu_variants()
+        objects = [
+            self.edge("cxx", self.folder / f"{source.stem}.{name}.o", [source], isa=variants[isa])
+            for name, isa, folder in [("once", "generic", "cpu"), *((isa, isa, "isa") for isa in variants)]
+            for source in sources(folder)
+        ]
         if ON_MAC:
             flags = ["-undefined", "dynamic_lookup"]
         else:

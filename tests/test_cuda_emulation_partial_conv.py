@@ -80,6 +80,11 @@ def mask_of(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
     return dense(torch.where(holes, 0.0, values).to(MASK_DTYPES[dtype]), layout)
 
 
+def packed(form: tuple[bool, bool], activation: str) -> tuple[int, float]:
+    """`how` and `slope` of the operators."""
+    return reference.Finish(*form, activation).packed(), 0.0 if activation == "relu" else SLOPE
+
+
 def check_finish(
     raw: Tensor,
     planes: tuple[Tensor, Tensor],
@@ -88,16 +93,15 @@ def check_finish(
     activation: str = "none",
     how: tuple[bool, bool] = (True, False),
 ) -> None:
-    settings = (*how, activation, SLOPE)
     keep = raw.clone()
 
     def formula(dtype: torch.dtype, act: str = activation, size: bool = False) -> Tensor:
         values = [t if t is None else t.to(dtype) for t in (keep, *planes, bias)]
         if size:
             values = [t if t is None else t.abs() for t in values]
-        return reference.finish(*values, *how, act, SLOPE)  # type: ignore[arg-type]
+        return reference.finish(*values, *packed(how, act))  # type: ignore[arg-type]
 
-    OPS.partial_conv_finish_cuda(raw, *planes, bias, *settings, out)
+    OPS.partial_conv_finish_cuda(raw, *planes, bias, *packed(how, activation), out)
     terms = formula(torch.float64, "none", True)
     within(out, formula(torch.float32), formula(torch.float64), "finish", terms)
 
@@ -116,20 +120,20 @@ def check_backward(
     bias = torch.randn(grad.shape[1], generator=generator(10))
     output = None
     if activation != "none":
-        output = reference.finish(raw, *planes, bias, *how, activation, SLOPE)
+        output = reference.finish(raw, *planes, bias, *packed(how, activation))
         output = dense(output.to(DTYPES[output_dtype]), output_layout)
     keep = grad.clone()
 
     def formula(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (raw, bias)]
         planes_there = [t.to(dtype) for t in planes]
-        value = reference.finish(leaves[0], *planes_there, leaves[1], *how, activation, SLOPE)
+        value = reference.finish(leaves[0], *planes_there, leaves[1], *packed(how, activation))
         by_raw, by_bias = torch.autograd.grad(value, leaves, keep.to(dtype))
         return by_raw, by_bias
 
     with poisoned_allocations():
         bias_grad = OPS.partial_conv_finish_backward_cuda(
-            grad, output, *planes, *how, activation, SLOPE, need_bias, out
+            grad, output, *planes, *packed(how, activation), need_bias, out
         )
     plain, truth = formula(torch.float32), formula(torch.float64)
     within(out, plain[0], truth[0], "gradient by the convolution")
@@ -184,7 +188,7 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
     ratio, new_mask = planes_for(size, batch=1)
     grad = image(size, "f32", layout)
     out = empty(grad, layout, "f32")
-    settings = (ratio, new_mask, True, False, "none", 0.0)
+    settings = (ratio, new_mask, *packed((True, False), "none"))
     bias_grad = OPS.partial_conv_finish_backward_cuda(grad, None, *settings, True, out)
     terms = grad * new_mask
     torch.testing.assert_close(out, terms * ratio, rtol=1e-6, atol=0)
@@ -194,7 +198,7 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
     if size[1] == 9:
         raw = image((size[0], 17, *size[2:]), "f32", layout)
         out = empty(raw, layout, "f32")
-        OPS.partial_conv_finish_cuda(raw, ratio, new_mask, None, False, False, "none", 0.0, out)
+        OPS.partial_conv_finish_cuda(raw, ratio, new_mask, None, *packed((False, False), "none"), out)
         torch.testing.assert_close(out, raw * ratio, rtol=1e-6, atol=0)
 
 
@@ -216,10 +220,10 @@ def test_in_place(layout: str, dtype: str, size: tuple[int, ...]) -> None:
     masks = [planes[1], image(size, "f32", layout).clamp(min=0)]
 
     def finish(x: Tensor, out: Tensor) -> None:
-        OPS.partial_conv_finish_cuda(x, *planes, bias, True, False, "relu", 0.0, out)
+        OPS.partial_conv_finish_cuda(x, *planes, bias, *packed((True, False), "relu"), out)
 
     def backward(x: Tensor, out: Tensor) -> None:
-        OPS.partial_conv_finish_backward_cuda(x, source, *planes, True, False, "relu", 0.0, True, out)
+        OPS.partial_conv_finish_backward_cuda(x, source, *planes, *packed((True, False), "relu"), True, out)
 
     def mask(x: Tensor, out: Tensor, k: int) -> None:
         OPS.partial_conv_mask_input_cuda(x, masks[k], out)
@@ -231,20 +235,15 @@ def test_in_place(layout: str, dtype: str, size: tuple[int, ...]) -> None:
         assert same_bits(out, same)
 
 
-def run_windows(mask: Tensor, call: Any = None, **settings: Any) -> tuple[Tensor, Tensor]:
-    found = {
-        "groups": 1,
-        "multiplicity": 1,
-        "kernel": (3, 3),
-        "stride": (1, 1),
-        "padding": (1, 1),
-        "dilation": (1, 1),
-        "numerator": 9.0,
-        "update": "proportional",
-        "dtype": torch.float32,
-        **settings,
-    }
-    ratio, new_mask = (call or OPS.partial_conv_window_cuda)(mask, *found.values())
+def run_windows(
+    mask: Tensor,
+    call: Any = None,
+    groups: int = 1,
+    update: str = "proportional",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    windows = reference.Windows((3, 3), (1, 1), (1, 1), (1, 1), groups).packed()
+    ratio, new_mask = (call or OPS.partial_conv_window_cuda)(mask, 1, windows, 9.0, update, dtype)
     return ratio, new_mask
 
 
@@ -321,8 +320,8 @@ def test_errors() -> None:
     with pytest.raises(RuntimeError, match="contiguous or channels_last"):
         OPS.partial_conv_mask_input_cuda(x.transpose(2, 3), None, x.transpose(2, 3))
     with pytest.raises(RuntimeError, match="output is needed"):
-        OPS.partial_conv_finish_backward_cuda(x, None, *planes, True, False, "relu", 0.0, True, x)
+        OPS.partial_conv_finish_backward_cuda(x, None, *planes, *packed((True, False), "relu"), True, x)
     with pytest.raises(RuntimeError, match="bias must be"):
-        OPS.partial_conv_finish_cuda(x, *planes, torch.ones(3), True, False, "none", 0.0, x)
+        OPS.partial_conv_finish_cuda(x, *planes, torch.ones(3), *packed((True, False), "none"), x)
     with pytest.raises(RuntimeError, match="float32"):
         run_windows(planes[0], dtype=torch.float64)

@@ -26,7 +26,8 @@ from partial_conv_cases import (
 )
 from pixel_cases import MASK_DTYPES, on_device, skip_unsupported, with_specials
 
-from inpaint_kernels.ops._partial_conv import window
+from inpaint_kernels.ops import _checks
+from inpaint_kernels.ops.partial_conv import window
 from inpaint_kernels.reference import partial_conv as reference
 
 # ---- what makes a partial convolution ----------------------------------------------------------------------------
@@ -282,14 +283,12 @@ def test_window_sums_of_any_geometry(
     known = known if mask.endswith("view") else laid_out(known, layout)
     multi = known.dim() > case.dims and known.shape[1] > 1
     sums, size = window_sums(case, known, multi)
-    # A plane is one of (1, 1), as the op passes it on.
-    (planes,) = on_device(backend, known if known.dim() > case.dims else known[None, None])
+    # A plane is one of (1, 1) and integers are bool, as the op passes them on.
+    (planes,) = on_device(backend, _checks.binary(known if known.dim() > case.dims else known[None, None]))
     kernel = reference.window_planes if backend.name == "reference" else window[backend.name]
     members = case.size[1] // case.groups if multi else 1
-    ratio, new_mask = kernel(
-        planes, case.groups, members, case.kernel, case.stride, case.padding, case.dilation, 1.0, "proportional",
-        torch.float32,
-    )  # fmt: skip
+    where = reference.Windows(case.kernel, case.stride, case.padding, case.dilation, case.groups).packed()
+    ratio, new_mask = kernel(planes, members, where, 1.0, "proportional", torch.float32)
     assert torch.equal((new_mask.cpu().double() * size).round().expand(sums.shape), sums)
     inverse = torch.where(sums == 0, 0.0, 1 / sums)
     torch.testing.assert_close(ratio.cpu().double().expand(sums.shape), inverse, rtol=5e-7, atol=0)

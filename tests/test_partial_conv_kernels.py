@@ -50,6 +50,15 @@ FORMS: dict[str, tuple[tuple[bool, bool, str, float], int]] = {
 }
 
 
+def packed(weigh_bias: bool, scale_bias: bool, activation: str, slope: float) -> tuple[int, float]:
+    """`how` and `slope` of the operators."""
+    return reference.Finish(weigh_bias, scale_bias, activation).packed(), slope
+
+
+def windows(kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int = 1) -> tuple[int, ...]:
+    return reference.Windows(kernel, stride, padding, dilation, groups).packed()
+
+
 def kernel_of(backend: Backend, part: str) -> Any:
     return getattr(torch.ops.inpaint_kernels, f"partial_conv_{part}_{backend.name}").default
 
@@ -134,7 +143,7 @@ def test_finish_and_its_backward(kernel: Backend, size: str, dtypes: str, layout
         return value * r if scale else value
 
     moved = on_device(kernel, raw, ratio, new_mask, bias, empty(raw, stored, after))
-    kernel_of(kernel, "finish")(*moved[:4], *options, moved[4])
+    kernel_of(kernel, "finish")(*moved[:4], *packed(*options), moved[4])
     terms = formula(torch.float64, raw.double().abs()) + 2.0
     plain, truth = (formula(kind, raw.to(kind)) for kind in (acc, torch.float64))
     exact = terms if stored == given else None
@@ -154,7 +163,7 @@ def test_finish_and_its_backward(kernel: Backend, size: str, dtypes: str, layout
     for need_bias in (True, False):
         out = on_device(kernel, empty(grad, given, before))[0]
         with poisoned_allocations():
-            sums = kernel_of(kernel, "finish_backward")(*back, *options, need_bias, out)
+            sums = kernel_of(kernel, "finish_backward")(*back, *packed(*options), need_bias, out)
         assert_within_budget(out, to_raw, to_raw, acc=acc, what="gradient")
         others = [0, *range(2, len(full))]
         assert sums.dtype == acc and sums.shape == ((full[1],) if need_bias else (0,))
@@ -177,10 +186,10 @@ def test_the_same_bits_every_time(kernel: Backend, layout: str, size: tuple[int,
     def run() -> list[Tensor]:
         out = torch.empty_like(moved[0])
         sums = kernel_of(kernel, "finish_backward")(
-            moved[0], None, moved[1], moved[2], True, False, "none", 0.0, True, out
+            moved[0], None, moved[1], moved[2], *packed(True, False, "none", 0.0), True, out
         )
         window = kernel_of(kernel, "window")(
-            moved[3], 1, 1, [5, 3], [1, 2], [2, 1], [1, 1], 15.0, "clamp", torch.float32
+            moved[3], 1, windows([5, 3], [1, 2], [2, 1], [1, 1]), 15.0, "clamp", torch.float32
         )
         return [out, sums, *window]
 
@@ -211,15 +220,15 @@ def test_layer_and_its_backward(
     bias, mask = torch.randn(size[1], generator=rng).to(given), make_mask("n1", size)
     acc = torch.float64 if given == torch.float64 else torch.float32
     ratio, new_mask = mask_planes(size, 1, acc == torch.float64)
-    where = ([1] * dims, [1] * dims, [1] * dims, 2)
-    how = (True, False, "relu", 0.0)
+    where = windows([3] * dims, [1] * dims, [1] * dims, [1] * dims, 2)
+    how = packed(True, False, "relu", 0.0)
     run = lambda: kernel_of(kernel, "layer")(  # noqa: E731
-        x, w, bias, mask, ratio, new_mask, *where, *how, computed, last, outer
+        x, w, bias, mask, ratio, new_mask, where, *how, computed, last, outer
     )
     out = run()
     assert out.dtype == given and out.is_contiguous(memory_format=format_of(dims, outer))
     truth = [t.double().requires_grad_() for t in (x, w, bias)]
-    expected = reference.partial_conv(*truth, mask.double(), ratio.double(), new_mask.double(), *where, *how)
+    expected = reference.partial_conv(*truth, mask.double(), ratio.double(), new_mask.double(), where, *how)
     tolerance = {"f32/f32": 1e-5, "f16/f32": 2e-3, "bf16/f32": 2e-2, "f64/f64": 1e-13}[dtypes]
     close = lambda a, b: torch.testing.assert_close(  # noqa: E731
         a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.detach().abs().max())
@@ -231,7 +240,7 @@ def test_layer_and_its_backward(
     for _ in range(2):
         found = kernel_of(kernel, "layer_backward")(
             grad, x if need_weight else None, w if need_input else None, mask, out, ratio, new_mask, list(size),
-            list(w.shape), *where, *how, True, computed, last, weight_last, given, outer, given, weight_outer,
+            list(w.shape), outer, weight_outer, given, where, *how, True, computed, last, weight_last,
         )  # fmt: skip
         close(found[2], gradients[2])
         for got, want, needed, memory in zip(
@@ -252,17 +261,17 @@ def test_nothing(kernel: Backend, part: str, size: tuple[int, ...]) -> None:
     plane = torch.ones(size[0], 1, *size[2:], device=kernel.device)
     if part == "window":
         found = kernel_of(kernel, part)(
-            plane, 1, 1, [3, 3], [1, 1], [1, 1], [1, 1], 9.0, "clamp", torch.float32
+            plane, 1, windows([3, 3], [1, 1], [1, 1], [1, 1]), 9.0, "clamp", torch.float32
         )
         assert found[0].shape == found[1].shape == plane.shape
     elif part == "mask_input":
         kernel_of(kernel, part)(x, plane, torch.empty_like(x))
     elif part == "finish":
         bias = torch.ones(size[1], device=kernel.device)
-        kernel_of(kernel, part)(x, plane, plane, bias, True, False, "none", 0.0, torch.empty_like(x))
+        kernel_of(kernel, part)(x, plane, plane, bias, *packed(True, False, "none", 0.0), torch.empty_like(x))
     else:
         sums = kernel_of(kernel, part)(
-            x, None, plane, plane, True, False, "none", 0.0, True, torch.empty_like(x)
+            x, None, plane, plane, *packed(True, False, "none", 0.0), True, torch.empty_like(x)
         )
         assert sums.shape == (size[1],) and not sums.any()
 
@@ -281,9 +290,10 @@ def test_more_than_two_billion_elements(kernel: Backend, layout: torch.memory_fo
     kernel_of(kernel, "mask_input")(x, plane, x)
     assert not x[1, :, -1, -1].any() and bool((x[0, :, 0, 0] == 0.5).all()) and x[1, -1, -1, -2] == 1
     bias = torch.ones(size[1], device=kernel.device)
-    kernel_of(kernel, "finish")(x, plane, plane, bias, False, False, "none", 0.0, x)
+    kernel_of(kernel, "finish")(x, plane, plane, bias, *packed(False, False, "none", 0.0), x)
     assert not x[1, :, -1, -1].any() and bool((x[0, :, 0, 0] == 1.25).all()) and x[1, -1, -1, -2] == 2
-    sums = kernel_of(kernel, "finish_backward")(x, None, plane, plane, False, False, "none", 0.0, True, x)
+    how = packed(False, False, "none", 0.0)
+    sums = kernel_of(kernel, "finish_backward")(x, None, plane, plane, *how, True, x)
     assert bool((sums == 2.0 * (2 * 2**16 - 2) + 1.25).all())
     assert not x[1, :, -1, -1].any() and bool((x[0, :, 0, 0] == 0.625).all())
 
@@ -293,10 +303,10 @@ def test_a_mask_of_more_than_two_billion_elements(kernel: Backend) -> None:
     if INTERPRETING:
         pytest.skip("hours in the interpreter")
     skip_without_memory(kernel, 4 * 2**30)
-    mask = torch.ones(1, 2**15 + 1, 2**8, 2**8, dtype=torch.uint8, device=kernel.device)
+    mask = torch.ones(1, 2**15 + 1, 2**8, 2**8, dtype=torch.bool, device=kernel.device)
     mask[0, -1, -1, -1] = 0
     _, new_mask = kernel_of(kernel, "window")(
-        mask, 1, 1, [1, 1], [1, 1], [0, 0], [1, 1], 1.0, "proportional", torch.float32
+        mask, 1, windows([1, 1], [1, 1], [0, 0], [1, 1]), 1.0, "proportional", torch.float32
     )
     # Exact sums: the one pixel with a hole in one of its 32769 channels, and all others whole.
     assert round(float(new_mask[0, 0, -1, -1]) * (2**15 + 1)) == 2**15

@@ -83,25 +83,16 @@ def launches(case: Case) -> list[Launch]:
     ratio = new_mask = meta((n, case.mask_channels, h, w))
     if case.part == "mask_input":
         return record(lambda: partial_conv.mask_input(x, mask, out))
+    how = 1 + 4 * ("none", "relu", "leaky_relu").index(case.activation)
     if case.part == "finish":
         bias = meta((c,), dtype)
-        return record(
-            lambda: partial_conv.finish(x, ratio, new_mask, bias, True, False, case.activation, 0.1, out)
-        )
+        return record(lambda: partial_conv.finish(x, ratio, new_mask, bias, how, 0.1, out))
     if case.part == "finish_backward":
         result = None if case.activation == "none" else x
-        return record(
-            lambda: partial_conv.finish_backward(
-                x, result, ratio, new_mask, True, False, case.activation, 0.1, True, out
-            )
-        )
+        return record(lambda: partial_conv.finish_backward(x, result, ratio, new_mask, how, 0.1, True, out))
     assert mask is not None
-    ones = [1] * len(case.kernel)
-    return record(
-        lambda: partial_conv.window(
-            mask, 1, 1, case.kernel, ones, ones, ones, 9.0, "proportional", torch.float32
-        )
-    )
+    windows = (*case.kernel, *[1] * 3 * len(case.kernel), 1)
+    return record(lambda: partial_conv.window(mask, 1, windows, 9.0, "proportional", torch.float32))
 
 
 def check_widths(case: Case, launch: Launch, resources: Resources) -> None:

@@ -9,6 +9,20 @@ namespace ik {
 enum class MaskUpdate : int { clamp, binary, proportional };
 enum class Activation : int { none, relu, leaky_relu };
 
+// Windows over a mask [N, C, H, W] or [N, C, D, H, W]; sizes and strides as (depth, height, width).
+struct WindowShape {
+  int64_t samples = 0;
+  int64_t groups = 1;   // planes
+  int64_t members = 1;  // channels of a plane
+  int64_t mask_stride[5] = {};
+  int64_t size[3] = {1, 1, 1};
+  int64_t out_size[3] = {1, 1, 1};
+  int64_t kernel[3] = {1, 1, 1};
+  int64_t stride[3] = {1, 1, 1};
+  int64_t padding[3] = {0, 0, 0};
+  int64_t dilation[3] = {1, 1, 1};
+};
+
 // numerator / s * min(s, 1) for clamp, numerator / s else; 0 for an empty window. Finite however small s is.
 template <typename T>
 IK_HD T window_ratio(T s, T numerator, T largest, MaskUpdate update) {

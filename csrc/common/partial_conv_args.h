@@ -17,18 +17,10 @@ static inline MaskUpdate parse_update(const std::string& name) {
   return MaskUpdate::proportional;
 }
 
-static inline Finish parse_finish(bool weigh_bias, bool scale_bias, const std::string& activation) {
-  Finish how;
-  how.weigh_bias = weigh_bias;
-  how.scale_bias = scale_bias;
-  if (activation == "relu") {
-    how.activation = Activation::relu;
-  } else if (activation == "leaky_relu") {
-    how.activation = Activation::leaky_relu;
-  } else {
-    STD_TORCH_CHECK(activation == "none", "activation: unknown value '", activation, "'");
-  }
-  return how;
+// As reference/partial_conv.py packs it.
+static inline Finish parse_finish(int64_t how) {
+  STD_TORCH_CHECK(how >= 0 && how < 12, "how: unknown value ", how);
+  return {(how & 1) != 0, (how & 2) != 0, static_cast<Activation>(how >> 2)};
 }
 
 static inline bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -57,58 +49,64 @@ static inline DenseLayout dense_layout(const Tensor& t, const char* name) {
   return layout;
 }
 
-// Windows over a mask [N, C, H, W] or [N, C, D, H, W]; sizes and strides as (depth, height, width).
-struct WindowShape {
-  int64_t samples = 0;
-  int64_t groups = 1;   // planes
-  int64_t members = 1;  // channels of a plane
-  int64_t mask_stride[5] = {};
-  int64_t size[3] = {1, 1, 1};
-  int64_t out_size[3] = {1, 1, 1};
-  int64_t kernel[3] = {1, 1, 1};
-  int64_t stride[3] = {1, 1, 1};
-  int64_t padding[3] = {0, 0, 0};
-  int64_t dilation[3] = {1, 1, 1};
-  std::vector<int64_t> out_sizes;  // of the planes, contiguous
-  std::vector<int64_t> out_strides;
+using Ints = std::vector<int64_t>;
+
+// The windows of a convolution, as reference/partial_conv.py packs them: kernel, stride, padding and dilation
+// with an entry for every spatial dimension, and the groups.
+struct Windows {
+  Ints kernel, stride, padding, dilation;
+  int64_t groups;
+
+  explicit Windows(const Ints& packed) {
+    const int64_t dims = static_cast<int64_t>(packed.size()) / 4;
+    STD_TORCH_CHECK((dims == 2 || dims == 3) && packed.size() % 4 == 1,
+                    "windows must have 4 numbers for each of 2 or 3 dimensions, and the groups");
+    const auto part = [&](int64_t i) {
+      return Ints(packed.begin() + i * dims, packed.begin() + (i + 1) * dims);
+    };
+    kernel = part(0);
+    stride = part(1);
+    padding = part(2);
+    dilation = part(3);
+    groups = packed.back();
+  }
 };
 
-static inline WindowShape window_shape(const Tensor& mask, int64_t groups, const std::vector<int64_t>& kernel,
-                                       const std::vector<int64_t>& stride,
-                                       const std::vector<int64_t>& padding,
-                                       const std::vector<int64_t>& dilation) {
+static inline WindowShape window_shape(const Tensor& mask, const Windows& windows) {
   const int64_t dims = mask.dim() - 2;
-  STD_TORCH_CHECK((dims == 2 || dims == 3) && static_cast<int64_t>(kernel.size()) == dims,
+  STD_TORCH_CHECK(static_cast<int64_t>(windows.kernel.size()) == dims,
                   "mask must have 4 or 5 dimensions, as many as the windows and 2 more");
   const int64_t channels = mask.size(1);
-  STD_TORCH_CHECK(channels == 1 || (groups > 0 && channels % groups == 0), "mask has ", channels,
-                  " channels for ", groups, " groups");
+  STD_TORCH_CHECK(channels == 1 || (windows.groups > 0 && channels % windows.groups == 0), "mask has ",
+                  channels, " channels for ", windows.groups, " groups");
   WindowShape shape;
   shape.samples = mask.size(0);
-  shape.groups = channels == 1 ? 1 : groups;
+  shape.groups = channels == 1 ? 1 : windows.groups;
   shape.members = channels / shape.groups;
   shape.mask_stride[0] = mask.stride(0);
   shape.mask_stride[1] = mask.stride(1);
-  shape.out_sizes = {shape.samples, shape.groups};
   for (int64_t i = 0; i < dims; ++i) {
     const size_t from = static_cast<size_t>(i);
     const int64_t to = i + 3 - dims;
     shape.mask_stride[2 + to] = mask.stride(2 + i);
     shape.size[to] = mask.size(2 + i);
-    shape.kernel[to] = kernel[from];
-    shape.stride[to] = stride[from];
-    shape.padding[to] = padding[from];
-    shape.dilation[to] = dilation[from];
-    const int64_t room = mask.size(2 + i) + 2 * padding[from] - dilation[from] * (kernel[from] - 1) - 1;
+    shape.kernel[to] = windows.kernel[from];
+    shape.stride[to] = windows.stride[from];
+    shape.padding[to] = windows.padding[from];
+    shape.dilation[to] = windows.dilation[from];
+    const int64_t room =
+        shape.size[to] + 2 * shape.padding[to] - shape.dilation[to] * (shape.kernel[to] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "the windows are larger than the mask");
-    shape.out_size[to] = room / stride[from] + 1;
-    shape.out_sizes.push_back(shape.out_size[to]);
-  }
-  shape.out_strides.assign(shape.out_sizes.size(), 1);
-  for (size_t i = shape.out_sizes.size() - 1; i > 0; --i) {
-    shape.out_strides[i - 1] = shape.out_strides[i] * shape.out_sizes[i];
+    shape.out_size[to] = room / shape.stride[to] + 1;
   }
   return shape;
+}
+
+// Planes [samples, groups, ...] of what the windows give, contiguous.
+static inline Tensor empty_planes(const Tensor& mask, const WindowShape& shape, ScalarType dtype) {
+  Ints size{shape.samples, shape.groups};
+  size.insert(size.end(), shape.out_size + 5 - mask.dim(), shape.out_size + 3);
+  return empty_strided(mask, size, dense_strides(size, false), dtype);
 }
 
 }  // namespace ik

@@ -1,8 +1,4 @@
-// CPU registration of gram. The kernels are in gram_kernels.cpp.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
+// gram. The kernels are in isa/gram.cpp.
 #include "cpu/gram_op.h"
 
 namespace ik {
@@ -63,5 +59,3 @@ STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("gram_cpu", TORCH_BOX(&ik::gram));
   m.impl("gram_backward_cpu", TORCH_BOX(&ik::gram_backward));
 }
-
-#endif

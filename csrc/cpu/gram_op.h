@@ -1,24 +1,10 @@
-// From torch tensors to the Gram kernels: what the registrations of gram and style share.
+// From torch tensors to the Gram kernels: what the ops gram and style share.
 #pragma once
 
-#include <algorithm>
-#include <memory>
-#include <string>
-#include <vector>
-
-#include "common/gram.h"
-#include "common/op_args.h"
-#include "cpu/convert.h"
-#include "cpu/gram_kernels.h"
-#include "cpu/output.h"
-#include "cpu/scalar.h"
-#include "cpu/torch_dtype.h"
+#include "cpu/gram.h"
+#include "cpu/tensors.h"
 
 namespace ik {
-
-static inline const GramKernels& gram_kernels_for(bool wide) {
-  return wide ? generic::gram_kernels_wide : IK_PICK_ISA(gram_kernels);
-}
 
 // A feature tensor in the layout of its memory; a tensor that is neither NCHW nor channels_last is copied to
 // NCHW.
@@ -42,13 +28,9 @@ struct Features {
   }
 };
 
-// Runs `kernel` over the units of `call`, each of about `flops` floating-point operations.
-template <typename Call, typename Kernel>
-static void run_gram_units(const Call& call, Kernel kernel, double flops) {
-  const int64_t units = call.units();
-  const int64_t grain = static_cast<int64_t>(1e6 / std::max(flops, 1.0)) + 1;
-  if (units <= grain) return kernel(call, 0, units);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+// Units of about `flops` floating-point operations each for one thread.
+static inline int64_t grain_of_flops(double flops) {
+  return static_cast<int64_t>(1e6 / std::max(flops, 1.0)) + 1;
 }
 
 // Items of `entries` matrix entries each for one thread.
@@ -71,8 +53,9 @@ struct GramSums {
     partials.reset(new T[static_cast<size_t>(samples * parts * channels * channels)]);
     call.partials = partials.get();
     const double rows = static_cast<double>(std::min(GramCall::band, channels));
-    run_gram_units(call, gram_kernels_for(sizeof(T) == 8).gram,
-                   rows * static_cast<double>(channels * std::min(call.part_pixels(), map.pixels)));
+    const double pixels = static_cast<double>(channels * std::min(call.part_pixels(), map.pixels));
+    run_units(call, IK_PICK_ISA(gram_kernels, sizeof(T) == 8).gram, call.units(),
+              grain_of_flops(rows * pixels));
   }
 
   bool whole() const { return parts == 1; }
@@ -146,9 +129,10 @@ static Tensor symmetric_product(const Features& features, const T* factor) {
   call.stream = out.numel() * static_cast<int64_t>(out.element_size()) > kStreamBytes;
   if (features.map.pixels == 0 || features.map.channels == 0) return out;
   const double channels = static_cast<double>(features.map.channels);
-  run_gram_units(call, gram_kernels_for(sizeof(T) == 8).symmetric_product,
-                 2 * channels * static_cast<double>(std::min(SymmetricProductCall::block, call.map.pixels)) *
-                     (call.bands() == 1 ? channels : static_cast<double>(SymmetricProductCall::band)));
+  const double rows = call.bands() == 1 ? channels : static_cast<double>(SymmetricProductCall::band);
+  const double pixels = static_cast<double>(std::min(SymmetricProductCall::block, call.map.pixels));
+  run_units(call, IK_PICK_ISA(gram_kernels, sizeof(T) == 8).symmetric_product, call.units(),
+            grain_of_flops(2 * channels * rows * pixels));
   return out;
 }
 

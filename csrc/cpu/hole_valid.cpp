@@ -1,8 +1,4 @@
-// CPU registration of hole_valid. The kernels are in pixel.cpp.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
+// hole_valid. The kernels are in isa/pixel.cpp.
 #include "cpu/pixel_op.h"
 
 namespace ik {
@@ -14,14 +10,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hole_valid(const Tensor& pred,    // 
                                                       const std::string& penalty, double param,
                                                       const std::string& normalize, bool mask_is_hole,
                                                       bool save_signs) {
-  PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
-  t.call.regions = 2;
+  PixelTensors t(ImageKind::of(pred, target), penalty, param, 2);
+  t.set_forward(pred, target, mask);
   t.call.mask_is_hole = mask_is_hole;
-  Tensor signs = make_signs(t, pred, save_signs, mask);
-  Tensor losses[2] = {empty_scalar(pred, t.dtype), empty_scalar(pred, t.dtype)};
-  Tensor scale = empty_strided(pred, {t.size[0], 2}, {2, 1}, t.dtype);
-  reduce(t, parse_normalize(normalize), losses, scale);
-  return {losses[0], losses[1], scale, signs};
+  Tensor signs = t.make_signs(pred, save_signs, mask);
+  const auto [losses, scale] = t.reduce(parse_normalize(normalize));
+  return {make_scalar(pred, losses[0], t.dtype), make_scalar(pred, losses[1], t.dtype),
+          make_tensor(pred, scale, {t.kind.size[0], 2}, t.dtype), signs};
 }
 
 std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad_hole,   // []
@@ -34,14 +29,13 @@ std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad
                                                ScalarType pred_dtype, ScalarType target_dtype,
                                                const std::string& penalty, double param, bool mask_is_hole,
                                                bool need_pred, bool need_target) {
-  PixelTensors t =
-      backward_tensors(pred, target, signs, size, channels_last, pred_dtype, target_dtype, penalty, param);
-  t.call.regions = 2;
-  set_backward_mask(t, mask);
+  PixelTensors t({size, channels_last, pred_dtype, target_dtype}, penalty, param, 2);
+  t.set_saved(pred, target, signs);
+  t.set_backward_mask(mask);
   t.call.mask_is_hole = mask_is_hole;
   const std::vector<double> coefficient = coefficients(scale, {grad_hole, grad_valid});
   t.call.coefficient = coefficient.data();
-  return differentiate(t, scale, pred_dtype, target_dtype, need_pred, need_target, t.call.shape.numel());
+  return t.gradients(scale, need_pred, need_target, t.call.shape.numel());
 }
 
 }  // namespace
@@ -51,5 +45,3 @@ STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("hole_valid_cpu", TORCH_BOX(&ik::hole_valid));
   m.impl("hole_valid_backward_cpu", TORCH_BOX(&ik::hole_valid_backward));
 }
-
-#endif

@@ -1,10 +1,8 @@
 // Run-time detection of the instruction set, and the library's one exported symbol.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
 #include <cstdlib>
 #include <cstring>
+
+#include "cpu/kernels.h"
 
 namespace ik {
 
@@ -45,5 +43,3 @@ extern "C" __attribute__((visibility("default"))) const char* inpaint_kernels_cp
       return "generic";
   }
 }
-
-#endif

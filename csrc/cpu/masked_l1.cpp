@@ -1,8 +1,4 @@
-// CPU registration of masked_l1: masked L1, MSE, Charbonnier and Huber. The kernels are in pixel.cpp.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
+// masked_l1: masked L1, MSE, Charbonnier and Huber. The kernels are in isa/pixel.cpp.
 #include "cpu/pixel_op.h"
 
 namespace ik {
@@ -14,18 +10,18 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                
                                              const std::string& penalty, double param,
                                              const std::string& reduction, const std::string& normalize,
                                              bool save_signs) {
-  PixelTensors t = forward_tensors(pred, target, mask, penalty, param);
-  Tensor signs = make_signs(t, pred, save_signs, mask);
+  PixelTensors t(ImageKind::of(pred, target), penalty, param);
+  t.set_forward(pred, target, mask);
+  Tensor signs = t.make_signs(pred, save_signs, mask);
   if (reduction == "none") {
-    Tensor out = empty_output(pred, t.size, t.channels_last, t.dtype);
+    Tensor out = empty_output(pred, t.kind.size, t.kind.channels_last, t.dtype);
     t.call.map = out.mutable_data_ptr();
-    if (t.call.shape.numel() > 0) run_units(t.call, kernels_for(t.call).forward);
+    t.run(t.kernels().forward);
     return {out, empty_1d(pred, 0, t.dtype), signs};
   }
-  Tensor out = empty_scalar(pred, t.dtype);
-  Tensor scale = empty_strided(pred, {t.size[0], 1}, {1, 1}, t.dtype);
-  reduce(t, reduction == "sum" ? Normalize::sum : parse_normalize(normalize), &out, scale);
-  return {out, scale, signs};
+  const auto [losses, scale] = t.reduce(reduction == "sum" ? Normalize::sum : parse_normalize(normalize));
+  return {make_scalar(pred, losses[0], t.dtype), make_tensor(pred, scale, {t.kind.size[0], 1}, t.dtype),
+          signs};
 }
 
 std::tuple<Tensor, Tensor> masked_l1_backward(
@@ -35,17 +31,17 @@ std::tuple<Tensor, Tensor> masked_l1_backward(
     const std::optional<Tensor>& target, const std::vector<int64_t>& size, bool channels_last,
     ScalarType pred_dtype, ScalarType target_dtype, const std::string& penalty, double param, bool need_pred,
     bool need_target) {
-  PixelTensors t =
-      backward_tensors(pred, target, signs, size, channels_last, pred_dtype, target_dtype, penalty, param);
-  set_backward_mask(t, mask);
+  PixelTensors t({size, channels_last, pred_dtype, target_dtype}, penalty, param);
+  t.set_saved(pred, target, signs);
+  t.set_backward_mask(mask);
   std::vector<double> coefficient;
   if (grad.dim() == 0) {
     coefficient = coefficients(scale, {grad});
     t.call.coefficient = coefficient.data();
   } else {
-    t.call.grad_map = t.add(grad, true);
+    t.call.grad_map = t.add(grad);
   }
-  return differentiate(t, grad, pred_dtype, target_dtype, need_pred, need_target, t.call.shape.numel());
+  return t.gradients(grad, need_pred, need_target, t.call.shape.numel());
 }
 
 }  // namespace
@@ -55,5 +51,3 @@ STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("masked_l1_cpu", TORCH_BOX(&ik::masked_l1));
   m.impl("masked_l1_backward_cpu", TORCH_BOX(&ik::masked_l1_backward));
 }
-
-#endif

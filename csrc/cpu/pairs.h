@@ -1,17 +1,12 @@
-// Interface between the kernels over neighbouring pixels (pairs.cpp, one build per instruction set) and the
-// registrations of total_variation and inpainting_pixel.
+// Interface between the kernels over neighbouring pixels (isa/pairs.cpp) and the ops total_variation and
+// inpainting_pixel.
 #pragma once
-
-#include <cstdint>
 
 #include "common/pairs.h"
 #include "common/pixel.h"
-#include "common/pixel_shape.h"
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace ik {
-
-enum class Dtype : int;
 
 // What a unit adds up, and what becomes of the sums of a sample.
 struct PairSums {
@@ -19,6 +14,16 @@ struct PairSums {
   double valid = 0, valid_weight = 0;
   double down = 0, across = 0;
   double region = 0;  // summed region values, broadcast over channels
+
+  void operator+=(const PairSums& other) {
+    hole += other.hole;
+    hole_weight += other.hole_weight;
+    valid += other.valid;
+    valid_weight += other.valid_weight;
+    down += other.down;
+    across += other.across;
+    region += other.region;
+  }
 };
 
 // d loss / d sum, times the incoming gradient.
@@ -26,27 +31,19 @@ struct PairCoefficients {
   double hole, valid, down, across;
 };
 
-struct PairCall {
+struct PairCall : ImageCall {
   // Segments as in PixelShape: channel planes, or whole samples in channels_last. A segment is `rows` rows of
   // `width` elements; the next pixel is `step` elements away.
-  PixelShape shape;
   int64_t rows = 0;
   int64_t width = 0;
   int64_t step = 1;
-  int64_t mask_width = 0;  // elements of a mask row
+  int64_t mask_width = 0;  // elements of a mask row; Dtype::bits: as `mask_bits`
   int64_t mask_step = 1;
   Region region = Region::image;
   Penalty penalty = Penalty::l1;
-  bool mask_is_hole = false;
-  bool composite = false;   // of pred and target, else pred alone
-  bool losses = false;      // hole and valid terms, too
-  bool sum_region = false;  // PairSums::region is wanted
-  bool wide = false;        // compute in double
-
-  const void* pred = nullptr;
-  const void* target = nullptr;
-  const void* mask = nullptr;  // Dtype::bits: as `mask_bits`
-  Dtype pred_dtype{}, target_dtype{}, mask_dtype{};
+  bool composite = false;    // of pred and target, else pred alone
+  bool losses = false;       // hole and valid terms, too
+  bool sum_region = false;   // PairSums::region is wanted
   uint8_t* signs = nullptr;  // ops/_pairs.py
 
   // Forward.
@@ -57,9 +54,6 @@ struct PairCall {
   // Backward.
   const PairCoefficients* coefficients = nullptr;  // [N]
   bool pair_weights = false;                       // not all 0 (no sign) or 1
-  void* grad_pred = nullptr;
-  void* grad_target = nullptr;
-  bool stream = false;  // write the gradients around the cache
 
   int64_t planes() const { return losses ? 6 : 4; }
   int64_t groups() const { return (width + 7) / 8; }
@@ -86,17 +80,6 @@ struct PairCall {
   int64_t units() const { return shape.numel() > 0 ? shape.samples * segment_groups() * chunks() : 0; }
 };
 
-using PairKernel = void (*)(const PairCall& call, int64_t unit_begin, int64_t unit_end);
-struct PairKernels {
-  PairKernel forward;
-  PairKernel backward;
-};
-
 }  // namespace ik
 
-IK_DECLARE_PER_ISA(PairKernels, pair_kernels)
-namespace ik {
-namespace generic {
-extern const PairKernels pair_kernels_wide;
-}
-}  // namespace ik
+IK_DECLARE_PER_ISA(Kernels<PairCall>, pair_kernels)

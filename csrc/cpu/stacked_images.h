@@ -1,39 +1,20 @@
-// Interface between the kernels of stacked_images (stacked_images_kernels.cpp, one build per instruction set)
-// and their registration.
+// Interface between the kernels of stacked_images (isa/stacked_images.cpp) and the op.
 #pragma once
 
-#include <cstdint>
-
-#include "common/pixel_shape.h"
 #include "common/stacked_images.h"
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace ik {
 
-enum class Dtype : int;
-
-struct StackedCall {
-  PixelShape shape;          // of pred
+struct StackedCall : ImageCall {
   int64_t out_channels = 0;  // those of pred, or any number where it has one
   const int64_t* parts = nullptr;
   int64_t part_count = 0;
   const double* scale = nullptr;  // [out_channels]
   const double* shift = nullptr;  // [out_channels]; forward
   bool swap = false;
-  bool mask_is_hole = false;
-  bool wide = false;  // compute in double
-
-  const void* pred = nullptr;
-  const void* target = nullptr;
-  const void* mask = nullptr;
-  Dtype pred_dtype{}, target_dtype{}, mask_dtype{}, stacked_dtype{};
   void* stacked = nullptr;  // written forward, its gradient read backward
-
-  // Backward.
-  void* grad_pred = nullptr;
-  void* grad_target = nullptr;
-
-  bool stream = false;  // write around the cache
+  Dtype stacked_dtype{};
 
   // A unit is a run of pixels of one sample, all channels.
   static constexpr int64_t unit_pixels = 4096;
@@ -42,17 +23,6 @@ struct StackedCall {
   int64_t units() const { return shape.numel() > 0 ? shape.samples * chunks() : 0; }
 };
 
-using StackedKernel = void (*)(const StackedCall& call, int64_t unit_begin, int64_t unit_end);
-struct StackedKernels {
-  StackedKernel forward;
-  StackedKernel backward;
-};
-
 }  // namespace ik
 
-IK_DECLARE_PER_ISA(StackedKernels, stacked_kernels)
-namespace ik {
-namespace generic {
-extern const StackedKernels stacked_kernels_wide;
-}
-}  // namespace ik
+IK_DECLARE_PER_ISA(Kernels<StackedCall>, stacked_kernels)

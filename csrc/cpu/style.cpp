@@ -1,11 +1,4 @@
-// CPU registration of style. The kernels are in gram_kernels.cpp.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
-#include <optional>
-#include <tuple>
-
+// style. The kernels are in isa/gram.cpp.
 #include "cpu/gram_op.h"
 
 namespace ik {
@@ -15,8 +8,7 @@ namespace {
 std::unique_ptr<double[]> given_grams(const Tensor& target) {
   const Tensor ready = torch::stable::contiguous(target);
   std::unique_ptr<double[]> grams(new double[static_cast<size_t>(ready.numel())]);
-  generic::convert_to<double>(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(),
-                              grams.get());
+  generic::convert_to(dtype_code(ready.scalar_type()), ready.const_data_ptr(), ready.numel(), grams.get());
   return grams;
 }
 
@@ -106,11 +98,7 @@ std::tuple<Tensor, std::vector<Tensor>> style(
                   "style: input, target and weights must have one entry for each layer");
   const bool l1 = penalty == "l1";
   const GramNormalize norm = parse_gram_normalize(normalize);
-  ScalarType dtype = ScalarType::Float;
-  for (size_t i = 0; i < input.size(); ++i) {
-    const ScalarType layer = accumulate_type(input[i].scalar_type(), target[i].scalar_type());
-    if (layer == ScalarType::Double) dtype = layer;
-  }
+  const ScalarType dtype = accumulate_type(input, target);
   const bool wide = dtype == ScalarType::Double;
   std::vector<Tensor> factors;
   double loss = 0;
@@ -125,9 +113,7 @@ std::tuple<Tensor, std::vector<Tensor>> style(
                  : style_layer<float>(input[i], target[i], target_is_gram, l1, norm, weights[i],
                                       static_cast<float*>(factor));
   }
-  Tensor out = empty_scalar(input[0], dtype);
-  write_scalar(loss, wide, out);
-  return {out, factors};
+  return {make_scalar(input[0], loss, dtype), factors};
 }
 
 // sign * grad * (factors summed over the k predictions) * features.
@@ -176,5 +162,3 @@ STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("style_cpu", TORCH_BOX(&ik::style));
   m.impl("style_backward_cpu", TORCH_BOX(&ik::style_backward));
 }
-
-#endif

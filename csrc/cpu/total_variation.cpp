@@ -1,8 +1,4 @@
-// CPU registration of total_variation. The kernels are in pairs.cpp.
-#include "cpu/isa.h"
-
-#if defined(IK_ISA_GENERIC)
-
+// total_variation. The kernels are in isa/pairs.cpp.
 #include "cpu/pairs_op.h"
 
 namespace ik {
@@ -14,22 +10,18 @@ std::tuple<Tensor, Tensor, Tensor> total_variation(const Tensor& image,         
                                                    const std::string& region, const std::string& penalty,
                                                    const std::string& normalize, bool mask_is_hole,
                                                    bool save_signs) {
-  PairTensors t(std::vector<int64_t>(image.sizes().begin(), image.sizes().end()),
-                !image.is_contiguous() && is_channels_last(image), image.scalar_type(),
-                target.has_value() ? target->scalar_type() : image.scalar_type(), region, penalty,
-                mask_is_hole);
+  PairTensors t(ImageKind::of(image, target.has_value() ? *target : image), region, penalty, mask_is_hole);
   const PairNormalize denominators = parse_pair_normalize(normalize);
   t.call.composite = target.has_value();
   t.call.sum_region = denominators == PairNormalize::mask;
   t.set_images(image, target);
-  if (mask.has_value()) t.set_mask(*mask);
+  t.set_mask(mask);
   Tensor signs = t.make_signs(image, mask, save_signs);
-  Tensor loss = empty_scalar(image, t.dtype);
-  Tensor scale = empty_1d(image, 2, t.dtype);
-  double value = 0;
-  finish_total_variation(t, denominators, sample_sums(t.call), value, scale);
-  write_scalar(value, t.call.wide, loss);
-  return {loss, scale, signs};
+  PairSums sum;
+  for (const PairSums& sample : t.sample_sums()) sum += sample;
+  const std::vector<double> scale = t.tv_scales(denominators, sum);
+  return {make_scalar(image, scale[0] * sum.down + scale[1] * sum.across, t.dtype),
+          make_tensor(image, scale, {2}, t.dtype), signs};
 }
 
 std::tuple<Tensor, Tensor> total_variation_backward(
@@ -39,21 +31,22 @@ std::tuple<Tensor, Tensor> total_variation_backward(
     const std::optional<Tensor>& target, const std::vector<int64_t>& size, bool channels_last,
     ScalarType image_dtype, ScalarType target_dtype, bool composite, const std::string& region,
     const std::string& penalty, bool mask_is_hole, bool need_image, bool need_target) {
-  PairTensors t(size, channels_last, image_dtype, target_dtype, region, penalty, mask_is_hole);
+  PairTensors t({size, channels_last, image_dtype, target_dtype}, region, penalty, mask_is_hole);
   t.call.composite = composite;
-  if (mask.has_value()) t.set_mask(*mask);
-  if (t.call.penalty == Penalty::l1) {
-    STD_TORCH_CHECK(signs.has_value(), "the backward lacks what the forward saves for this penalty");
+  t.set_mask(mask);
+  const bool l1 = t.call.penalty == Penalty::l1;
+  STD_TORCH_CHECK((l1 ? signs : image).has_value(),
+                  "the backward lacks what the forward saves for this penalty");
+  if (l1) {
     t.set_signs(*signs, mask);
   } else {
-    STD_TORCH_CHECK(image.has_value(), "the backward lacks what the forward saves for this penalty");
-    t.set_images(*image, target);
+    t.set_images(image, target);
   }
   const double upstream = scalar_value(grad);
   const std::vector<double> c = values_of(scale);
   const PairCoefficients same{0, 0, upstream * c[0], upstream * c[1]};
-  return pair_gradients(t, scale, image_dtype, target_dtype, need_image, need_target,
-                        std::vector<PairCoefficients>(static_cast<size_t>(size[0]), same));
+  return t.gradients(scale, need_image, need_target,
+                     std::vector<PairCoefficients>(static_cast<size_t>(size[0]), same));
 }
 
 }  // namespace
@@ -63,5 +56,3 @@ STABLE_TORCH_LIBRARY_IMPL(inpaint_kernels, CPU, m) {
   m.impl("total_variation_cpu", TORCH_BOX(&ik::total_variation));
   m.impl("total_variation_backward_cpu", TORCH_BOX(&ik::total_variation_backward));
 }
-
-#endif

@@ -261,20 +261,17 @@ void set_bias(Work& work, const Tensor& bias) {
   work.args.bias_type = mask_type(bias.scalar_type());
 }
 
-// What scales the bias does not weigh it.
-Finish finish_of(bool weigh_bias, bool scale_bias, const std::string& activation) {
-  return parse_finish(weigh_bias && !scale_bias, scale_bias, activation);
-}
-
-float used_slope(const Finish& how, double slope) {
-  return how.activation == Activation::leaky_relu ? static_cast<float>(slope) : 0.0f;
+void set_finish(Work& work, int64_t how, double slope) {
+  work.args.how = parse_finish(how);
+  // What scales the bias does not weigh it.
+  work.args.how.weigh_bias = work.args.how.weigh_bias && !work.args.how.scale_bias;
+  work.args.slope = static_cast<float>(slope);
 }
 
 void finish_raw(const Tensor& raw,       // [N, C, ...]
                 const Tensor& ratio,     // [1|N, G, ...]
                 const Tensor& new_mask,  // likewise
-                const std::optional<Tensor>& bias, bool weigh_bias, bool scale_bias,
-                const std::string& activation, double slope, Tensor out) {
+                const std::optional<Tensor>& bias, int64_t how, double slope, Tensor out) {
   const DeviceScope device(out);
   Work work = make_work(raw, nullptr, out);
   set_ratio(work, ratio, new_mask);
@@ -283,8 +280,7 @@ void finish_raw(const Tensor& raw,       // [N, C, ...]
     ready = torch::stable::contiguous(*bias);
     set_bias(work, *ready);
   }
-  work.args.how = finish_of(weigh_bias, scale_bias, activation);
-  work.args.slope = used_slope(work.args.how, slope);
+  set_finish(work, how, slope);
   launch_part<Part::finish>(work, nullptr, out, device);
 }
 
@@ -292,16 +288,13 @@ Tensor finish_backward(const Tensor& grad,                   // [N, C, ...]
                        const std::optional<Tensor>& output,  // [N, C, ...]
                        const Tensor& ratio,                  // [1|N, G, ...]
                        const Tensor& new_mask,               // likewise
-                       bool weigh_bias, bool scale_bias, const std::string& activation, double slope,
-                       bool need_bias, Tensor out) {
+                       int64_t how, double slope, bool need_bias, Tensor out) {
   const DeviceScope device(out);
-  const Finish how = finish_of(weigh_bias, scale_bias, activation);
-  const bool activated = how.activation != Activation::none;
+  const bool activated = parse_finish(how).activation != Activation::none;
   STD_TORCH_CHECK(!activated || output.has_value(), "output is needed with an activation");
   Work work = make_work(grad, activated ? &*output : nullptr, out);
   set_ratio(work, ratio, new_mask);
-  work.args.how = how;
-  work.args.slope = used_slope(how, slope);
+  set_finish(work, how, slope);
   Tensor bias_grad = empty_1d(out, need_bias ? work.channels : 0, ScalarType::Float);
   std::optional<Tensor> partials;
   launch_part<Part::backward>(work, need_bias ? &partials : nullptr, out, device);

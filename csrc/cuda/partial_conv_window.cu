@@ -80,16 +80,14 @@ Tensor sum_channels(const Tensor& mask, const WindowShape& shape, const DeviceSc
 }
 
 std::tuple<Tensor, Tensor> window(const Tensor& mask,  // [N, C, H, W] or [N, C, D, H, W]
-                                  int64_t groups, int64_t multiplicity, const std::vector<int64_t>& kernel,
-                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation, double numerator,
+                                  int64_t multiplicity, const std::vector<int64_t>& windows, double numerator,
                                   const std::string& update, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float && on_device(mask),
                   "partial_conv: the cuda backend computes its planes in float32, of a mask on the GPU");
   const DeviceScope device(mask);
-  const WindowShape shape = window_shape(mask, groups, kernel, stride, padding, dilation);
-  Tensor ratio = empty_strided(mask, shape.out_sizes, shape.out_strides, ScalarType::Float);
-  Tensor new_mask = empty_strided(mask, shape.out_sizes, shape.out_strides, ScalarType::Float);
+  const WindowShape shape = window_shape(mask, Windows(windows));
+  Tensor ratio = empty_planes(mask, shape, ScalarType::Float);
+  Tensor new_mask = empty_planes(mask, shape, ScalarType::Float);
   WindowArgs args{};
   args.update = parse_update(update);
   args.total = ratio.numel();

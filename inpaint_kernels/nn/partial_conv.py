@@ -8,26 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._partial_conv_plan import ACTIVATIONS, NUMERATORS, UPDATES, Size
-from ..ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
+from ..ops.partial_conv import (
+    ACTIVATIONS,
+    NUMERATORS,
+    UPDATES,
+    PartialConvOutput,
+    Size,
+    partial_conv2d,
+    partial_conv3d,
+)
 
 
-class _Options:
-    """What a partial convolution has besides a convolution, kept as attributes."""
+class _PartialConv(nn.Module):
+    """A convolution of torch.nn, which stands behind this class in the order of bases, that takes a mask."""
 
-    def _set(
+    _function: Any
+
+    def __init__(
         self,
-        padding_mode: str,
-        multi_channel: bool,
-        return_mask: bool,
-        numerator: str,
-        mask_update: str,
-        mask_input: bool,
-        scale_bias: bool,
-        activation: str,
-        negative_slope: float,
-        backend: str | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        multi_channel: bool = False,
+        return_mask: bool = False,
+        numerator: str = "window",
+        mask_update: str = "clamp",
+        mask_input: bool = True,
+        scale_bias: bool = False,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+        backend: str | None = None,
     ) -> None:
+        where: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, *where)
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         _checks.check_choice("numerator", numerator, NUMERATORS)
@@ -38,13 +60,13 @@ class _Options:
         self.scale_bias, self.activation, self.negative_slope = scale_bias, activation, negative_slope
         self.backend = backend
 
-    def _run(self, function: Any, input: Tensor, mask: Tensor | None, mask_in: Tensor | None) -> Any:
+    def forward(self, input: Tensor, mask: Tensor | None = None, *, mask_in: Tensor | None = None) -> Any:
         layer: Any = self
         if mask_in is not None:
             if mask is not None:
                 raise TypeError("mask and mask_in are one argument, got both")
             mask = mask_in
-        found: PartialConvOutput = function(
+        found: PartialConvOutput = layer._function(
             input,
             layer.weight,
             layer.bias,
@@ -65,7 +87,7 @@ class _Options:
         return found if self.return_mask else found.output
 
 
-class PartialConv2d(_Options, nn.Conv2d):
+class PartialConv2d(_PartialConv, nn.Conv2d):
     """Partial convolution layer: `ik.partial_conv2d` with the parameters and the constructor of torch.nn.Conv2d.
 
     Drop-in for NVIDIA's ``PartialConv2d``: same arguments, same values, but for `multi_channel` with ``groups > 1``.
@@ -102,42 +124,10 @@ class PartialConv2d(_Options, nn.Conv2d):
         (torch.Size([2, 8, 16, 16]), 72)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        multi_channel: bool = False,
-        return_mask: bool = False,
-        numerator: str = "window",
-        mask_update: str = "clamp",
-        mask_input: bool = True,
-        scale_bias: bool = False,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        backend: str | None = None,
-    ) -> None:
-        where: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        nn.Conv2d.__init__(self, in_channels, out_channels, *where)
-        self._set(
-            padding_mode, multi_channel, return_mask, numerator, mask_update, mask_input, scale_bias, activation,
-            negative_slope, backend,
-        )  # fmt: skip
-
-    def forward(self, input: Tensor, mask: Tensor | None = None, *, mask_in: Tensor | None = None) -> Any:
-        return self._run(partial_conv2d, input, mask, mask_in)
+    _function = staticmethod(partial_conv2d)
 
 
-class PartialConv3d(_Options, nn.Conv3d):
+class PartialConv3d(_PartialConv, nn.Conv3d):
     """Partial convolution layer for volumes: `ik.partial_conv3d` with the constructor of torch.nn.Conv3d.
 
     Args:
@@ -157,36 +147,4 @@ class PartialConv3d(_Options, nn.Conv3d):
         torch.Size([1, 4, 5, 6, 7])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        multi_channel: bool = False,
-        return_mask: bool = False,
-        numerator: str = "window",
-        mask_update: str = "clamp",
-        mask_input: bool = True,
-        scale_bias: bool = False,
-        activation: str = "none",
-        negative_slope: float = 0.01,
-        backend: str | None = None,
-    ) -> None:
-        where: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        nn.Conv3d.__init__(self, in_channels, out_channels, *where)
-        self._set(
-            padding_mode, multi_channel, return_mask, numerator, mask_update, mask_input, scale_bias, activation,
-            negative_slope, backend,
-        )  # fmt: skip
-
-    def forward(self, input: Tensor, mask: Tensor | None = None, *, mask_in: Tensor | None = None) -> Any:
-        return self._run(partial_conv3d, input, mask, mask_in)
+    _function = staticmethod(partial_conv3d)

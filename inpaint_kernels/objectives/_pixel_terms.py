@@ -14,8 +14,8 @@ from ..ops.hole_valid import hole_valid_loss
 from ..ops.inpainting_pixel import inpainting_pixel_loss
 from ..ops.masked_l1 import masked_l1_loss
 from ..ops.total_variation import total_variation_loss
+from ..reference._common import safe_divide
 from ..reference.hole_valid import region_weights
-from ..reference.masked_l1 import safe_divide
 from ._terms import Pixel, Term, TotalVariation
 
 

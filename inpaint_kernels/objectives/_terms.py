@@ -18,8 +18,8 @@ from ..ops.feature_matching import feature_matching_loss
 from ..ops.gram import gram_matrix
 from ..ops.mask_operators import resize_mask
 from ..ops.style import style_loss
+from ..reference._common import accumulate_dtype
 from ..reference.lpips import lpips_distance
-from ..reference.masked_l1 import accumulate_dtype
 
 # What a part of the predictions is compared with.
 TRUTH_OF = {"raw": "target", "composite": "target", "hole_raw": "hole_target"}

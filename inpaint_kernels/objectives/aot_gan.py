@@ -14,8 +14,8 @@ from ..features.torchvision_nets import vgg19
 from ..ops import _checks
 from ..ops._named_tuples import serializable
 from ..ops.adversarial import DiscriminatorLoss, mean
+from ..reference._common import accumulate_dtype, safe_divide
 from ..reference.gram import without_autocast
-from ..reference.masked_l1 import accumulate_dtype, safe_divide
 from ._objective import Objective
 from ._terms import Adversarial, Perceptual, Pixel, Style, Term
 from .ctn import CTNSettings

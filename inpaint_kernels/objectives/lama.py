@@ -12,7 +12,7 @@ from ..ops._named_tuples import serializable
 from ..ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_loss
 from ..ops.mask_operators import resize_mask
 from ..ops.penalties import r1_penalty
-from ..reference.masked_l1 import accumulate_dtype
+from ..reference._common import accumulate_dtype
 from ._objective import Objective
 from ._settings import AdversarialSettings
 from ._terms import Adversarial, FeatureMatching, Judged, KnownPerceptual, Perceptual, Pixel, Term, logits_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ..reference.masked_l1 import accumulate_dtype
+from ..reference._common import accumulate_dtype
 
 # Of the images, as their gradients have to be written.
 IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype"

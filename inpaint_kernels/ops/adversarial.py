@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference._common import accumulate_dtype
 from ..reference.gram import without_autocast
-from ..reference.masked_l1 import accumulate_dtype
 from . import _checks
 from ._named_tuples import serializable
 from .mask_operators import resized

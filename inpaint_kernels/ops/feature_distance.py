@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import feature_distance as reference
-from ..reference.masked_l1 import accumulate_dtype, masked_loss_grad
+from ..reference._common import accumulate_dtype
+from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pixel
 
 

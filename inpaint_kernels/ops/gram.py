@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import gram as reference
-from ..reference.masked_l1 import accumulate_dtype
+from ..reference._common import accumulate_dtype
 from . import _checks, _pixel
 
 NORMALIZATIONS = ("chw", "hw", "none")

@@ -1,8 +1,11 @@
-"""Partial convolution in two and three dimensions."""
+"""Partial convolution in two and three dimensions: torch's convolution between small kernels."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +13,17 @@ from torch import Tensor
 
 from .. import _library, _torch_private
 from ..reference import partial_conv as reference
-from . import _checks, _partial_conv_plan
+from ..reference._common import masked_input
+from ..reference.partial_conv import Windows
+from . import _checks
 from ._named_tuples import serializable
-from ._partial_conv import op, window
-from ._partial_conv_plan import Size
+
+ACTIVATIONS = reference.ACTIVATIONS
+NUMERATORS = ("window", "one")
+UPDATES = ("clamp", "binary", "proportional")
+Size = int | Sequence[int]
+# Of a tensor what its values do not change: shape, dtype, device.
+Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @serializable
@@ -186,7 +196,9 @@ def _partial_conv(
     slope: float,
     backend: str | None,
 ) -> PartialConvOutput:
-    _partial_conv_plan.check_types(input, weight, bias, mask)
+    for name, value in (("input", input), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if not isinstance(value, Tensor) and (value is not None or name in ("input", "weight")):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if mask is not None:
         mask = _checks.binary(mask)
     tensors = (input, weight, bias, mask)
@@ -197,24 +209,11 @@ def _partial_conv(
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (input, weight)
         )
     plain = _library.is_plain(tensors)
-    make_plan = _partial_conv_plan.remembered_plan if plain else _partial_conv_plan.make_plan
-    plan = make_plan(
-        dims,
-        (input.shape, input.dtype, device),
-        (weight.shape, weight.dtype, weight.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
-        None if mask is None else (mask.shape, mask.dtype, mask.device),
-        stride,
-        padding,
-        dilation,
-        groups,
-        multi_channel,
-        numerator,
-        update,
-        scale_bias,
-        activation,
-        slope,
-    )
+    arguments: tuple[Any, ...] = (
+        dims, *(None if t is None else (t.shape, t.dtype, t.device) for t in (input, weight, bias, mask)),
+        stride, padding, dilation, groups, multi_channel, numerator, update, scale_bias, activation, slope,
+    )  # fmt: skip
+    plan = _remembered_plan(*arguments) if plain else _make_plan(*arguments)
     if plan.around is not None:
         if mask is None:
             mask = torch.ones((1, 1, *input.shape[2:]), dtype=torch.float32, device=device)
@@ -245,8 +244,7 @@ def _partial_conv(
     else:
         ratio, new_mask = window[chosen](known, *plan.window)
     given = (
-        input, weight, bias, mask if mask_input else None, ratio, new_mask, *plan.where, plan.weigh_bias, scale_bias,
-        activation, plan.slope,
+        input, weight, bias, mask if mask_input else None, ratio, new_mask, plan.windows, plan.how, plan.slope,
     )  # fmt: skip
     if chosen == "reference":
         output = reference.partial_conv(*given)
@@ -273,3 +271,533 @@ def _expanded(new_mask: Tensor, view: tuple[int, int]) -> Tensor:
         return new_mask
     planes = reference.channel_planes(new_mask, view[1])
     return planes.expand(*view, *planes.shape[2:])
+
+
+class _Plan(NamedTuple):
+    """What a call does, whatever the values."""
+
+    window: tuple[Any, ...]  # arguments of the window kernel after the mask
+    windows: tuple[int, ...]  # `reference.Windows`, packed
+    how: int  # `reference.Finish`, packed
+    slope: float
+    view: tuple[int, int]  # batch and channels of the new mask
+    around: list[int] | None  # of F.pad: what "same" adds at the end for an even kernel
+
+
+def _make_plan(
+    dims: int,
+    input: Kind,
+    weight: Kind,
+    bias: Kind | None,
+    mask: Kind | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    multi_channel: bool | None,
+    numerator: str,
+    update: str,
+    scale_bias: bool,
+    activation: str,
+    slope: float,
+) -> _Plan:
+    """Raises for arguments that do not fit together."""
+    _check_layer(dims, input, weight, bias, groups)
+    _checks.check_choice("numerator", numerator, NUMERATORS)
+    _checks.check_choice("mask_update", update, UPDATES)
+    _checks.check_choice("activation", activation, ACTIVATIONS)
+    if not 0 <= slope <= 1e18:
+        # The sign of the output has to tell the sign before the activation.
+        raise ValueError(f"negative_slope must be a number from 0 on, got {slope!r}")
+    if mask is not None:
+        multi_channel = _check_mask(mask, input, multi_channel)
+    size, channels = input[0][2:], weight[0][0]
+    kernel = tuple(weight[0][2:])
+    strides, dilations = _sizes("stride", stride, dims, 1), _sizes("dilation", dilation, dims, 1)
+    pads, extra = _paddings(padding, strides, dilations, kernel)
+    around = [side for pad in reversed(extra) for side in (0, pad)] if any(extra) else None
+    padded = [extent + more for extent, more in zip(size, extra, strict=True)]
+    windows = Windows(kernel, strides, pads, dilations, groups)
+    if any(extent < 1 for extent in windows.output_size(padded)):
+        raise ValueError(
+            f"weight's windows {kernel} (dilation {dilations}) do not fit into input {tuple(input[0])} with "
+            f"padding {pads}"
+        )
+    if input[1] != weight[1]:
+        raise TypeError(f"weight has dtype {weight[1]}, input has {input[1]}")
+    members = input[0][1] // groups if multi_channel else 1
+    dividend = float(members * math.prod(kernel)) if numerator == "window" else 1.0
+    dtype = torch.float64 if input[1] == torch.float64 else torch.float32
+    weighs = reference.weighs_bias(bias is not None, update, scale_bias)
+    return _Plan(
+        (members, windows.packed(), dividend, update, dtype),
+        windows.packed(),
+        reference.Finish(weighs, bool(scale_bias), activation).packed(),
+        0.0 if activation == "relu" else float(slope),
+        (1 if mask is None or len(mask[0]) == dims else mask[0][0], channels if multi_channel else 1),
+        around,
+    )
+
+
+# The checks and sizes of a layer took 40 us a call, 100 between convolutions that fill the caches.
+_remembered = functools.lru_cache(maxsize=4096, typed=True)(_make_plan)
+
+
+def _remembered_plan(dims: int, *arguments: Any) -> _Plan:
+    """`_make_plan`, once for the same arguments. Only for sizes that are ints to the last: (1.0, 1.0) equals (1, 1),
+    and is refused."""
+    sizes = [tuple(value) if isinstance(value, list) else value for value in arguments[4:7]]
+    kinds = {type(n) for value in sizes for n in (value if isinstance(value, tuple) else (value,))}
+    if not kinds <= {int, str}:
+        return _make_plan(dims, *arguments)
+    return _remembered(dims, *arguments[:4], *sizes, *arguments[7:])
+
+
+def _check_layer(dims: int, input: Kind, weight: Kind, bias: Kind | None, groups: int) -> None:
+    spatial = "D, H, W" if dims == 3 else "H, W"
+    for name, kind in (("input", input), ("weight", weight), ("bias", bias)):
+        if kind is None:
+            continue
+        if kind[1] not in _checks.FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {kind[1]}")
+        if kind[2] != input[2]:
+            raise ValueError(f"{name} is on {kind[2]}, input is on {input[2]}")
+    size, extents = tuple(input[0]), tuple(weight[0])
+    if len(size) != dims + 2:
+        raise ValueError(f"input must have shape (N, C, {spatial}), got {size}")
+    if len(extents) != dims + 2:
+        raise ValueError(
+            f"weight must have shape (Cout, Cin / groups, k{spatial.lower().replace(', ', ', k')}), got {extents}"
+        )
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive int, got {groups!r}")
+    if extents[1] * groups != size[1] or extents[0] % groups:
+        raise ValueError(
+            f"weight {extents} with groups={groups} takes {extents[1] * groups} input channels and a multiple of "
+            f"{groups} output channels; input has {size[1]} channels"
+        )
+    if bias is not None and tuple(bias[0]) != extents[:1]:
+        raise ValueError(f"bias must have shape ({extents[0]},), got {tuple(bias[0])}")
+
+
+def _check_mask(mask: Kind, input: Kind, multi_channel: bool | None) -> bool:
+    """Whether windows count all channels."""
+    if mask[2] != input[2]:
+        raise ValueError(f"mask is on {mask[2]}, input is on {input[2]}")
+    shape, full = tuple(mask[0]), tuple(input[0])
+    # No `shape[0] in (1, full[0])`: torch.compile finds no symbolic size in a tuple.
+    fits = shape == full[2:] or (
+        len(shape) == len(full)
+        and (shape[0] == 1 or shape[0] == full[0])
+        and (shape[1] == 1 or shape[1] == full[1])
+        and shape[2:] == full[2:]
+    )
+    if not fits:
+        spatial = "D, H, W" if len(full) == 5 else "H, W"
+        raise ValueError(
+            f"mask has shape {shape}; for input {full} allowed: (N, 1, {spatial}), (1, 1, {spatial}), ({spatial}), "
+            f"(N, Cin, {spatial})"
+        )
+    channels = shape[1] if len(shape) == len(full) else 1
+    if multi_channel is False and channels > 1:
+        raise ValueError(
+            f"mask has {channels} channels and multi_channel is False: give one channel, or multi_channel=True"
+        )
+    return channels > 1 if multi_channel is None else multi_channel
+
+
+def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
+    """One int for each dimension."""
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    if len(found) != dims or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in found):
+        raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
+    return found
+
+
+def _paddings(
+    padding: Size | str, stride: tuple[int, ...], dilation: tuple[int, ...], kernel: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(padding on both sides, more of it at the end) of each dimension."""
+    none = (0,) * len(kernel)
+    if padding == "valid":
+        return none, none
+    if padding == "same":
+        if any(step != 1 for step in stride):
+            raise ValueError(f"padding='same' needs stride 1, got {stride}")
+        total = [spread * (extent - 1) for spread, extent in zip(dilation, kernel, strict=True)]
+        return tuple(n // 2 for n in total), tuple(n % 2 for n in total)
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be an int, {len(kernel)} ints, 'same' or 'valid', got {padding!r}")
+    return _sizes("padding", padding, len(kernel), 0), none
+
+
+def _window_fake(
+    mask: Tensor, multiplicity: int, windows: Sequence[int], numerator: float, update: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    where = Windows.of(windows)
+    size = [mask.shape[0], 1 if mask.shape[1] == 1 else where.groups, *where.output_size(mask.shape[2:])]
+    return mask.new_empty(size, dtype=dtype), mask.new_empty(size, dtype=dtype)
+
+
+# `windows` and `how` are reference.Windows and reference.Finish, packed.
+window = _library.define_kernel(
+    "partial_conv",
+    "window",
+    "(Tensor mask, int multiplicity, SymInt[] windows, float numerator, str update, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    fake=_window_fake,
+)
+# Outputs are given, so that a result can overwrite the convolution's: `raw` and `out`, `input` and `out`, `grad` and
+# `out` may be one tensor. Each tensor is dense in NCHW or channels_last of its own.
+_mask_input = _library.define_kernel(
+    "partial_conv", "mask_input", "(Tensor input, Tensor? mask, Tensor(a!) out) -> ()"
+)
+_finish = _library.define_kernel(
+    "partial_conv",
+    "finish",
+    "(Tensor raw, Tensor ratio, Tensor new_mask, Tensor? bias, int how, float slope, Tensor(a!) out) -> ()",
+)
+_finish_backward = _library.define_kernel(
+    "partial_conv",
+    "finish_backward",
+    "(Tensor grad, Tensor? output, Tensor ratio, Tensor new_mask, int how, float slope, bool need_bias, "
+    "Tensor(a!) out) -> Tensor",
+)
+_SCHEMA = (
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? mask, Tensor ratio, Tensor new_mask, SymInt[] windows, "
+    "int how, float slope"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor? input, Tensor? weight, Tensor? mask, Tensor? output, Tensor ratio, Tensor new_mask, "
+    "SymInt[] input_size, SymInt[] weight_size, bool input_last, bool weight_last, ScalarType dtype, "
+    "SymInt[] windows, int how, float slope, bool need_bias"
+)
+# The CPU takes both passes in one call each: its library runs torch's convolution between its kernels. `inner`: dtype
+# and layouts as in `_Inner`.
+_layer = _library.define_kernel(
+    "partial_conv",
+    "layer",
+    _SCHEMA + ", ScalarType inner, bool inner_last, bool output_last) -> Tensor",
+    backends=("cpu",),
+)
+_layer_backward = _library.define_kernel(
+    "partial_conv",
+    "layer_backward",
+    _BACKWARD_SCHEMA
+    + ", ScalarType inner, bool inner_last, bool inner_weight_last) -> (Tensor, Tensor, Tensor)",
+    backends=("cpu",),
+)
+
+
+def dense_format(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+def is_last(t: Tensor) -> bool:
+    """Whether a tensor is channels_last; one that is contiguous as well is not."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=dense_format(t.ndim, True))
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() or is_last(t) else t.contiguous()
+
+
+class _Inner(NamedTuple):
+    """Dtype of the library convolution, and the layout of all it reads and writes, by what it computes."""
+
+    dtype: torch.dtype
+    last: bool  # channels_last: output, gradient to the input
+    weight_last: bool  # gradient to the weight
+
+
+@functools.lru_cache(maxsize=4096)
+def _inner(
+    device_type: str, dtype: torch.dtype, last: bool, dims: int, channels_out: int, channels_in: int
+) -> _Inner:
+    """The fastest of what the library offers; the kernels before and after it touch every element anyway.
+
+    `last`: input or weight are channels_last. `channels_in` of a group.
+
+    On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
+    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow
+    there (64 to 64 at 4x64x128x128: 184 ms, 76 in NCHW), with AVX-512 it is not.
+
+    Half types the CPU has no arithmetic for are computed in float32: of that size a float16 convolution took 6.9 s
+    forward, a bfloat16 one 8.3 s without AVX-512, float32 40 ms.
+    """
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _Inner(dtype, last, last)
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not _torch_private.has_fast_bfloat16()):
+        dtype = torch.float32
+    if dims != 2 or dtype == torch.float64:
+        return _Inner(dtype, last, last)
+    if min(channels_out, channels_in) < 16:
+        return _Inner(dtype, True, True)
+    return _Inner(dtype, last, last and torch.backends.cpu.get_cpu_capability() != "AVX2")
+
+
+def _operand(
+    backend: str, input: Tensor, mask: Tensor | None, memory_format: torch.memory_format, dtype: torch.dtype
+) -> Tensor:
+    """What is convolved: the masked input in the library's layout and dtype."""
+    input = _dense(input)
+    if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=memory_format):
+        return input
+    out = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
+    _mask_input[backend](input, mask, out)
+    return out
+
+
+def _convolution_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    input_size: Any,
+    weight_size: Any,
+    where: Windows,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the input if the weight is given, to the weight if the input is."""
+    wanted = (weight is not None, input is not None, False)
+    if not any(wanted):
+        return grad, grad
+    # Of an operand that is not read the shape counts, and a dense layout: another one would be copied.
+    layout = dense_format(grad.ndim, is_last(grad))
+    x = (
+        torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        if input is None
+        else input
+    )
+    w = grad.new_empty(weight_size) if weight is None else weight
+    zeros = [0] * len(where.stride)
+    found = torch.ops.aten.convolution_backward.default(
+        grad, x, w, None, where.stride, where.padding, where.dilation, False, zeros, where.groups, wanted
+    )
+    return found[0], found[1]
+
+
+def _forward(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    windows: Sequence[int],
+    how: int,
+    slope: float,
+) -> Tensor:
+    outer = is_last(input) or is_last(weight)
+    inner = _inner(input.device.type, input.dtype, outer, input.ndim - 2, weight.shape[0], weight.shape[1])
+    mask = None if mask is None else _dense(mask)
+    if backend == "cpu":
+        return _layer["cpu"](
+            input, weight, bias, mask, ratio, new_mask, windows, how, slope, inner.dtype, inner.last, outer
+        )
+    x = _operand(backend, input, mask, dense_format(input.ndim, inner.last), inner.dtype)
+    where = Windows.of(windows)
+    zeros = [0] * len(where.stride)
+    raw = torch.convolution(
+        x,
+        weight.to(inner.dtype),
+        None,
+        where.stride,
+        where.padding,
+        where.dilation,
+        False,
+        zeros,
+        where.groups,
+    )
+    del x
+    out = raw = _dense(raw)
+    memory_format = dense_format(input.ndim, outer)
+    if inner.dtype != input.dtype or not raw.is_contiguous(memory_format=memory_format):
+        out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=memory_format)
+    _finish[backend](raw, ratio, new_mask, bias, how, slope, out)
+    return out
+
+
+def _backward(
+    backend: str,
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    input_size: list[int],
+    weight_size: list[int],
+    input_last: bool,
+    weight_last: bool,
+    dtype: torch.dtype,
+    windows: Sequence[int],
+    how: int,
+    slope: float,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner = _inner(
+        grad.device.type, dtype, input_last or weight_last, grad.ndim - 2, weight_size[0], weight_size[1]
+    )
+    mask = None if mask is None else _dense(mask)
+    if backend == "cpu":
+        return _layer_backward["cpu"](
+            grad, input, weight, mask, output, ratio, new_mask, input_size, weight_size, input_last, weight_last,
+            dtype, windows, how, slope, need_bias, *inner,
+        )  # fmt: skip
+    grad = _dense(grad)
+    layout, weight_layout, input_format, weight_format = (
+        dense_format(grad.ndim, last) for last in (inner.last, inner.weight_last, input_last, weight_last)
+    )
+    raw_grad = torch.empty(
+        grad.shape,
+        dtype=inner.dtype,
+        device=grad.device,
+        memory_format=layout if input is None else weight_layout,
+    )
+    bias_grad = _finish_backward[backend](grad, output, ratio, new_mask, how, slope, need_bias, raw_grad)
+    x = None if input is None else _operand(backend, input, mask, weight_layout, inner.dtype)
+    w = None if weight is None else weight.to(inner.dtype)
+    where = (input_size, weight_size, Windows.of(windows))
+    if x is None or w is None or layout == weight_layout:
+        raw, grad_weight = _convolution_backward(raw_grad, x, w, *where)
+    else:
+        _, grad_weight = _convolution_backward(raw_grad, x, None, *where)
+        raw_grad = _operand(backend, raw_grad, None, layout, inner.dtype)
+        raw, _ = _convolution_backward(raw_grad, None, w, *where)
+    del raw_grad, x
+    if input is None:
+        grad_weight = grad.new_empty(0, dtype=dtype)
+    else:
+        grad_weight = grad_weight.to(dtype).contiguous(memory_format=weight_format)
+    if weight is None:
+        return grad.new_empty(0, dtype=dtype), grad_weight, bias_grad
+    grad_input = raw = _dense(raw)
+    if raw.dtype != dtype or not raw.is_contiguous(memory_format=input_format):
+        grad_input = torch.empty(raw.shape, dtype=dtype, device=raw.device, memory_format=input_format)
+    if mask is not None or grad_input is not raw:
+        _mask_input[backend](raw, mask, grad_input)
+    return grad_input, grad_weight, bias_grad
+
+
+def _fake(backend: str, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    ratio = rest[2]
+    size = (input.shape[0], weight.shape[0], *ratio.shape[2:])
+    return torch.empty(
+        size,
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=dense_format(input.ndim, is_last(input) or is_last(weight)),
+    )
+
+
+def _backward_fake(
+    grad: Tensor, input: Tensor | None, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    ratio, _, input_size, weight_size, input_last, weight_last, dtype = rest[2:9]
+    found = [
+        grad.new_empty(0, dtype=dtype)
+        if other is None
+        else torch.empty(size, dtype=dtype, device=grad.device, memory_format=dense_format(grad.ndim, last))
+        for other, size, last in ((weight, input_size, input_last), (input, weight_size, weight_last))
+    ]
+    return found[0], found[1], ratio.new_empty(grad.shape[1] if rest[-1] else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """The operands that the wanted gradients read, and the two planes, which take as much as two channels."""
+    input, weight, bias, mask, ratio, new_mask, windows, how, slope = inputs
+    needs = ctx.needs_input_grad
+    _library.save_for_backward(
+        ctx,
+        input if needs[1] else None,
+        weight if needs[0] else None,
+        mask if needs[0] or needs[1] else None,
+        output[0] if reference.Finish.of(how).activation != "none" else None,
+        ratio,
+        new_mask,
+    )
+    ctx.settings = (windows, how, slope)
+    ctx.sizes = (tuple(input.shape), tuple(weight.shape))
+    ctx.channels_last = (is_last(input), is_last(weight))
+    ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    saved: tuple[Any, ...] = (grad, *ctx.saved_tensors, *ctx.sizes)
+    if op is None:
+        saved += (ctx.dtype, *ctx.settings)
+        found = _formula(*saved)
+    else:
+        found = op(*saved, *ctx.channels_last, ctx.dtype, *ctx.settings, needs[2])
+    grad_input, grad_weight, grad_bias = found
+    return (
+        grad_input if needs[0] else None,
+        grad_weight if needs[1] else None,
+        grad_bias.to(ctx.bias_dtype) if needs[2] else None,
+    )
+
+
+def _formula(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor | None,
+    ratio: Tensor,
+    new_mask: Tensor,
+    input_size: Any,
+    weight_size: Any,
+    dtype: torch.dtype,
+    windows: Sequence[int],
+    how: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients as differentiable expressions."""
+    finish = reference.Finish.of(how)
+    channels = grad.shape[1]
+    ratio = reference.channel_planes(ratio, channels)
+    new_mask = reference.channel_planes(new_mask, channels)
+    zero = torch.zeros((), dtype=ratio.dtype, device=grad.device)
+    value = torch.where(new_mask == 0, zero, grad.to(ratio.dtype))
+    if finish.scale_bias:
+        value = value * ratio
+    if output is not None:
+        value = torch.where(output > 0, value, value * slope)
+    if finish.weigh_bias:
+        value = value * new_mask
+    others = [0, *range(2, grad.ndim)]
+    grad_bias = value.sum(others)
+    if not finish.scale_bias:
+        value = value * ratio
+    x = input if input is None or mask is None else masked_input(input, mask)
+    grad_input, grad_weight = _convolution_backward(
+        value.to(dtype), x, weight, input_size, weight_size, Windows.of(windows)
+    )
+    if weight is not None and mask is not None:
+        grad_input = masked_input(grad_input, mask)
+    return grad_input, grad_weight, grad_bias
+
+
+op = _library.Op(
+    "partial_conv",
+    schema=_SCHEMA + ") -> Tensor",
+    backward_schema=_BACKWARD_SCHEMA + ") -> (Tensor, Tensor, Tensor)",
+    outputs=1,
+    inputs=3,
+    fake=_fake,
+    backward_fake=_backward_fake,
+    save=_save,
+    backward=_gradients,
+    implement=(_forward, _backward),
+    flops=(
+        lambda input, weight, *_, out_val: 2 * out_val.numel() * math.prod(weight.shape[1:]),
+        lambda grad, input, weight, *rest, out_val: (
+            2 * grad.numel() * math.prod(rest[5][1:]) * ((input is not None) + (weight is not None))
+        ),
+    ),
+)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private
+from ..reference._common import accumulate_dtype, safe_divide
 from ..reference.gram import without_autocast
-from ..reference.masked_l1 import accumulate_dtype, safe_divide
 from . import _checks
 from .adversarial import Logits, as_entries, mean, mean_of_entries
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import stacked_images as reference
+from ..reference._common import masked_input
 from ..reference.hole_valid import region_weights
-from ..reference.partial_conv import masked_input
 from . import _checks, _pixel
 
 PARTS = reference.PARTS

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import style as reference
+from ..reference._common import accumulate_dtype
 from ..reference.gram import gram_matrix, gram_scale, without_autocast
-from ..reference.masked_l1 import accumulate_dtype
 from . import _checks, _pixel
 from .gram import product_flops
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ..reference import hole_valid, partial_conv
+from ..reference import hole_valid
 from ..reference import total_variation as reference
+from ..reference._common import masked_input
 from ..reference.composite import composite
 from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pairs, _pixel
@@ -59,7 +60,7 @@ def _formula(
     if not is_composite:
         return value, value
     hole, valid = hole_valid.region_weights(value, value, mask, mask_is)
-    return partial_conv.masked_input(value, hole), partial_conv.masked_input(value, valid)
+    return masked_input(value, hole), masked_input(value, valid)
 
 
 def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

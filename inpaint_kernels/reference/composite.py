@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._common import accumulate_dtype, masked_input
 from .hole_valid import region_weights
-from .masked_l1 import accumulate_dtype
-from .partial_conv import masked_input
 
 
 def composite(pred: Tensor, target: Tensor, mask: Tensor, *, mask_is: str) -> Tensor:

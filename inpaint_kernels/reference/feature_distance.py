@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype, as_factor, reduce_map, weighted_map
+from ._common import accumulate_dtype
+from .masked_l1 import as_factor, reduce_map, weighted_map
 
 
 def feature_distance(

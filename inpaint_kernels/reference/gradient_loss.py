@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._common import accumulate_dtype, masked_input, safe_divide
 from .hole_valid import region_weights
-from .masked_l1 import accumulate_dtype, safe_divide, weighted_map
-from .partial_conv import masked_input
+from .masked_l1 import weighted_map
 from .total_variation import dilate, pair_weights
 
 

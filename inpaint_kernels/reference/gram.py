@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype
+from ._common import accumulate_dtype
 
 
 def gram_scale(normalize: str, channels: int, pixels: int) -> float:

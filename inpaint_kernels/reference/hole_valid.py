@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .masked_l1 import accumulate_dtype, reduce_map, weighted_map
+from ._common import accumulate_dtype
+from .masked_l1 import reduce_map, weighted_map
 
 
 def region_weights(pred: Tensor, target: Tensor, mask: Tensor, mask_is: str) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._common import accumulate_dtype
 from .gram import without_autocast
-from .masked_l1 import accumulate_dtype
 
 
 def unit_vectors(features: Tensor, eps: float) -> Tensor:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from ._common import accumulate_dtype, is_differentiated, safe_divide
 
 
 def penalty_value(d: Tensor, penalty: str, param: float) -> Tensor:
@@ -35,15 +32,6 @@ def penalty_grad(d: Tensor, penalty: str, param: float) -> Tensor:
     if penalty == "charbonnier":
         return d / torch.sqrt(d * d + param * param)
     return d.clamp(-param, param)
-
-
-def is_differentiated(weight: Tensor) -> bool:
-    """Whether a derivative by the weight may be asked for: it requires a gradient, or forward-mode AD or torch.func
-    watch it, which cannot be asked for under a compiler."""
-    if weight.requires_grad or torch.compiler.is_compiling():
-        return True
-    is_dual = torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
-    return is_dual or torch.func.debug_unwrap(weight) is not weight
 
 
 def counted_difference(pred: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -75,12 +63,6 @@ def weighted_map(pred: Tensor, target: Tensor, weight: Tensor | None, penalty: s
 def as_factor(weight: float | Tensor, total: Tensor) -> float | Tensor:
     """A weight that may be a tensor, in the dtype and on the device of what it multiplies."""
     return weight.to(total) if isinstance(weight, Tensor) else weight
-
-
-def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 with zero gradient where the denominator is 0."""
-    empty = denominator == 0
-    return torch.where(empty, torch.zeros_like(numerator), numerator / torch.where(empty, 1, denominator))
 
 
 def reduce_map(value: Tensor, weight: Tensor | None, normalize: str) -> Tensor:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._common import accumulate_dtype, masked_input
 from .composite import composite
 from .hole_valid import region_weights
-from .masked_l1 import accumulate_dtype
-from .partial_conv import masked_input
 
 PARTS = ("raw", "composite", "target", "hole_raw", "hole_target")
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._common import accumulate_dtype
 from .gram import gram_matrix
-from .masked_l1 import accumulate_dtype, as_factor
+from .masked_l1 import as_factor
 
 
 def style_coefficient(normalize: str, channels: int, pixels: int, predictions: int) -> float:

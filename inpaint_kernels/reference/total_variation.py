@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common import accumulate_dtype, is_differentiated, safe_divide
 from .composite import composite
 from .hole_valid import region_weights
-from .masked_l1 import accumulate_dtype, is_differentiated, safe_divide, weighted_map
+from .masked_l1 import weighted_map
 
 
 def dilate(hole: Tensor, radius: int = 1) -> Tensor:

@@ -4,6 +4,8 @@
     finish:           out = act((raw * ratio + bias) * new_mask), 0 where new_mask is 0, and its variants
     finish_backward:  out = gradient by raw; the sums over samples and pixels of the gradient by the bias
 
+`how` and HOW, one word: 1 the new mask weighs the bias, 2 the ratio comes after bias and activation, 4 relu,
+8 leaky_relu.
 Formulas: csrc/common/partial_conv.h; tiles and addressing: `partial_conv_tile.py`. Each tensor is read and written
 once; a result may overwrite the operand it came from.
 Sums of the bias gradient: every program stores those of its pixels, a second launch adds them in a fixed order.
@@ -68,11 +70,11 @@ def mask_input_kernel(
 
 
 @triton.jit
-def activate(x, slope, ACTIVATION: tl.constexpr):
+def activate(x, slope, HOW: tl.constexpr):
     """A NaN is not below 0 and stays."""
-    if ACTIVATION == "none":
+    if HOW // 4 == 0:
         return x
-    return tl.where(x < 0, 0.0 if ACTIVATION == "relu" else slope * x, x)
+    return tl.where(x < 0, 0.0 if HOW // 4 == 1 else slope * x, x)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "groups", "slope"])
@@ -88,9 +90,7 @@ def finish_kernel(
     chunks,
     groups,
     slope,
-    WEIGH_BIAS: tl.constexpr,
-    SCALE_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    HOW: tl.constexpr,
     SHARED: tl.constexpr,
     GROUPED: tl.constexpr,
     IN_LAST: tl.constexpr,
@@ -106,17 +106,17 @@ def finish_kernel(
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
     new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
-    if not SCALE_BIAS:
+    if HOW & 2 == 0:
         x *= ratio
     if bias_ptr is not None:
         _, _, first_c, _, all_channels = place
         c = tl.arange(0, BLOCK_C)
         bias = tl.load(bias_ptr + first_c + c, mask=c < all_channels - first_c, other=0.0)
         x += bias[None, :].to(tl.float32)
-    if WEIGH_BIAS:
+    if HOW & 1:
         x *= new_mask
-    x = activate(x, slope, ACTIVATION)
-    if SCALE_BIAS:
+    x = activate(x, slope, HOW)
+    if HOW & 2:
         x *= ratio
     # Last, as every activation maps 0 to 0.
     x = tl.where(new_mask == 0, 0.0, x)
@@ -127,7 +127,7 @@ def finish_kernel(
 @triton.jit(do_not_specialize=[*_SIZES, "groups", "slope", "steps"])
 def finish_backward_kernel(
     grad_ptr,  # [samples, channels, pixels], GRAD_LAST: [samples, pixels, channels]
-    output_ptr,  # what `finish` gave, by OUTPUT_LAST; None for ACTIVATION "none"
+    output_ptr,  # what `finish` gave, by OUTPUT_LAST; None without an activation
     ratio_ptr,  # [samples or 1, groups, pixels]
     new_mask_ptr,
     out_ptr,  # as the gradient, by OUT_LAST
@@ -139,9 +139,7 @@ def finish_backward_kernel(
     groups,
     slope,
     steps,  # blocks of pixels in a tile
-    WEIGH_BIAS: tl.constexpr,
-    SCALE_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    HOW: tl.constexpr,
     SHARED: tl.constexpr,
     GROUPED: tl.constexpr,
     GRAD_LAST: tl.constexpr,
@@ -162,21 +160,21 @@ def finish_backward_kernel(
         inside = tile_inside(place, BLOCK_P, BLOCK_C)
         at = tile_pointer(grad_ptr, place, GRAD_LAST, BLOCK_P, BLOCK_C)
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION != "none":
+        if HOW // 4:
             at = tile_pointer(output_ptr, place, OUTPUT_LAST, BLOCK_P, BLOCK_C)
             output = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
         new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
         g = tl.where(new_mask == 0, 0.0, g)
-        if SCALE_BIAS:
+        if HOW & 2:
             g *= ratio
-        if ACTIVATION != "none":
+        if HOW // 4:
             g = tl.where(output > 0, g, g * slope)
-        if WEIGH_BIAS:
+        if HOW & 1:
             g *= new_mask
         if sums_ptr is not None:
             total += g
-        if not SCALE_BIAS:
+        if HOW & 2 == 0:
             g *= ratio
         at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
         tl.store(at, g.to(out_ptr.dtype.element_ty), mask=inside)
@@ -257,9 +255,7 @@ def finish(
     ratio: Tensor,  # [1 or N, G, ...]
     new_mask: Tensor,
     bias: Tensor | None,  # [C]
-    weigh_bias: bool,
-    scale_bias: bool,
-    activation: str,
+    how: int,
     slope: float,
     out: Tensor,  # [N, C, ...], may be raw
 ) -> None:
@@ -281,9 +277,7 @@ def finish(
             *work.sizes,
             groups,
             slope,
-            weigh_bias,
-            scale_bias,
-            activation,
+            how,
             ratio.shape[0] == 1,
             groups > 1,
             in_last,
@@ -299,9 +293,7 @@ def finish_backward(
     output: Tensor | None,  # [N, C, ...], given with an activation
     ratio: Tensor,  # [1 or N, G, ...]
     new_mask: Tensor,
-    weigh_bias: bool,
-    scale_bias: bool,
-    activation: str,
+    how: int,
     slope: float,
     need_bias: bool,
     out: Tensor,  # [N, C, ...], may be grad
@@ -332,11 +324,9 @@ def finish_backward(
             sums,
             *work.sizes,
             groups,
-            0.0 if activation == "relu" else slope,
+            slope,
             work.steps,
-            weigh_bias,
-            scale_bias,
-            activation,
+            how,
             ratio.shape[0] == 1,
             groups > 1,
             grad_last,

@@ -198,18 +198,17 @@ def _sum_channels(mask: Tensor, groups: int) -> Tensor:
 
 def window(
     mask: Tensor,  # [N, C, H, W] or [N, C, D, H, W]
-    groups: int,
     multiplicity: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    windows: Sequence[int],  # kernel, stride, padding and dilation of each dimension, groups
     numerator: float,
     update: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(ratio, new_mask), each (N, 1 or groups, ...), of `ops/_partial_conv.py`."""
+    """(ratio, new_mask), each (N, 1 or groups, ...), of `ops/partial_conv.py`."""
     assert dtype == torch.float32
+    dims = mask.ndim - 2
+    kernel, stride, padding, dilation = (windows[dims * i : dims * (i + 1)] for i in range(4))
+    groups = windows[-1]
     if mask.shape[1] == 1:
         groups, members = 1, multiplicity
     else:

@@ -10,7 +10,7 @@
 
 #include "common/pixel.h"
 #include "common/pixel_shape.h"
-#include "cpu/convert.h"
+#include "cpu/isa/convert.h"
 
 namespace py = pybind11;
 

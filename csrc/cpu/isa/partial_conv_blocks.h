@@ -3,17 +3,12 @@
 // way in memory is transposed on the way in or out, so that a change of layout or dtype costs no extra pass.
 #pragma once
 
-#include <type_traits>
+#include "cpu/isa/convert.h"
+#include "cpu/partial_conv.h"
+#include "cpu/isa/scratch.h"
+#include "cpu/isa/transpose.h"
 
-#include "cpu/convert.h"
-#include "cpu/partial_conv_kernels.h"
-#include "cpu/scratch.h"
-#include "cpu/transpose.h"
-
-#define IK_NOINLINE static __attribute__((noinline))
-
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // The channels and pixels of one block.
@@ -24,40 +19,6 @@ struct Block {
   int64_t pixel;
   int pixels;
 };
-
-template <typename S, typename T>
-IK_INLINE Vec<T> load_some(const S* p, int valid) {
-  constexpr int L = Vec<T>::lanes;
-  if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value && !std::is_same<S, uint8_t>::value) {
-    if (valid == L) return load_vec(p);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-    if constexpr (std::is_same<S, float>::value) return load_first(p, valid);
-#endif
-  }
-  T some[L] = {};
-  for (int i = 0; i < valid; ++i) some[i] = static_cast<T>(load_one(p + i));
-  return Vec<T>::load(some);
-}
-
-template <typename S, typename T>
-IK_INLINE void store_some(Vec<T> x, S* p, int valid) {
-  constexpr int L = Vec<T>::lanes;
-  if constexpr (sizeof(T) == 4 && !std::is_same<S, double>::value) {
-    if (valid == L) return store_vec(x, p, false);
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-    if constexpr (std::is_same<S, float>::value) return store_first(x, p, valid);
-#endif
-  }
-  T some[L];
-  x.store(some);
-  for (int i = 0; i < valid; ++i) {
-    if constexpr (std::is_same<S, Half>::value || std::is_same<S, Bfloat16>::value) {
-      store_one(static_cast<float>(some[i]), p + i);
-    } else {
-      p[i] = static_cast<S>(some[i]);
-    }
-  }
-}
 
 // Whether vectors run along pixels or along channels, and how many are used of what.
 template <bool PIXEL_ROWS>
@@ -80,13 +41,13 @@ IK_NOINLINE void load_typed(const ImageView& view, const Block& b, Vec<T>* rows)
   if (view.interleaved == PIXEL_ROWS) {
     for (int r = 0; r < shape.rows; ++r) {
       prefetch(p + r * step);
-      rows[r] = load_some<S, T>(p + r * step, shape.lanes);
+      rows[r] = load_part<Vec<T>>(p + r * step, shape.lanes);
     }
     return;
   }
   for (int r = 0; r < shape.lanes; ++r) {
     prefetch(p + r * step);
-    rows[r] = load_some<S, T>(p + r * step, shape.rows);
+    rows[r] = load_part<Vec<T>>(p + r * step, shape.rows);
   }
   for (int r = shape.lanes; r < Vec<T>::lanes; ++r) rows[r] = Vec<T>(T(0));
   transpose(rows);
@@ -94,18 +55,8 @@ IK_NOINLINE void load_typed(const ImageView& view, const Block& b, Vec<T>* rows)
 
 template <bool PIXEL_ROWS, typename T>
 void load_block(const ImageView& view, const Block& b, Vec<T>* rows) {
-  switch (view.dtype) {
-    case Dtype::f32:
-      return load_typed<PIXEL_ROWS, float>(view, b, rows);
-    case Dtype::f64:
-      return load_typed<PIXEL_ROWS, double>(view, b, rows);
-    case Dtype::f16:
-      return load_typed<PIXEL_ROWS, Half>(view, b, rows);
-    case Dtype::bf16:
-      return load_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
-    default:
-      return load_typed<PIXEL_ROWS, uint8_t>(view, b, rows);
-  }
+  with_stored(view.dtype,
+              [&](auto stored) { load_typed<PIXEL_ROWS, typename decltype(stored)::type>(view, b, rows); });
 }
 
 template <bool PIXEL_ROWS, typename S, typename T>
@@ -114,26 +65,20 @@ IK_NOINLINE void store_typed(const ImageView& view, const Block& b, Vec<T>* rows
   const Shape<PIXEL_ROWS> shape(b);
   const int64_t step = view.interleaved ? view.stride_s : view.stride_c;
   if (view.interleaved == PIXEL_ROWS) {
-    for (int r = 0; r < shape.rows; ++r) store_some<S, T>(rows[r], p + r * step, shape.lanes);
+    for (int r = 0; r < shape.rows; ++r) store_part(rows[r], p + r * step, shape.lanes);
     return;
   }
   transpose(rows);
-  for (int r = 0; r < shape.lanes; ++r) store_some<S, T>(rows[r], p + r * step, shape.rows);
+  for (int r = 0; r < shape.lanes; ++r) store_part(rows[r], p + r * step, shape.rows);
 }
 
 // Leaves `rows` in any order.
 template <bool PIXEL_ROWS, typename T>
 void store_block(const ImageView& view, const Block& b, Vec<T>* rows) {
-  switch (view.dtype) {
-    case Dtype::f32:
-      return store_typed<PIXEL_ROWS, float>(view, b, rows);
-    case Dtype::f64:
-      return store_typed<PIXEL_ROWS, double>(view, b, rows);
-    case Dtype::f16:
-      return store_typed<PIXEL_ROWS, Half>(view, b, rows);
-    default:
-      return store_typed<PIXEL_ROWS, Bfloat16>(view, b, rows);
-  }
+  with_stored(view.dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    if constexpr (sizeof(S) > 1) store_typed<PIXEL_ROWS, S>(view, b, rows);
+  });
 }
 
 // A plane's values for the rows of a block.
@@ -156,12 +101,12 @@ IK_NOINLINE void load_plane(const PlaneView& view, const PartialConvCall& call, 
     return;
   }
   if (view.planes == 1) {
-    const Vec<T> plane = load_some<T, T>(p, shape.lanes);
+    const Vec<T> plane = load_part<Vec<T>>(p, shape.lanes);
     for (int r = 0; r < shape.rows; ++r) rows[r] = plane;
     return;
   }
   for (int r = 0; r < shape.rows; ++r) {
-    rows[r] = load_some<T, T>(p + (b.channel + r) / channels * call.pixels, shape.lanes);
+    rows[r] = load_part<Vec<T>>(p + (b.channel + r) / channels * call.pixels, shape.lanes);
   }
 }
 
@@ -275,5 +220,4 @@ static inline bool all_interleaved(const PartialConvCall& call) {
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

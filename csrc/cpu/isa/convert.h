@@ -1,25 +1,12 @@
 // Conversion between storage types and the accumulation type, a run of elements at a time.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
+#include "cpu/kernels.h"
 
-namespace ik {
-
-// bits: a mask of zeros and ones, 8 elements a byte.
-enum class Dtype : int { f32, f64, f16, bf16, boolean, u8, bits };
-
-static inline int64_t dtype_bytes(Dtype dtype) {
-  return dtype == Dtype::f64                           ? 8
-         : dtype == Dtype::f32                         ? 4
-         : dtype == Dtype::f16 || dtype == Dtype::bf16 ? 2
-                                                       : 1;
-}
-
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // How T itself is stored.
 template <typename T>
@@ -88,6 +75,16 @@ IK_INLINE void store_one(T x, T* p) {
   *p = x;
 }
 
+// Any T as any stored type.
+template <typename T, typename S>
+IK_INLINE void store_as(T x, S* p) {
+  if constexpr (sizeof(S) == 2) {
+    store_one(static_cast<float>(x), p);
+  } else {
+    *p = static_cast<S>(x);
+  }
+}
+
 template <typename T>
 IK_INLINE Vec<T> load_vec(const T* p) {
   return Vec<T>::load(p);
@@ -100,7 +97,6 @@ IK_INLINE void store_vec(Vec<T> x, T* p, bool stream) {
 
 #if defined(IK_ISA_AVX512)
 
-// The first `valid` elements; nothing behind them is touched.
 IK_INLINE Vec<float> load_first(const float* p, int valid) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
 }
@@ -185,56 +181,87 @@ IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool) { store_halves(x, p); 
 
 #endif
 
-// dst[i] = src[i], i < n, of one stored type.
-template <typename S, typename T>
-static void convert_run_to(const S* src, int64_t n, T* dst) {
+// Calls f(i, count) for runs of at most one vector.
+template <typename V, typename F>
+IK_INLINE void for_each_vector(int64_t n, F&& f) {
   int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
-  }
-  for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
+  for (; i + V::lanes <= n; i += V::lanes) f(i, V::lanes);
+  if (i < n) f(i, static_cast<int>(n - i));
 }
+
+// Whether whole vectors of S are loaded and stored as such by those who compute in T.
 template <typename S, typename T>
-static void convert_run_from(const T* src, int64_t n, S* dst) {
-  int64_t i = 0;
-  if constexpr (sizeof(T) == 4) {
-    for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) store_vec(Vec<T>::load(src + i), dst + i, false);
+constexpr bool kDirect = std::is_same_v<S, T> || (sizeof(T) == 4 && sizeof(S) == 2);
+
+// The first `count` elements, 0 behind them; nothing behind them is touched.
+template <typename V, typename S>
+IK_INLINE V load_part(const S* p, int count) {
+  using T = typename V::Element;
+  if constexpr (kDirect<S, T>) {
+    if (count == V::lanes) return load_vec(p);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+    if constexpr (std::is_same_v<S, float>) return load_first(p, count);
+#endif
   }
-  for (; i < n; ++i) store_one(static_cast<float>(src[i]), dst + i);
+  T part[V::lanes] = {};
+  for (int i = 0; i < count; ++i) part[i] = static_cast<T>(load_one(p + i));
+  return V::load(part);
+}
+template <typename V, typename S>
+IK_INLINE void store_part(V x, S* p, int count) {
+  using T = typename V::Element;
+  if constexpr (kDirect<S, T>) {
+    if (count == V::lanes) return store_vec(x, p, false);
+#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+    if constexpr (std::is_same_v<S, float>) return store_first(x, p, count);
+#endif
+  }
+  T part[V::lanes];
+  x.store(part);
+  for (int i = 0; i < count; ++i) store_as(part[i], p + i);
+}
+
+// Calls f(Stored<S>()) for the type S that `dtype` is stored as.
+template <typename S>
+struct Stored {
+  using type = S;
+};
+template <typename F>
+IK_INLINE auto with_stored(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(Stored<float>());
+    case Dtype::f64:
+      return f(Stored<double>());
+    case Dtype::f16:
+      return f(Stored<Half>());
+    case Dtype::bf16:
+      return f(Stored<Bfloat16>());
+    default:
+      return f(Stored<uint8_t>());
+  }
 }
 
 // dst[i] = src[i], i < n.
 template <typename T>
-static void convert_to(Dtype dtype, const void* src, int64_t n, T* dst) {
-  int64_t i = 0;
-  switch (dtype) {
-    case Dtype::f32: {
-      const float* s = static_cast<const float*>(src);
-      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
-      break;
+IK_NOINLINE void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
+  with_stored(dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    const S* src = static_cast<const S*>(data);
+    int64_t i = 0;
+    if constexpr (kDirect<S, T>) {
+      for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
     }
-    case Dtype::f64: {
-      const double* s = static_cast<const double*>(src);
-      for (; i < n; ++i) dst[i] = static_cast<T>(s[i]);
-      break;
-    }
-    case Dtype::f16:
-      return convert_run_to(static_cast<const Half*>(src), n, dst);
-    case Dtype::bf16:
-      return convert_run_to(static_cast<const Bfloat16*>(src), n, dst);
-    default: {  // bool and uint8 are plain weights
-      const uint8_t* s = static_cast<const uint8_t*>(src);
 #if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-      if constexpr (sizeof(T) == 4) {
-        for (; i + 8 <= n; i += 8) {
-          const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(s + i));
-          _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
-        }
+    if constexpr (sizeof(S) == 1 && sizeof(T) == 4) {
+      for (; i + 8 <= n; i += 8) {
+        const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src + i));
+        _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
       }
-#endif
-      for (; i < n; ++i) dst[i] = static_cast<T>(static_cast<int>(s[i]));
     }
-  }
+#endif
+    for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
+  });
 }
 
 // dst[i] = bit i of src.
@@ -253,44 +280,16 @@ static void unpack_bits(const uint8_t* src, int64_t n, T* dst) {
 
 // dst[i] = src[i] rounded to nearest even; dst is f16, bf16, f32 or f64.
 template <typename T>
-static void convert_from(Dtype dtype, const T* src, int64_t n, void* dst) {
-  int64_t i = 0;
-  switch (dtype) {
-    case Dtype::f32: {
-      float* d = static_cast<float*>(dst);
-      for (; i < n; ++i) d[i] = static_cast<float>(src[i]);
-      break;
+IK_NOINLINE void convert_from(Dtype dtype, const T* src, int64_t n, void* data) {
+  with_stored(dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    S* dst = static_cast<S*>(data);
+    int64_t i = 0;
+    if constexpr (kDirect<S, T>) {
+      for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) store_vec(Vec<T>::load(src + i), dst + i, false);
     }
-    case Dtype::f64: {
-      double* d = static_cast<double*>(dst);
-      for (; i < n; ++i) d[i] = static_cast<double>(src[i]);
-      break;
-    }
-    case Dtype::f16:
-      return convert_run_from(src, n, static_cast<Half*>(dst));
-    default:
-      return convert_run_from(src, n, static_cast<Bfloat16*>(dst));
-  }
-}
-
-// dst[3 * i + c] = src[i], i < n: the mask of an interleaved image of three channels.
-template <typename T>
-static void triple(const T* src, int64_t n, T* dst) {
-  int64_t i = 0;
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    const __m256i first = _mm256_setr_epi32(0, 0, 0, 1, 1, 1, 2, 2);
-    const __m256i second = _mm256_setr_epi32(2, 3, 3, 3, 4, 4, 4, 5);
-    const __m256i third = _mm256_setr_epi32(5, 5, 6, 6, 6, 7, 7, 7);
-    for (; i + 8 <= n; i += 8) {
-      const __m256 x = _mm256_loadu_ps(src + i);
-      _mm256_storeu_ps(dst + 3 * i, _mm256_permutevar8x32_ps(x, first));
-      _mm256_storeu_ps(dst + 3 * i + 8, _mm256_permutevar8x32_ps(x, second));
-      _mm256_storeu_ps(dst + 3 * i + 16, _mm256_permutevar8x32_ps(x, third));
-    }
-  }
-#endif
-  for (; i < n; ++i) dst[3 * i] = dst[3 * i + 1] = dst[3 * i + 2] = src[i];
+    for (; i < n; ++i) store_as(src[i], dst + i);
+  });
 }
 
 constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
@@ -313,5 +312,4 @@ static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, 
   return buffer;
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

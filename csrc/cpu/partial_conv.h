@@ -1,15 +1,11 @@
-// Interface between the kernels of partial convolution (partial_conv_kernels.cpp, one build per instruction
-// set) and their registration.
+// Interface between the kernels of partial convolution (isa/partial_conv.cpp, isa/partial_conv_window.cpp)
+// and the op.
 #pragma once
 
-#include <cstdint>
-
 #include "common/partial_conv.h"
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace ik {
-
-enum class Dtype : int;
 
 // A tensor [N, C, S] of S pixels, dense as [N, C, S] or, interleaved, as [N, S, C].
 struct ImageView {
@@ -51,21 +47,11 @@ struct PartialConvCall {
   int64_t units() const { return samples * tiles(); }
 };
 
-// Sums of a mask over windows. Sizes and strides are (depth, height, width).
-struct WindowCall {
+// Sums of a mask over windows.
+struct WindowCall : WindowShape {
   const void* mask = nullptr;
   Dtype mask_dtype{};
-  int64_t mask_stride[5] = {};
-  int64_t samples = 0;
-  int64_t groups = 1;
-  int64_t members = 1;       // channels of a group
   int64_t multiplicity = 1;  // of a single channel
-  int64_t size[3] = {};
-  int64_t out_size[3] = {};
-  int64_t kernel[3] = {};
-  int64_t stride[3] = {};
-  int64_t padding[3] = {};
-  int64_t dilation[3] = {};
   double numerator = 0;
   MaskUpdate update = MaskUpdate::clamp;
   void* planes = nullptr;  // [N, G, D, H, W] of the type computed in: the mask summed over channels
@@ -78,23 +64,14 @@ struct WindowCall {
 };
 
 struct PartialConvKernels {
-  void (*mask_input)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*finish)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*finish_backward)(const PartialConvCall& call, int64_t unit_begin, int64_t unit_end);
+  Kernel<PartialConvCall> mask_input, finish, finish_backward;
 };
 
 struct WindowKernels {
-  void (*sum_channels)(const WindowCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*sum_windows)(const WindowCall& call, int64_t row_begin, int64_t row_end);
+  Kernel<WindowCall> sum_channels, sum_windows;
 };
 
 }  // namespace ik
 
 IK_DECLARE_PER_ISA(PartialConvKernels, partial_conv_kernels)
 IK_DECLARE_PER_ISA(WindowKernels, window_kernels)
-namespace ik {
-namespace generic {
-extern const PartialConvKernels partial_conv_kernels_wide;
-extern const WindowKernels window_kernels_wide;
-}  // namespace generic
-}  // namespace ik

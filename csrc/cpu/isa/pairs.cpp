@@ -6,17 +6,13 @@
 // forward 8.75 + mask, backward 4.75 + a bit of the mask.
 #include "cpu/pairs.h"
 
-#include "cpu/pairs_backward.h"
-#include "cpu/pairs_forward.h"
+#include "cpu/isa/pairs_backward.h"
+#include "cpu/isa/pairs_forward.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
-const PairKernels pair_kernels = {forward_units<float>, backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-// float64 is for checking, not for speed: one build of it is enough.
-const PairKernels pair_kernels_wide = {forward_units<double>, backward_units<double>};
-#endif
+template <typename T>
+constexpr Kernels<PairCall> kKernels = {forward_units<T>, backward_units<T>};
+IK_DEFINE_PER_ISA(Kernels<PairCall>, pair_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -5,44 +5,25 @@
 //   finish_backward  gradients by raw and by the bias                   likewise, and the output read
 //
 // Along runs where all tensors lie the same way, else by blocks that are transposed in registers.
-#include "cpu/partial_conv_kernels.h"
+#include "cpu/partial_conv.h"
 
-#include "cpu/partial_conv_blocks.h"
-#include "cpu/partial_conv_rows.h"
+#include "cpu/isa/partial_conv_blocks.h"
+#include "cpu/isa/partial_conv_rows.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
-template <typename S>
-struct Stored {
-  using type = S;
-};
-
-// Calls f(Stored<S>()) for the dtype S of source and result; false where they differ or T does not hold it.
+// Calls f(Stored<S>()) for the dtype S of source and result; false where they differ or vectors of T do not
+// hold it.
 template <typename T, typename F>
-bool with_stored(const PartialConvCall& call, const F& f) {
+bool with_run(const PartialConvCall& call, const F& f) {
   if (call.source.dtype != call.result.dtype || call.source.interleaved != call.result.interleaved)
     return false;
-  if constexpr (sizeof(T) == 8) {
-    if (call.source.dtype != Dtype::f64) return false;
-    f(Stored<double>());
-    return true;
-  } else {
-    switch (call.source.dtype) {
-      case Dtype::f32:
-        f(Stored<float>());
-        return true;
-      case Dtype::f16:
-        f(Stored<Half>());
-        return true;
-      case Dtype::bf16:
-        f(Stored<Bfloat16>());
-        return true;
-      default:
-        return false;
-    }
-  }
+  return with_stored(call.source.dtype, [&](auto stored) {
+    constexpr bool direct = kDirect<typename decltype(stored)::type, T>;
+    if constexpr (direct) f(stored);
+    return direct;
+  });
 }
 
 template <typename T>
@@ -52,7 +33,7 @@ void mask_input_units(const PartialConvCall& call, int64_t begin, int64_t end) {
   const bool mask_fits = call.mask.interleaved == interleaved &&
                          (call.mask.dtype == kNative<T> || call.mask.dtype == call.source.dtype);
   if (several ? mask_fits : call.single_mask.data != nullptr) {
-    done = with_stored<T>(call, [&](auto stored) {
+    done = with_run<T>(call, [&](auto stored) {
       using S = typename decltype(stored)::type;
       if (several && call.mask.dtype == call.source.dtype) {
         interleaved ? mask_input_runs<true, S, S, T>(call, begin, end)
@@ -75,7 +56,7 @@ bool planes_fit(const PartialConvCall& call) {
 
 template <typename T>
 void finish_units(const PartialConvCall& call, int64_t begin, int64_t end) {
-  const bool done = planes_fit(call) && with_stored<T>(call, [&](auto stored) {
+  const bool done = planes_fit(call) && with_run<T>(call, [&](auto stored) {
                       using S = typename decltype(stored)::type;
                       call.source.interleaved ? finish_runs<true, S, T>(call, begin, end)
                                               : finish_runs<false, S, T>(call, begin, end);
@@ -90,7 +71,7 @@ void finish_backward_units(const PartialConvCall& call, int64_t begin, int64_t e
   const bool output_fits =
       call.output.data == nullptr ||
       (call.output.dtype == call.source.dtype && call.output.interleaved == call.source.interleaved);
-  const bool done = output_fits && planes_fit(call) && with_stored<T>(call, [&](auto stored) {
+  const bool done = output_fits && planes_fit(call) && with_run<T>(call, [&](auto stored) {
                       using S = typename decltype(stored)::type;
                       call.source.interleaved ? finish_backward_runs<true, S, T>(call, begin, end)
                                               : finish_backward_runs<false, S, T>(call, begin, end);
@@ -102,12 +83,8 @@ void finish_backward_units(const PartialConvCall& call, int64_t begin, int64_t e
 
 }  // namespace
 
-const PartialConvKernels partial_conv_kernels = {mask_input_units<float>, finish_units<float>,
-                                                 finish_backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-const PartialConvKernels partial_conv_kernels_wide = {mask_input_units<double>, finish_units<double>,
-                                                      finish_backward_units<double>};
-#endif
+template <typename T>
+constexpr PartialConvKernels kKernels = {mask_input_units<T>, finish_units<T>, finish_backward_units<T>};
+IK_DEFINE_PER_ISA(PartialConvKernels, partial_conv_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -2,12 +2,11 @@
 // pixels of one channel, or the channels of one pixel where everything is interleaved.
 #pragma once
 
-#include "cpu/convert.h"
-#include "cpu/partial_conv_kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/isa/convert.h"
+#include "cpu/partial_conv.h"
+#include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // A value for every element of a run, or one for all of it.
@@ -166,5 +165,4 @@ void finish_backward_runs(const PartialConvCall& call, int64_t begin, int64_t en
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -2,12 +2,10 @@
 // round.
 #include "cpu/stacked_images.h"
 
-#include "cpu/convert.h"
-#include "cpu/pairs_rows.h"
-#include "cpu/pixel_forward.h"
+#include "cpu/isa/masks.h"
+#include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 constexpr int64_t kPixels = StackedCall::unit_pixels;
@@ -281,11 +279,8 @@ void backward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_en
 
 }  // namespace
 
-const StackedKernels stacked_kernels = {forward_units<float>, backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-// float64 is for checking, not for speed: one build of it is enough.
-const StackedKernels stacked_kernels_wide = {forward_units<double>, backward_units<double>};
-#endif
+template <typename T>
+constexpr Kernels<StackedCall> kKernels = {forward_units<T>, backward_units<T>};
+IK_DEFINE_PER_ISA(Kernels<StackedCall>, stacked_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -1,14 +1,11 @@
 // Rows of the images, of the mask and of its region, prepared once for the segments and rows that share them.
 #pragma once
 
-#include <cmath>
-
-#include "cpu/convert.h"
+#include "cpu/isa/masks.h"
+#include "cpu/isa/scratch.h"
 #include "cpu/pairs.h"
-#include "cpu/pixel_forward.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 constexpr int64_t kNoRow = INT64_MIN;
 
@@ -44,45 +41,6 @@ class RowRing {
   Scratch<int64_t> rows_{0};
   Scratch<T> memory_{0};
 };
-
-// dst[repeat * i + c] = src[i], i < n.
-template <typename T>
-static void repeat_each(const T* src, int64_t n, int64_t repeat, T* dst) {
-  if (repeat == 3) return triple(src, n, dst);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = 0; c < repeat; ++c) *dst++ = src[i];
-  }
-}
-
-// Calls f(i, count) for runs of at most one vector.
-template <typename V, typename F>
-IK_INLINE void for_each_vector(int64_t n, F&& f) {
-  int64_t i = 0;
-  for (; i + V::lanes <= n; i += V::lanes) f(i, V::lanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-// The first `count` elements, 0 behind them.
-template <typename V, typename T>
-IK_INLINE V load_part(const T* p, int count) {
-  if (count == V::lanes) return V::load(p);
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if constexpr (sizeof(T) == 4) return load_first(p, count);
-#endif
-  T part[V::lanes] = {};
-  for (int i = 0; i < count; ++i) part[i] = p[i];
-  return V::load(part);
-}
-template <typename V, typename T>
-IK_INLINE void store_part(V x, T* p, int count) {
-  if (count == V::lanes) return x.store(p);
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-  if constexpr (sizeof(T) == 4) return store_first(x, p, count);
-#endif
-  T part[V::lanes];
-  x.store(part);
-  for (int i = 0; i < count; ++i) p[i] = part[i];
-}
 
 template <typename T>
 class MaskRows {
@@ -206,5 +164,4 @@ class MaskRows {
   Scratch<T> wide_, dilated_, ones_;
 };
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -6,16 +6,15 @@
 // NCHW keeps pixels contiguous, so G is made of dot products along rows; channels_last keeps channels
 // contiguous, so it is made of outer products. Only maps of few pixels are transposed. Half types are
 // converted block by block in cache.
-#include "cpu/gram_kernels.h"
+#include "cpu/gram.h"
 
 #include <cstdlib>
 
-#include "cpu/convert.h"
-#include "cpu/gemm.h"
-#include "cpu/scratch.h"
+#include "cpu/isa/convert.h"
+#include "cpu/isa/gemm.h"
+#include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 IK_INLINE const char* element(const FeatureMap& map, int64_t index) {
@@ -289,10 +288,8 @@ void symmetric_product_units(const SymmetricProductCall& call, int64_t unit_begi
 
 }  // namespace
 
-const GramKernels gram_kernels = {gram_units<float>, symmetric_product_units<float>};
-#if defined(IK_ISA_GENERIC)
-const GramKernels gram_kernels_wide = {gram_units<double>, symmetric_product_units<double>};
-#endif
+template <typename T>
+constexpr GramKernels kKernels = {gram_units<T>, symmetric_product_units<T>};
+IK_DEFINE_PER_ISA(GramKernels, gram_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

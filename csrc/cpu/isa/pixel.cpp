@@ -9,10 +9,9 @@
 
 #include <type_traits>
 
-#include "cpu/pixel_backward.h"
+#include "cpu/isa/pixel_backward.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 constexpr int64_t kChunk = PixelCall::chunk;
@@ -104,23 +103,14 @@ const T* fetch_mask(const PixelCall& call, int64_t sample, int64_t segment, int6
   const T* value =
       fetch(call.mask, call.mask_dtype, base + first, (start + n - 1) / repeat - first + 1, pixels);
   int64_t i = 0;
-  int64_t place = start - first * repeat;
-  if (repeat == 3) {  // photographs
-    for (; place != 0 && i < n; ++i) {
-      buffer[i] = *value;
-      if (++place == 3) place = 0, ++value;
-    }
-    const int64_t whole = (n - i) / 3;
-    triple(value, whole, buffer + i);
-    i += 3 * whole;
-    value += whole;
-  }
-  while (i < n) {
-    const int64_t stop = i + repeat - place < n ? i + repeat - place : n;
-    for (; i < stop; ++i) buffer[i] = *value;
+  const int64_t head = (first + 1) * repeat - start;  // elements left of the first pixel
+  if (head < repeat) {
+    for (; i < n && i < head; ++i) buffer[i] = *value;
     ++value;
-    place = 0;
   }
+  const int64_t whole = (n - i) / repeat;
+  repeat_each(value, whole, repeat, buffer + i);
+  for (i += whole * repeat; i < n; ++i) buffer[i] = value[whole];
   return buffer;
 }
 
@@ -325,11 +315,8 @@ void backward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end)
 
 }  // namespace
 
-const PixelKernels pixel_kernels = {forward_units<float>, backward_units<float>};
-#if defined(IK_ISA_GENERIC)
-// float64 is for checking, not for speed: one build of it is enough.
-const PixelKernels pixel_kernels_wide = {forward_units<double>, backward_units<double>};
-#endif
+template <typename T>
+constexpr Kernels<PixelCall> kKernels = {forward_units<T>, backward_units<T>};
+IK_DEFINE_PER_ISA(Kernels<PixelCall>, pixel_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

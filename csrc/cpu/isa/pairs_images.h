@@ -1,10 +1,9 @@
 // Units of work, and the rows of the images they go over.
 #pragma once
 
-#include "cpu/pairs_rows.h"
+#include "cpu/isa/pairs_rows.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // The segments of one sample and the rows one call works on.
@@ -141,5 +140,4 @@ const T* image_row(const PairCall& call, Rows<T>& rows, int64_t segment, int64_t
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

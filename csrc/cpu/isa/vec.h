@@ -1,5 +1,5 @@
-// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/*.cpp are compiled once
-// per set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler
+// SIMD vector of floats for the instruction set this file is compiled for (csrc/cpu/isa/*.cpp are compiled
+// once per set). Vec<float> has 16 lanes with AVX-512, else 8; without AVX it is an array that the compiler
 // vectorises (SSE2, NEON). Vec<double> is always such an array: float64 is for checking, not for speed.
 #pragma once
 
@@ -24,9 +24,9 @@
 
 #define IK_INLINE static inline __attribute__((always_inline))
 #define IK_MEMBER inline __attribute__((always_inline))
+#define IK_NOINLINE static __attribute__((noinline))
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // The overloads for Vec below would hide those for single elements.
 using ik::abs_;
@@ -41,6 +41,7 @@ IK_INLINE double select_if_zero_(double weight, double value) { return weight ==
 
 template <typename T>
 struct Vec {
+  using Element = T;
   static constexpr int lanes = 8;
   T v[lanes];
   Vec() = default;
@@ -132,6 +133,7 @@ IK_INLINE Vec<T> sqrt_(Vec<T> a) {
 
 template <>
 struct Vec<float> {
+  using Element = float;
   static constexpr int lanes = 16;
   __m512 v;
   Vec() = default;
@@ -179,6 +181,7 @@ IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float>
 
 template <>
 struct Vec<float> {
+  using Element = float;
   static constexpr int lanes = 8;
   __m256 v;
   Vec() = default;
@@ -238,5 +241,4 @@ IK_INLINE Vec<float> select_positive_(Vec<float> x, Vec<float> value, Vec<float>
 
 #endif
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

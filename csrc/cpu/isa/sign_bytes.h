@@ -2,10 +2,9 @@
 // and sums of signs are one instruction for 32 elements.
 #pragma once
 
-#include "cpu/scratch.h"
+#include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // Elements unpacked at a time; a row of bytes may be written up to so many beyond its end, with zeros.
@@ -88,5 +87,4 @@ IK_MEMBER Vec<float> load_difference<Vec<float>>(const int8_t* a, const int8_t* 
 #endif
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -1,14 +1,9 @@
-// Interface between the Gram kernels (gram_kernels.cpp, one build per instruction set) and the registrations
-// of gram and style.
+// Interface between the Gram kernels (isa/gram.cpp) and the ops gram and style.
 #pragma once
 
-#include <cstdint>
-
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace ik {
-
-enum class Dtype : int;
 
 // One feature map of N samples, C channels and M = H*W pixels.
 struct FeatureMap {
@@ -60,15 +55,10 @@ struct SymmetricProductCall {
 };
 
 struct GramKernels {
-  void (*gram)(const GramCall& call, int64_t unit_begin, int64_t unit_end);
-  void (*symmetric_product)(const SymmetricProductCall& call, int64_t unit_begin, int64_t unit_end);
+  Kernel<GramCall> gram;
+  Kernel<SymmetricProductCall> symmetric_product;
 };
 
 }  // namespace ik
 
 IK_DECLARE_PER_ISA(GramKernels, gram_kernels)
-namespace ik {
-namespace generic {
-extern const GramKernels gram_kernels_wide;
-}
-}  // namespace ik

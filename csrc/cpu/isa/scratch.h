@@ -5,10 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // A core alone keeps too few reads in flight to use the memory. Prefetching into the second-level cache, half
@@ -52,5 +51,4 @@ class Scratch {
 };
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

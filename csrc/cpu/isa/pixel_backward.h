@@ -2,10 +2,9 @@
 // l1 and from pred and target otherwise.
 #pragma once
 
-#include "cpu/pixel_forward.h"
+#include "cpu/isa/pixel_forward.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 template <typename S, typename T>
 struct BackwardRun {
@@ -78,5 +77,4 @@ void backward_run(const BackwardRun<S, T>& run) {
   }
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

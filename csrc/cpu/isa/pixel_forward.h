@@ -2,61 +2,17 @@
 // signs of the differences for l1, or the map of the weighted penalty.
 #pragma once
 
-#include "cpu/convert.h"
+#include "cpu/isa/masks.h"
+#include "cpu/isa/scratch.h"
 #include "cpu/pixel.h"
-#include "cpu/scratch.h"
-#include "cpu/vec.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // What a mask means to a run. A mask of zeros and ones selects and needs no multiplication.
 enum class Weights { none, mask, binary_mask, two_regions, two_binary_regions };
 
 constexpr bool has_two_regions(Weights w) {
   return w == Weights::two_regions || w == Weights::two_binary_regions;
-}
-
-// The weights of one run: their sum, the sum of 1 - weight, and whether all are 0 or 1.
-struct MaskScan {
-  double weight = 0;
-  double rest = 0;
-  bool binary = true;
-};
-
-// Packs the mask into `bits` unless null; those are of use only if it is binary.
-template <typename T>
-MaskScan scan_mask(const T* mask, int64_t n, uint8_t* bits) {
-  using V = Vec<T>;
-  const V one(T(1));
-  // w^2 - w is 0 for 0 and 1 alone; NaN and Inf make it NaN.
-  V weight(T(0)), rest(T(0)), off(T(0));
-  int64_t i = 0;
-  for (; i + V::lanes <= n; i += V::lanes) {
-    const V w = V::load(mask + i);
-    weight = weight + w;
-    rest = rest + (one - w);
-    off = off + abs_(w * w - w);
-    if (bits == nullptr) continue;
-    const uint32_t word = w.positive_bits();
-    for (int g = 0; g < V::lanes / 8; ++g) bits[i / 8 + g] = static_cast<uint8_t>(word >> (8 * g));
-  }
-  T tail_weight = T(0), tail_rest = T(0), tail_off = T(0);
-  while (i < n) {
-    const int64_t end = i + 8 < n ? i + 8 : n;
-    uint32_t word = 0;
-    for (int64_t at = i; at < end; ++at) {
-      const T w = mask[at];
-      tail_weight += w;
-      tail_rest += T(1) - w;
-      tail_off += abs_(w * w - w);
-      word |= uint32_t(w > T(0)) << (at - i);
-    }
-    if (bits != nullptr) bits[i / 8] = static_cast<uint8_t>(word);
-    i = end;
-  }
-  return {weight.sum() + static_cast<double>(tail_weight), rest.sum() + static_cast<double>(tail_rest),
-          off.sum() + static_cast<double>(tail_off) == 0};
 }
 
 // K predictions of one target.
@@ -89,13 +45,6 @@ IK_INLINE void store_signs(uint8_t* signs, int count, uint32_t positive, uint32_
     signs[2 * g + 1] = static_cast<uint8_t>(negative >> (8 * g));
   }
 #endif
-}
-
-// (hole, valid) weights from the mask value.
-template <typename T>
-IK_INLINE void split_regions(T mask, T one, bool mask_is_hole, T& hole, T& valid) {
-  hole = mask_is_hole ? mask : one - mask;
-  valid = mask_is_hole ? one - mask : mask;
 }
 
 // One step on a vector (V = Vec<T>) or on a single element (V = T) of a run. sums: of the first and the
@@ -184,5 +133,4 @@ void forward_run(const ForwardRun<S, T, K>& run, double* sum) {
   }
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -1,10 +1,9 @@
 // Forward over neighbouring pixels: sums of the terms, and the signs of the differences.
 #pragma once
 
-#include "cpu/pairs_images.h"
+#include "cpu/isa/pairs_images.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // A row of the image, and the one above it, with their pair weights and sign planes.
@@ -212,5 +211,4 @@ void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -1,11 +1,10 @@
 // Backward over neighbouring pixels: from the signs for l1, from three rows of the image for l2.
 #pragma once
 
-#include "cpu/pairs_images.h"
-#include "cpu/sign_bytes.h"
+#include "cpu/isa/pairs_images.h"
+#include "cpu/isa/sign_bytes.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 // The signs of a segment, row by row downwards.
@@ -214,5 +213,4 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
 }
 
 }  // namespace
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

@@ -1,12 +1,11 @@
 // CPU kernels of partial convolution's mask path: the mask summed over channels, then over windows.
 #include <limits>
 
-#include "cpu/convert.h"
-#include "cpu/partial_conv_kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/isa/convert.h"
+#include "cpu/partial_conv.h"
+#include "cpu/isa/scratch.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 namespace {
 
 template <typename T>
@@ -16,46 +15,35 @@ IK_INLINE void set_zero(T* p, int64_t n) {
 
 template <typename T>
 T mask_value(Dtype dtype, const void* p, int64_t at) {
-  switch (dtype) {
-    case Dtype::f32:
-      return static_cast<T>(static_cast<const float*>(p)[at]);
-    case Dtype::f64:
-      return static_cast<T>(static_cast<const double*>(p)[at]);
-    case Dtype::f16:
-      return static_cast<T>(load_one(static_cast<const Half*>(p) + at));
-    case Dtype::bf16:
-      return static_cast<T>(load_one(static_cast<const Bfloat16*>(p) + at));
-    default:
-      return static_cast<T>(static_cast<const uint8_t*>(p)[at]);
-  }
+  return with_stored(dtype, [&](auto stored) {
+    return static_cast<T>(load_one(static_cast<const typename decltype(stored)::type*>(p) + at));
+  });
 }
 
 // sum[i] += src[i], i < n.
-template <typename S, typename T>
-IK_INLINE void add_stored(const S* src, int64_t n, T* sum) {
-  constexpr int L = Vec<T>::lanes;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    prefetch(src + i);
-    (Vec<T>::load(sum + i) + load_vec(src + i)).store(sum + i);
-  }
-  for (; i < n; ++i) sum[i] += load_one(src + i);
-}
-
 template <typename T>
-void add_run(Dtype dtype, const void* src, int64_t n, T* sum) {
-  if constexpr (sizeof(T) == 4) {
-    if (dtype == Dtype::f32) return add_stored(static_cast<const float*>(src), n, sum);
-    if (dtype == Dtype::f16) return add_stored(static_cast<const Half*>(src), n, sum);
-    if (dtype == Dtype::bf16) return add_stored(static_cast<const Bfloat16*>(src), n, sum);
-  }
-  constexpr int64_t kSome = 256;
-  T values[kSome];
-  for (int64_t at = 0; at < n; at += kSome) {
-    const int64_t count = least(kSome, n - at);
-    convert_to(dtype, static_cast<const char*>(src) + dtype_bytes(dtype) * at, count, values);
-    for (int64_t i = 0; i < count; ++i) sum[at + i] += values[i];
-  }
+void add_run(Dtype dtype, const void* data, int64_t n, T* sum) {
+  with_stored(dtype, [&](auto stored) {
+    using S = typename decltype(stored)::type;
+    const S* src = static_cast<const S*>(data);
+    if constexpr (kDirect<S, T> && sizeof(T) == 4) {
+      constexpr int L = Vec<T>::lanes;
+      int64_t i = 0;
+      for (; i + L <= n; i += L) {
+        prefetch(src + i);
+        (Vec<T>::load(sum + i) + load_vec(src + i)).store(sum + i);
+      }
+      for (; i < n; ++i) sum[i] += load_one(src + i);
+    } else {
+      constexpr int64_t kSome = 256;
+      T values[kSome];
+      for (int64_t at = 0; at < n; at += kSome) {
+        const int64_t count = least(kSome, n - at);
+        convert_to(dtype, src + at, count, values);
+        for (int64_t i = 0; i < count; ++i) sum[at + i] += values[i];
+      }
+    }
+  });
 }
 
 // Adds the channels of every group into its plane; unit: (sample, group, tile of pixels).
@@ -152,10 +140,8 @@ void sum_windows_rows(const WindowCall& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const WindowKernels window_kernels = {sum_channels_units<float>, sum_windows_rows<float>};
-#if defined(IK_ISA_GENERIC)
-const WindowKernels window_kernels_wide = {sum_channels_units<double>, sum_windows_rows<double>};
-#endif
+template <typename T>
+constexpr WindowKernels kKernels = {sum_channels_units<T>, sum_windows_rows<T>};
+IK_DEFINE_PER_ISA(WindowKernels, window_kernels, kKernels)
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

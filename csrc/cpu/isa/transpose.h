@@ -1,10 +1,9 @@
 // Transposition of a square block of vectors in registers.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 template <typename T>
 IK_INLINE void transpose(Vec<T>* rows) {
@@ -71,5 +70,4 @@ IK_INLINE void transpose(Vec<float>* rows) {
 
 #endif
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA

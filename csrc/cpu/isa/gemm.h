@@ -1,10 +1,9 @@
 // Register tiles of the Gram kernels: small matrix products whose operands stay where they are.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/isa/vec.h"
 
-namespace ik {
-namespace IK_ISA {
+namespace ik::IK_ISA {
 
 // Rows x columns of a tile, sized to the register file: sums and operands of 32 registers with AVX-512, of 16
 // else. The tiles for AVX2 fill it (12 sums, 3 + 1 or 2 + 1 operands): 8 sums are fewer than its two units of
@@ -101,5 +100,4 @@ IK_INLINE void pack_columns(const T* row, int64_t n, T* panel) {
   for (int64_t i = 0; i < kOuterCols<T>; ++i) panel[i] = i < n ? row[i] : T(0);
 }
 
-}  // namespace IK_ISA
-}  // namespace ik
+}  // namespace ik::IK_ISA
