@@ -27,7 +27,7 @@ from partial_conv_cases import (
 from pixel_cases import MASK_DTYPES, on_device, skip_unsupported, with_specials
 
 from inpaint_kernels.ops import _checks
-from inpaint_kernels.ops.partial_conv import window
+from inpaint_kernels.ops._partial_conv import window
 from inpaint_kernels.reference import partial_conv as reference
 
 # ---- what makes a partial convolution ----------------------------------------------------------------------------
