@@ -64,6 +64,18 @@ def backends_under_test() -> list[Backend]:
     return [Backend(name, "cuda" if on_gpu[name] else "cpu") for name in names]
 
 
+def backend_for(function: str, backend: Backend | None) -> str | None:
+    """What a public function takes as `backend=`; a test of kernels that its op does not have is skipped."""
+    from inpaint_kernels import _library
+
+    if backend is None:
+        return None
+    op = _library.OPS.get("stacked_images" if function == "composite" else function)
+    if op is not None and backend.name not in (*op.backends, "reference"):
+        pytest.skip(f"{op.name} has no {backend} kernels")
+    return backend.name
+
+
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
     """Parametrize over the product of the axes, or `covering` where there is no time for that."""
     return covering(**axes) if COVERING else _parametrize(axes, list(itertools.product(*axes.values())))

@@ -5,12 +5,14 @@
 #include <cstdint>
 
 #include "common/pixel_shape.h"
-#include "common/stacked_images.h"
 #include "cpu/isa.h"
 
 namespace ik {
 
 enum class Dtype : int;
+
+// The parts of a stacked batch, in the order of reference/stacked_images.py.
+enum class Part : int { raw, composite, target, hole_raw, hole_target };
 
 struct StackedCall {
   PixelShape shape;          // of pred
