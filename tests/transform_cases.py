@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def _partial_conv(function: Callable[..., Any], dims: int, **options: Any) -> Ca
 
 CASES = {
     "masked_l1": _images(ik.masked_l1_loss),
-    "masked_l1 none": _images(ik.masked_l1_loss, reduction="none"),
+    "masked_l1 none": replace(_images(ik.masked_l1_loss, reduction="none"), function="masked_l1 none"),
     "masked_mse": _images(ik.masked_mse_loss),
     "masked_charbonnier": _images(ik.masked_charbonnier_loss, eps=0.05, normalize="sample"),
     "masked_huber": _images(ik.masked_huber_loss, delta=0.4, normalize="image"),

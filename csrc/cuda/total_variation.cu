@@ -2,7 +2,8 @@
 //
 //   forward   loss = s_0 sum of the pairs down + s_1 sum of those across; a pair is w p(next - this)
 //   backward  d loss / d image = grad (the pairs that end at a pixel minus those that begin there),
-//             each pair s w p'(next - this); of a composite pred gets that times the hole, target times the rest
+//             each pair s w p'(next - this); of a composite pred gets that times the hole,
+//             target times the rest
 //
 // Saved for backward: the scales and for l1 4 bits of signs an element; l2 needs the images. Work split:
 // pairs.cuh. Two launches forward, one backward. Bytes per element, fp32:
