@@ -109,7 +109,10 @@ def check_widths(launch: Launch, resources: Resources) -> None:
     # The tensors of the only layer, see `kernel_tensors`.
     names = "input", "target", "mask", "signs", "grad_input", "grad_target"
     tensors = dict(zip(names, arguments["layers"][0], strict=False))
-    tensors |= {"grad": arguments["grads"][0] if "grads" in arguments else None, "map": arguments.get("map_ptr")}
+    tensors |= {
+        "grad": arguments["grads"][0] if "grads" in arguments else None,
+        "map": arguments.get("map_ptr"),
+    }
     moved = {
         "input": steps,
         "target": steps,
