@@ -51,7 +51,12 @@ def providers(benchmark: Benchmark, case: Case, device: torch.device) -> list[st
         names += ["rewrite", "compile-rewrite"] if benchmark.compiled else ["rewrite"]
     if device.type == "cuda" and benchmark.compiled:
         names.append("compile-tuned")
-    return names + [f"ik-{own}" for own in benchmark.variants or _BACKENDS[device.type]]
+    if benchmark.variants:
+        return names + [f"ik-{own}" for own in benchmark.variants]
+    from inpaint_kernels import _library
+
+    op = _library.OPS.get(benchmark.op)
+    return names + [f"ik-{own}" for own in _BACKENDS[device.type] if op is None or own in op.backends]
 
 
 class _Upstream(torch.autograd.Function):

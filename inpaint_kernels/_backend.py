@@ -42,7 +42,7 @@ def unavailable(
     if backend == "reference":
         return None
     if backend not in available:
-        return f"this op has no {backend} kernels"
+        return f"this op has no {backend} kernels, only {', '.join(available)} and reference"
     on = device.type
     if backend == "cpu" and on != "cpu":
         return f"the cpu kernels read CPU tensors, not {on}"
@@ -135,7 +135,7 @@ def choose(
 ) -> str:
     """Backend of this call. The answer depends only on the arguments, so it is worked out once for each
     combination."""
-    if backend is None:
+    if backend is None and default_backend in (*available, "reference"):
         backend = default_backend
     if torch.compiler.is_compiling():
         return _resolve(op, available, backend, device, dtypes)

@@ -240,6 +240,8 @@ class Op:
         tensors: Sequence[Tensor | None],
         *dtypes: torch.dtype,
         refused: str | None = None,
+        form: str = "",
+        backends: tuple[str, ...] | None = None,
         **fixed: Tensor | Sequence[Tensor] | None,
     ) -> str:
         """Backend of this call, the reference where no kernel will do; raises when a forced one cannot run.
@@ -249,6 +251,7 @@ class Op:
             tensors: all of the call, which tell the device and whether anything watches.
             dtypes: what has to be computed in.
             refused: what kernels do not do in this call.
+            form, backends: for a form of the op that not all its backends have, what it is and those that do.
             fixed: by argument, the tensors that kernels compute no gradient to.
         """
         if refused is None and torch.is_grad_enabled():
@@ -264,7 +267,8 @@ class Op:
             return "reference"
         first = tensors[0]
         assert first is not None
-        chosen = _backend.choose(self.name, self.backends, backend, first.device, *dtypes)
+        served = self.backends if backends is None else backends
+        chosen = _backend.choose(self.name + form, served, backend, first.device, *dtypes)
         if refused is not None and chosen != "reference":
             raise RuntimeError(f"{self.name}: backend {chosen!r} {refused}")
         return chosen

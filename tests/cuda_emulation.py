@@ -80,7 +80,8 @@ def install() -> Iterator[None]:
     ) -> str | None:
         on_gpu = torch.device("cuda") if backend == "cuda" else device
         reason = unavailable(backend, available, on_gpu, dtypes)
-        return None if backend == "cuda" and torch.float64 not in dtypes else reason
+        runs = backend == "cuda" and "cuda" in available and torch.float64 not in dtypes
+        return None if runs else reason
 
     _backend.unavailable, _backend._chosen = emulated, {}
     try:

@@ -64,6 +64,17 @@ def backends_under_test() -> list[Backend]:
     return [Backend(name, "cuda" if on_gpu[name] else "cpu") for name in names]
 
 
+# Public functions, and settings of them, without CUDA kernels.
+WITHOUT_CUDA = ("stacked_images", "composite", "masked_l1 none")
+
+
+def backend_for(function: str, backend: Backend | None) -> str | None:
+    """What a public function takes as `backend=`; a test of kernels that it does not have is skipped."""
+    if backend is not None and backend.name == "cuda" and function in WITHOUT_CUDA:
+        pytest.skip(f"{function} has no CUDA kernels")
+    return backend and backend.name
+
+
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
     """Parametrize over the product of the axes, or `covering` where there is no time for that."""
     return covering(**axes) if COVERING else _parametrize(axes, list(itertools.product(*axes.values())))

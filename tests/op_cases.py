@@ -37,6 +37,7 @@ from harness import (
     Backend,
     Call,
     as_tuple,
+    backend_for,
     check_against_truth,
     evaluate,
     spread,
@@ -278,8 +279,9 @@ def stacked_images() -> Iterator[Op]:
         yield Op(f"stacked_images {stack}", *common, keeps=bits(0, 0, 0), made=(0, 1))
         yield Op(f"stacked_images {stack} own mask", *common, keeps=bits(0, mask, 0), made=(0, 1, 2))
     yield Op(
-        "composite", "stacked_images", lambda backend: partial(ik.composite, backend=backend and backend.name),
-        composite_formula, images, 2, check_against_truth, keeps=bits(0, 0, 0), made=(0, 1),
+        "composite", "stacked_images",
+        lambda backend: partial(ik.composite, backend=backend_for("composite", backend)), composite_formula,
+        images, 2, check_against_truth, keeps=bits(0, 0, 0), made=(0, 1),
     )  # fmt: skip
 
 

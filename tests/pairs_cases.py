@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, EMULATING, INTERPRETING, Backend, generator
+from harness import DTYPES, EMULATING, INTERPRETING, Backend, backend_for, generator
 from hypothesis import strategies as st
 from pixel_cases import MASK_SHAPES, hole_valid_formula, image_cases, make_mask, penalty_map, ratio
 from torch import Tensor
@@ -289,7 +289,7 @@ def stacked_images_formula(
 
 
 def stacked_images_call(backend: Backend | None, **options: Any) -> Callable[..., Tensor]:
-    return partial(ik.stacked_images, **options, backend=backend and backend.name)
+    return partial(ik.stacked_images, **options, backend=backend_for("stacked_images", backend))
 
 
 def eighths(mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, EMULATING, INTERPRETING, LAYOUTS, Backend, generator, laid_out
+from harness import DTYPES, EMULATING, INTERPRETING, LAYOUTS, Backend, backend_for, generator, laid_out
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,7 +139,8 @@ def hole_valid_formula(
 def masked_call(backend: Backend | None, *, penalty: str, mode: str) -> Callable[..., Tensor]:
     """The public function of a penalty, as a function of (pred, target, mask)."""
     reduction, normalize = MODES[mode]
-    settings = {"reduction": reduction, "normalize": normalize, "backend": backend and backend.name}
+    name = backend_for("masked_l1 none" if reduction == "none" else "masked_l1", backend)
+    settings = {"reduction": reduction, "normalize": normalize, "backend": name}
     function, parameter = {
         "l1": (ik.masked_l1_loss, {}),
         "l2": (ik.masked_mse_loss, {}),

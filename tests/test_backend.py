@@ -17,7 +17,7 @@ from processes import run_code
 from training_checks import ops_called
 
 import inpaint_kernels as ik
-from inpaint_kernels import _extension
+from inpaint_kernels import _backend, _extension
 
 TESTS = Path(__file__).parent
 SIZE = (2, 3, 9, 14)
@@ -72,6 +72,21 @@ def test_gpu_backend_on_cpu_tensors_says_why_not(op: str, name: str) -> None:
     sentence = rf"{op}: backend '{name}' cannot run: .*CUDA tensors, not cpu"
     with pytest.raises(RuntimeError, match=sentence):
         loss(*image_pair(SIZE), make_mask("n1hw", SIZE), backend=name)
+
+
+def test_backends_that_an_op_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [*image_pair(SIZE), make_mask("n1hw", SIZE)]
+    others = "this op has no cuda kernels, only cpu, triton and reference"
+    with pytest.raises(RuntimeError, match=f"stacked_images: backend 'cuda' cannot run: {others}"):
+        ik.composite(*images, backend="cuda")
+    with pytest.raises(RuntimeError, match=f"masked_l1 with reduction='none': .* cannot run: {others}"):
+        ik.masked_l1_loss(*images, reduction="none", backend="cuda")
+    # The default is for the ops that have its kernels.
+    monkeypatch.setattr(_backend, "default_backend", "cuda")
+    assert ik.composite(*images).shape == SIZE
+    assert ik.masked_l1_loss(*images, reduction="none").shape == SIZE
+    with pytest.raises(RuntimeError, match="CUDA tensors"):
+        ik.masked_l1_loss(*images)
 
 
 def test_gpu_kernels_say_that_they_have_no_float64(kernel: Backend) -> None:

@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import DTYPES, LAYOUTS, Backend, check_against_truth, evaluate, grid, laid_out, same_bits
+from harness import (
+    DTYPES,
+    LAYOUTS,
+    Backend,
+    backend_for,
+    check_against_truth,
+    evaluate,
+    grid,
+    laid_out,
+    same_bits,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs_cases import (
@@ -30,7 +40,7 @@ SIZE = (2, 3, 9, 14)
 
 
 def composite_call(backend: Backend | None, mask_is: str = "valid") -> Callable[..., Tensor]:
-    return partial(ik.composite, mask_is=mask_is, backend=backend and backend.name)
+    return partial(ik.composite, mask_is=mask_is, backend=backend_for("composite", backend))
 
 
 def check(backend: Backend, pred: Tensor, target: Tensor, mask: Tensor, mask_is: str = "valid") -> None:

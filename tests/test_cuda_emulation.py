@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import cuda_emulation
 import pytest
@@ -38,15 +37,10 @@ from harness import (
     same_bits,
 )
 from pairs_cases import (
-    PARTS,
     PENALTIES,
-    SCALE,
-    SHIFT,
     inpainting_pixel_call,
     inpainting_pixel_formula,
     region_mask,
-    stacked_images_call,
-    stacked_images_formula,
     total_variation_call,
     total_variation_formula,
 )
@@ -60,14 +54,12 @@ from pixel_cases import (
 )
 
 from inpaint_kernels.ops.gram import gram_matrix
-from inpaint_kernels.ops.stacked_images import MOST_ON_GPU
 from inpaint_kernels.ops.style import style_loss
 
 pytestmark = pytest.mark.skipif(INTERPRETING or EMULATING, reason="runs with the compiled backends")
 
 BOTH = ("contiguous", "channels_last")
 HALF_AND_FULL = ("f32", "f16", "bf16")
-NORMALIZED: dict[str, Any] = {"scale": SCALE, "shift": SHIFT}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,14 +123,14 @@ def test_bool_from_bytes(op: str) -> None:
 
 @covering(mask_dtype=("f32", "u8"), images=("f32", "bf16"), kind=("n1hw", "nchw"))
 def test_odd_strides(mask_dtype: str, images: str, kind: str) -> None:
-    """Dense planes of whole vectors that start at odd addresses: those of a mask and of a map's gradient."""
+    """A mask of dense planes of whole vectors that start at odd addresses."""
     mask = make_mask(kind, (2, 3, 16, 32), mask_dtype)
     assert mask is not None
     n, c, h, w = mask.shape
     strides = (c * (h * w + 1) + 1, h * w + 1, w, 1)
     view = mask.new_full([n * strides[0]], 7).as_strided(mask.shape, strides)
     view.copy_(mask)
-    for options in ({"penalty": "l1", "mode": "mask"}, {"penalty": "l2", "mode": "none"}):
+    for options in ({"penalty": "l1", "mode": "mask"}, {"penalty": "l2", "mode": "sum"}):
         pair = image_pair((2, 3, 16, 32), f"{images}/{images}")
         check_against_truth(
             masked_call(EMULATED, **options), partial(masked_formula, **options), [*pair, view]
@@ -206,59 +198,3 @@ def test_many_layers() -> None:
     pairs = [distance_pair((1, 3 + i, 4, 4), seed=i) for i in range(19)]
     flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     check_distance(EMULATED, flat, 19, distance_settings())
-
-
-# ---- stacked_images ------------------------------------------------------------------------------------------------
-
-
-def check_stack(size: tuple[int, ...], dtypes: str = "f32/f32", kind: str = "n1hw", **options: Any) -> None:
-    options.setdefault("parts", PARTS)
-    most = torch.tensor(float(len(options["parts"])))
-    check_against_truth(
-        stacked_images_call(EMULATED, **options),
-        partial(stacked_images_formula, **options),
-        [*image_pair(size, dtypes), make_mask(kind, size)],
-        # Sums of very many terms lose accuracy with the largest partial sum.
-        magnitudes={0: most, 1: most} if most > 8 else None,
-        out_dtype=torch.float32 if dtypes == "f32/f32" else torch.bfloat16,
-    )
-
-
-def by_channel(channels: int) -> dict[str, Any]:
-    """Constants of every channel; the shifts do not cancel what is shifted."""
-    return {
-        "scale": [0.5 + 0.3 * i for i in range(channels)],
-        "shift": [20.0 * (1 - 2 * (i % 2)) + 10 * i for i in range(channels)],
-    }
-
-
-@covering(dtypes=("f32/f32", "bf16/bf16"), kind=("n1hw", "nchw"))
-def test_rounds(dtypes: str, kind: str) -> None:
-    """Enough tiles that a block goes over the channels twice, with one mask for both rounds and with two."""
-    check_stack((264, 3, 23, 24), dtypes, kind, parts=("raw", "composite", "target"), **NORMALIZED)
-
-
-@covering(size=((2, 1, 9, 13), (1, 1, 48, 56)), dtypes=("f32/f32", "bf16/bf16"), swap=(False, True))
-def test_one_channel_becomes_several(size: tuple[int, ...], dtypes: str, swap: bool) -> None:
-    check_stack(size, dtypes, swap_channels=swap, **by_channel(MOST_ON_GPU["cuda"]))
-    # As many parts as channels.
-    check_stack(size, dtypes, parts=("raw", "composite", "target"), swap_channels=swap, **NORMALIZED)
-
-
-@covering(layout=("n1hw", "nchw"), swap=(False, True))
-def test_as_many_constants_as_a_launch_takes(layout: str, swap: bool) -> None:
-    """Several tiles across the channels."""
-    check_stack((1, 64, 12, 12), kind=layout, swap_channels=swap, **by_channel(64))
-
-
-def test_more_than_a_launch_takes() -> None:
-    most = MOST_ON_GPU["cuda"]
-    parts = (PARTS * most)[:most]
-    check_stack((2, 3, 9, 13), parts=parts)
-    with pytest.raises(RuntimeError, match="at most 64 parts"):
-        check_stack((2, 3, 9, 13), parts=[*parts, "raw"])
-    size = (1, most + 1, 2, 3)
-    with pytest.raises(RuntimeError, match="at most 64 parts, and scale and shift"):
-        check_stack(size, **by_channel(size[1]))
-    # One for all channels is one.
-    check_stack(size, scale=0.7, shift=12.0)

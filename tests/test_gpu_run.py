@@ -92,6 +92,7 @@ def test_plugin_replaces_a_process_that_lost_its_device(tmp_path: Path) -> None:
 
 def test_smoke_has_every_op_and_what_breaks_kernels() -> None:
     assert set(gpu_smoke.OPS) == set(_library.OPS)
+    assert set(gpu_smoke.WITHOUT_CUDA) == {n for n, op in _library.OPS.items() if "cuda" not in op.backends}
     for op in gpu_smoke.OPS:
         cases = list(gpu_smoke_checks.cases(run.discover()[op], tiny=False))
         kinds = {(case.dtype_name, case.layout) for case in cases}

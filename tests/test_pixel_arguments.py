@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Backend
+from harness import Backend, backend_for
 from torch import Tensor
 from training_checks import ops_called
 
@@ -224,7 +224,9 @@ def test_hole_valid_needs_a_mask() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_good_input_of_every_kind_passes(backend: Backend, loss: str) -> None:
     """The checks must not be stricter than the documentation."""
-    options = {"backend": backend.name} | ({} if loss in OWN_NORMALIZE[1:] else {"normalize": "mask"})
+    options = {"backend": backend_for(loss, backend)} | (
+        {} if loss in OWN_NORMALIZE[1:] else {"normalize": "mask"}
+    )
 
     def run(**replaced: Tensor) -> Tensor:
         inputs = {name: t.to(backend.device) for name, t in images(**replaced).items()}

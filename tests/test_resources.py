@@ -106,28 +106,33 @@ def check_widths(launch: Launch, resources: Resources) -> None:
     arguments = launch.arguments
     mask, _, _, _, _, _, block_c, block_g, steps, row = arguments["TILES"]
     tile = block_c * block_g * 8 // (32 * launch.warps)
+    # The tensors of the only layer, see `kernel_tensors`.
+    names = "input", "target", "mask", "signs", "grad_input", "grad_target"
+    tensors = dict(zip(names, arguments["layers"][0], strict=False))
+    tensors |= {
+        "grad": arguments["grads"][0] if "grads" in arguments else None,
+        "map": arguments.get("map_ptr"),
+    }
     moved = {
-        "inputs": steps,
-        "targets": steps,
-        "masks": 0 if mask == "interleaved" else 1,
-        "grads": steps if arguments.get("MAP", False) else 0,
-        "grad_inputs": steps,
-        "grad_targets": steps,
-        "map_ptr": steps,
+        "input": steps,
+        "target": steps,
+        "mask": 0 if mask == "interleaved" else 1,
+        "grad": steps if arguments.get("MAP", False) else 0,
+        "grad_input": steps,
+        "grad_target": steps,
+        "map": steps,
     }
     expected = {"loads": Counter[int](), "stores": Counter[int]()}
     stores_single = False
     for name, times in moved.items():
-        tensor = arguments.get(name)
-        if isinstance(tensor, tuple):
-            tensor = tensor[0]  # of the only layer
+        tensor = tensors.get(name)
         if tensor is None or times == 0:
             continue
-        stored = name in ("grad_inputs", "grad_targets", "map_ptr")
+        stored = name in ("grad_input", "grad_target", "map")
         stores_single |= stored and tensor.dtype == torch.float32
         width = min(16, row * tensor.element_size())
         expected["stores" if stored else "loads"][width] += tile * times * tensor.element_size()
-    assert row == 8 or stores_single or arguments["inputs"][0].element_size() == 4
+    assert row == 8 or stores_single or tensors["input"].element_size() == 4
     # Below 8 bytes: packed signs, single numbers, masks of one byte an element.
     for direction, found in (("loads", resources.loads), ("stores", resources.stores)):
         wide = {width: count for width, count in found.items() if width >= 8}

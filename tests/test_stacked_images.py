@@ -47,7 +47,7 @@ from pixel_cases import (
 from torch import Tensor
 
 import inpaint_kernels as ik
-from inpaint_kernels.ops.stacked_images import MOST_ON_GPU
+from inpaint_kernels.ops.stacked_images import MOST_ON_TRITON
 from inpaint_kernels.reference.stacked_images import stacked_images
 
 SIZE = (2, 3, 9, 14)
@@ -123,8 +123,8 @@ def test_constants_and_channels(
 def test_any_number_of_channels(backend: Backend, channels: int, swap: bool, layout: str) -> None:
     size = (2, channels, 5, 7)
     pair = image_pair(size, layouts=f"{layout}/{layout}")
-    # Kernels of the GPU take lists of a few channels (test_triton_takes_few_parts), one number for any.
-    many = channels > MOST_ON_GPU.get(backend.name, channels)
+    # Triton's kernels take lists for a few channels (test_triton_takes_few_parts), and a number for any.
+    many = backend.name == "triton" and channels > MOST_ON_TRITON
     scale = 0.7 if many else [0.5 + 0.3 * i for i in range(channels)]
     check(backend, *pair, make_mask("nchw", size), swap_channels=swap, scale=scale, shift=20.0)
 
@@ -344,7 +344,7 @@ def test_gradcheck(backend: Backend, channels: int, swap: bool, constants: str) 
 def test_a_mask_that_no_part_reads_may_ask_for_a_gradient(kernel: Backend) -> None:
     pred, target, mask = on_device(kernel, *image_pair(SIZE), make_mask("n1hw", SIZE))
     mask.requires_grad_()
-    assert not ik.stacked_images(pred, target, mask, parts=("raw",), backend=kernel.name).requires_grad
+    assert not stacked_images_call(kernel, parts=("raw",))(pred, target, mask).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_the_packages_reference_is_the_formula() -> None:
 @pytest.mark.parametrize("triton", [b for b in backends_under_test() if b.name == "triton"], ids=str)
 def test_triton_takes_few_parts(triton: Backend) -> None:
     """Each part of each channel is written out in the kernel."""
-    most = MOST_ON_GPU["triton"]
+    most = MOST_ON_TRITON
     pred, target = torch.rand(2, 1, 2, 3, 8, device=triton.device)
     full = ik.stacked_images(pred, target, parts=["raw"] * most, backend="triton")
     assert torch.equal(full, torch.cat([pred] * most))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from harness import Backend, generator
+from harness import Backend, backend_for, generator
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
@@ -227,14 +227,15 @@ def test_subclasses(case: Case, kind: str) -> None:
 @cases
 def test_a_forced_kernel_says_what_it_does_not_serve(kernel: Backend, case: Case) -> None:
     tensors = case.tensors(torch.float32, device=kernel.device)
+    name = backend_for(case.function, kernel)
     if case.fixed:
-        with pytest.raises(RuntimeError, match=f"backend '{kernel.name}' .*use backend='reference'"):
-            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], kernel.name)
+        with pytest.raises(RuntimeError, match=f"backend '{name}' .*use backend='reference'"):
+            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
         with torch.no_grad():
-            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], kernel.name)
+            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
     if case.weights:
         return
-    call = lambda *t: case.outputs(t, kernel.name)  # noqa: E731
+    call = lambda *t: case.outputs(t, name)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"does not serve torch.func transforms; use backend='reference'"):
         torch.vmap(call)(*[t[None] for t in tensors])
     with (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness import Backend, generator
+from harness import Backend, backend_for, generator
 from torch import Tensor
 
 import inpaint_kernels as ik
@@ -25,6 +25,7 @@ class Case:
     fixed: int = 0
     masks: tuple[int, ...] = ()  # which of the tensors are masks
     weights: bool = False  # the last tensor holds the layers' weights, which kernels take as numbers only
+    function: str = ""
 
     @property
     def free(self) -> int:
@@ -33,7 +34,7 @@ class Case:
 
     def forced(self, backend: Backend) -> str | None:
         """The backend's name where it can be forced."""
-        return None if self.weights else backend.name
+        return None if self.weights else backend_for(self.function, backend)
 
     def outputs(self, tensors: Sequence[Tensor], backend: str | None = None) -> tuple[Tensor, ...]:
         found = self.call(tensors, backend)
@@ -55,7 +56,7 @@ def _images(function: Callable[..., Any], **options: Any) -> Case:
     def call(t: Sequence[Tensor], backend: str | None) -> Any:
         return function(t[0], t[1], t[2], backend=backend, **options)
 
-    return Case(call, IMAGES, fixed=1, masks=(2,))
+    return Case(call, IMAGES, fixed=1, masks=(2,), function=function.__name__)
 
 
 def _variation(target: bool, **options: Any) -> Case:
@@ -101,7 +102,7 @@ def _partial_conv(function: Callable[..., Any], dims: int, **options: Any) -> Ca
 
 CASES = {
     "masked_l1": _images(ik.masked_l1_loss),
-    "masked_l1 none": _images(ik.masked_l1_loss, reduction="none"),
+    "masked_l1 none": replace(_images(ik.masked_l1_loss, reduction="none"), function="masked_l1 none"),
     "masked_mse": _images(ik.masked_mse_loss),
     "masked_charbonnier": _images(ik.masked_charbonnier_loss, eps=0.05, normalize="sample"),
     "masked_huber": _images(ik.masked_huber_loss, delta=0.4, normalize="image"),

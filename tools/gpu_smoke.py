@@ -30,6 +30,7 @@ OPS = (
     "feature_distance", "stacked_images",
 )  # fmt: skip
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "triton")}
+WITHOUT_CUDA = ("stacked_images",)
 TOOLS = ("memcheck", "racecheck")
 _UNSUPPORTED = "Device not supported"
 
@@ -69,6 +70,9 @@ def jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
             backend, command, environment = kind, [sys.executable, __file__], dict(os.environ)
             if arguments.sanitizer:
                 backend = "cuda"
+            if backend == "cuda" and op in WITHOUT_CUDA:
+                continue
+            if arguments.sanitizer:
                 # Errors of calls that PyTorch tries out and handles are none. Each allocation by itself, so that an
                 # access past its end is seen.
                 command = ["compute-sanitizer", "--tool", kind, "--report-api-errors", "no", *command]

@@ -1,10 +1,12 @@
 // Interface between the kernels of stacked_images (isa/stacked_images.cpp) and the op.
 #pragma once
 
-#include "common/stacked_images.h"
 #include "cpu/kernels.h"
 
 namespace ik {
+
+// The parts of a stacked batch, in the order of reference/stacked_images.py.
+enum class Part : int { raw, composite, target, hole_raw, hole_target };
 
 struct StackedCall : ImageCall {
   int64_t out_channels = 0;  // those of pred, or any number where it has one

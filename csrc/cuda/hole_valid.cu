@@ -2,14 +2,14 @@
 //
 //   forward   v = mask or 1 - mask, h = 1 - v; hole = sum_n scale_n0 sum_i h_i penalty(pred_i - target_i),
 //             valid likewise with v and scale_n1
-//   backward  d / d pred_i = (g_hole scale_n0 h_i + g_valid scale_n1 v_i) penalty'(d_i), d / d target_i =
-//   minus
-//             that
+//   backward  d / d pred_i = (g_hole scale_n0 h_i + g_valid scale_n1 v_i) penalty'(d_i),
+//             d / d target_i = minus that
 //
 // Saved for backward: scale and, for l1, the signs of d (2 bits an element); the other penalties need pred
-// and target. Work split: pixel.cuh. Two launches forward, one backward. Bytes per element, fp32 images and
-// mask [N, 1, H, W]: forward 8 + 4/C + 1/4 (signs); backward 1/4 (l1) or 8,
-// + 4/C + 4 a gradient.
+// and target. The kernels are those of pixel.cuh, with one layer, one prediction and two regions. Two
+// launches forward, one backward. Bytes per element, fp32 images and mask [N, 1, H, W]:
+//   forward   8 + 4/C + 1/4 (signs)
+//   backward  1/4 (l1) or 8, + 4/C + 4 a gradient
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pixel_launch.cuh"
@@ -23,16 +23,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hole_valid(const Tensor& pred,    // 
                                                       const std::string& penalty, double param,
                                                       const std::string& normalize, bool mask_is_hole,
                                                       bool save_signs) {
-  const ForwardCall call{pred,
-                         target,
-                         &mask,
-                         parse_penalty(penalty),
-                         static_cast<float>(param),
-                         parse_normalize(normalize),
-                         mask_is_hole,
-                         save_signs};
-  ForwardResult r = run_forward<Mode::two_regions>(call);
-  return {r.loss[0], r.loss[1], r.scale, r.signs};
+  const LayerTensors layer = image_layer(pred, target, &mask);
+  Tensor scale = empty_strided(pred, {layer.batch, 2}, {2, 1}, ScalarType::Float);
+  const PixelResult result = run_forward<2>({parse_penalty(penalty), static_cast<float>(param), mask_is_hole},
+                                            {layer}, {1.0}, parse_normalize(normalize), save_signs, scale);
+  return {result.loss[0], result.loss[1], scale, result.signs[0]};
 }
 
 std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad_hole,   // []
@@ -46,22 +41,10 @@ std::tuple<Tensor, Tensor> hole_valid_backward(const std::optional<Tensor>& grad
                                                ScalarType pred_dtype, ScalarType target_dtype,
                                                const std::string& penalty, double param, bool mask_is_hole,
                                                bool need_pred, bool need_target) {
-  const BackwardCall call{{pointer(grad_hole), pointer(grad_valid)},
-                          scale,
-                          pointer(signs),
-                          &mask,
-                          pointer(pred),
-                          pointer(target),
-                          size,
-                          channels_last,
-                          pred_dtype,
-                          target_dtype,
-                          parse_penalty(penalty),
-                          static_cast<float>(param),
-                          mask_is_hole,
-                          need_pred,
-                          need_target};
-  return run_backward<Mode::two_regions>(call);
+  return image_gradients<2>(
+      {parse_penalty(penalty), static_cast<float>(param), mask_is_hole},
+      {size, size.at(0), channels_last, &mask, pointer(pred), pointer(target), pointer(signs)},
+      {pointer(grad_hole), pointer(grad_valid)}, scale, pred_dtype, target_dtype, need_pred, need_target);
 }
 
 }  // namespace

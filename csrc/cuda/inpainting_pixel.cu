@@ -1,12 +1,11 @@
 // inpainting_pixel on CUDA: hole, valid and total variation of the composite from one read of the images.
 //
-//   forward   d = pred - target; hole = sum_n scale_n0 sum h |d|, valid likewise with v and scale_n1; tv =
-//   s_0 sum
-//             of the weighted pairs down + s_1 sum of those across, of c = h pred + v target; total weighs
-//             them
-//   backward  d / d pred = (g_hole scale_n0 h + g_valid scale_n1 v) sign(d) + h G, d / d target = - the first
-//   + v
-//             G, with G = the weighted signs of the pairs that end at a pixel minus those that begin there
+//   forward   d = pred - target; hole = sum_n scale_n0 sum h |d|, valid likewise with v and scale_n1;
+//             tv = s_0 sum of the weighted pairs down + s_1 sum of those across, of c = h pred + v target;
+//             total = the three losses, each times its weight, added up
+//   backward  d / d pred   =   (g_hole scale_n0 h + g_valid scale_n1 v) sign(d) + h G
+//             d / d target = - (g_hole scale_n0 h + g_valid scale_n1 v) sign(d) + v G
+//             with G = the weighted signs of the pairs that end at a pixel minus those that begin there
 //
 // Saved for backward: the scales and 6 bits of signs an element. Work split: pairs.cuh. Two launches forward,
 // one backward. Bytes per element, fp32 images and mask [N, 1, H, W]: forward 8 + 4/C + 3/4 (signs), backward

@@ -1,14 +1,15 @@
 // masked_l1 on CUDA: masked L1, MSE, Charbonnier and Huber losses.
 //
 //   forward   S_n = sum_i w_i penalty(pred_i - target_i), M_n = sum_i w_i over sample n, w broadcast over C;
-//             loss = sum_n scale_n S_n, or the map w_i penalty(d_i) for reduction "none"
+//             loss = sum_n scale_n S_n
 //   backward  d loss / d pred_i = grad scale_n w_i penalty'(d_i), d loss / d target_i = minus that
 //
 // Saved for backward: scale and, for l1, the signs of d (2 bits an element, 0 where w_i = 0); the other
-// penalties need pred and target. Work split: pixel.cuh. Two launches forward (map: one), one backward.
-// Bytes per element, fp32 images and mask [N, 1, H, W]: forward 8 + 4/C + 1/4 (signs); backward 1/4 (l1) or
-// 8,
-// + 4/C + 4 a gradient.
+// penalties need pred and target. The kernels are those of pixel.cuh, with one layer, one prediction and one
+// region. Two launches forward, one backward. Bytes per element, fp32 images and mask [N, 1, H, W]:
+//   forward   8 + 4/C + 1/4 (signs)
+//   backward  1/4 (l1) or 8, + 4/C + 4 a gradient
+// The map of reduction "none" is left to Triton and the reference.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pixel_launch.cuh"
@@ -23,22 +24,18 @@ std::tuple<Tensor, Tensor, Tensor> masked_l1(const Tensor& pred,                
                                              const std::string& reduction, const std::string& normalize,
                                              bool save_signs) {
   const bool mean = reduction == "mean";
-  STD_TORCH_CHECK(mean || reduction == "sum" || reduction == "none", "reduction: unknown value '", reduction,
-                  "'");
-  const ForwardCall call{pred,
-                         target,
-                         pointer(mask),
-                         parse_penalty(penalty),
-                         static_cast<float>(param),
-                         mean ? parse_normalize(normalize) : Normalize::sum,
-                         /*mask_is_hole=*/false,
-                         save_signs};
-  ForwardResult r = reduction == "none" ? run_forward<Mode::map>(call) : run_forward<Mode::one_region>(call);
-  return {r.loss[0], r.scale, r.signs};
+  STD_TORCH_CHECK(mean || reduction == "sum", "reduction: the cuda backend takes mean and sum, got '",
+                  reduction, "'");
+  const LayerTensors layer = image_layer(pred, target, pointer(mask));
+  Tensor scale = empty_strided(pred, {layer.batch, 1}, {1, 1}, ScalarType::Float);
+  const PixelResult result =
+      run_forward<1>({parse_penalty(penalty), static_cast<float>(param)}, {layer}, {1.0},
+                     mean ? parse_normalize(normalize) : Normalize::sum, save_signs, scale);
+  return {result.loss[0], scale, result.signs[0]};
 }
 
 std::tuple<Tensor, Tensor> masked_l1_backward(
-    const Tensor& grad,                   // [] or [N, C, H, W]
+    const Tensor& grad,                   // []
     const Tensor& scale,                  // [N, 1]
     const std::optional<Tensor>& signs,   // [bytes]
     const std::optional<Tensor>& mask,    // [H, W] or [N|1, C|1, H, W]
@@ -46,22 +43,10 @@ std::tuple<Tensor, Tensor> masked_l1_backward(
     const std::optional<Tensor>& target,  // [N, C, H, W]
     const std::vector<int64_t>& size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype,
     const std::string& penalty, double param, bool need_pred, bool need_target) {
-  const BackwardCall call{{&grad, nullptr},
-                          scale,
-                          pointer(signs),
-                          pointer(mask),
-                          pointer(pred),
-                          pointer(target),
-                          size,
-                          channels_last,
-                          pred_dtype,
-                          target_dtype,
-                          parse_penalty(penalty),
-                          static_cast<float>(param),
-                          /*mask_is_hole=*/false,
-                          need_pred,
-                          need_target};
-  return grad.dim() == 0 ? run_backward<Mode::one_region>(call) : run_backward<Mode::map>(call);
+  return image_gradients<1>(
+      {parse_penalty(penalty), static_cast<float>(param)},
+      {size, size.at(0), channels_last, pointer(mask), pointer(pred), pointer(target), pointer(signs)},
+      {&grad}, scale, pred_dtype, target_dtype, need_pred, need_target);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 // from the images.
 //
 //   d tv / d image = sum of the pairs that end at a pixel minus those that begin there, each weight * slope;
-//   pred gets that times the hole, target times the rest; hole and valid terms add +- weight * sign(pred -
-//   target)
+//   pred gets that times the hole, target times the rest;
+//   hole and valid terms add +- weight * sign(pred - target)
 //
 // Bytes per element, fp32 and mask [N, 1, H, W]: 3/4 (total variation: 1/2) + 4/C + 4 a gradient.
 #pragma once

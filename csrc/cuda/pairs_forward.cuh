@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/pairs_image.cuh"
-#include "cuda/pixel_forward.cuh"
+#include "cuda/sums.cuh"
 
 namespace ik::cuda {
 
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalA
   [[maybe_unused]] double scaled[2] = {};
   sum_samples<kSums>(
       args.samples, args.blocks, lanes,
-      [&](int64_t index, double (&value)[kSums]) {
-        const PairPartial partial = args.partials[index];
+      [&](int64_t sample, int64_t block, double (&value)[kSums]) {
+        const PairPartial partial = args.partials[sample * args.blocks + block];
 #pragma unroll
         for (int i = 0; i < kSums; ++i) value[i] += partial.sum[i];
       },

@@ -65,36 +65,6 @@ struct ImageArgs {
   bool out_interleaved;
 };
 
-template <typename M, int K>
-IK_DEVICE void gather_as(const void* data, const int64_t (&index)[K], float (&values)[K]) {
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
-}
-
-// Elements of a type known at run time. One branch for all of them: the loads are in flight together.
-template <int K>
-IK_DEVICE void gather(const void* data, MaskType type, float cap, const int64_t (&index)[K],
-                      float (&values)[K]) {
-  switch (type) {
-    case MaskType::f32:
-      return gather_as<float>(data, index, values);
-    case MaskType::f16:
-      return gather_as<Half>(data, index, values);
-    case MaskType::bf16:
-      return gather_as<BFloat16>(data, index, values);
-    case MaskType::f64:
-      return gather_as<double>(data, index, values);
-    case MaskType::u8:
-      gather_as<uint8_t>(data, index, values);
-#pragma unroll
-      for (int k = 0; k < K; ++k) values[k] = min_(values[k], cap);
-      return;
-    default:
-#pragma unroll
-      for (int k = 0; k < K; ++k) values[k] = 1.0f;
-  }
-}
-
 // The bias of some channels; beyond the last one anything that exists.
 template <int K>
 IK_DEVICE void load_bias(const ImageArgs& args, const int (&channels)[K], float (&bias)[K]) {

@@ -1,14 +1,19 @@
-// Building blocks of the pixel-loss kernels: how a call is cut into tiles, weights from masks, loads.
+// Building blocks of the pixel-loss kernels: tiles of a call, weights from masks, loads, and the loop.
+//
+// One kernel shape serves masked_l1, hole_valid and feature_distance: L layers, each k predictions of N
+// samples compared with one target, in one or two regions. Sample j N + n of the predictions belongs to
+// sample n of the target. The blocks of all layers form one grid.
 //
 // Work split. A segment is a run of consecutive elements: a channel plane in NCHW, a sample in channels_last
-// (common/pixel_shape.h). A tile is a stretch of every segment in a range of segments of one sample, done by
-// one block of 128 threads: `lanes` threads side by side along the segment, 128 / lanes rows of segments. A
-// thread owns kVectors vectors of E elements at the same place in all segments of its row, so a mask shared
-// by the channels is read once and kept while they go by. E elements are 16 bytes of the widest tensor: a
-// warp access covers consecutive 16-byte pieces. Longer runs per thread would leave half-filled 32-byte
-// sectors in every store. Loads in flight per thread: kUnroll segments x kVectors x 2 tensors = 8 of 16
-// bytes. Where a sample is one segment (channels_last, C = 1) a thread takes kUnroll stretches of it instead.
-// Tiles depend on the shape alone: same shape, same bits.
+// (common/pixel_shape.h). A tile is a piece of every segment in a range of segments of one target sample,
+// done by one block of 128 threads: `lanes` threads side by side along the segment, 128 / lanes rows of
+// segments. A thread owns kVectors vectors of E elements at the same place in all segments of its row, so a
+// mask shared by the channels is read once and kept while the channels go by. It loads its part of the target
+// once and then goes over the predictions. E elements are 16 bytes of the widest tensor: a warp access covers
+// consecutive 16-byte pieces. Longer runs per thread would leave half-filled 32-byte sectors in every store.
+// Loads in flight per thread: kUnroll segments x kVectors x 2 tensors = 8 of 16 bytes. Where a sample is one
+// segment (channels_last, C = 1) a thread takes kUnroll pieces of it instead. Tiles depend on the shape
+// alone: same shape, same bits.
 #pragma once
 
 #include "common/pixel.h"
@@ -22,18 +27,9 @@ constexpr int kVectors = 2;
 constexpr int kUnroll = 2;
 
 enum class MaskType : int { none, f32, f16, bf16, f64, u8 };
-enum class Mode : int { map = 0, one_region = 1, two_regions = 2 };
-
-template <Mode kMode>
-constexpr int kRegions = kMode == Mode::two_regions ? 2 : 1;
-
-// Blocks per multiprocessor, as a cap on registers: 80, and 96 where some architectures spill with 80.
-template <Mode kMode>
-constexpr int kBlocks = kMode == Mode::two_regions ? 5 : 6;
-
-// The map is fp32 whatever the images are, and its stores set the vector width.
-template <typename P, typename T, Mode kMode>
-constexpr int kElements = kMode == Mode::map || sizeof(P) == 4 || sizeof(T) == 4 ? 4 : 8;
+// Elements of a vector: 16 bytes of the wider tensor.
+template <typename P, typename T>
+constexpr int kElements = sizeof(P) == 4 || sizeof(T) == 4 ? 4 : 8;
 
 // Division of numbers below 2^31 by a constant of the launch: 3 instructions instead of 20.
 struct Divider {
@@ -64,7 +60,7 @@ struct Tiling {
   int32_t lanes;         // power of two, 2..128
   int32_t log_lanes;
   int32_t rounds;  // of a tile, over its segments: one number for all threads, as shuffles must stay uniform
-  bool along;      // kUnroll counts stretches of the only segment, not segments
+  bool along;      // kUnroll counts chunks of the only segment, not segments
 
   int64_t tiles_per_sample() const {
     return static_cast<int64_t>(tiles_along.divisor) * tiles_across.divisor;
@@ -110,8 +106,43 @@ struct MaskView {
   bool shared;   // one plane for all segments of a sample
 };
 
-// A thread's share of one segment: kVectors vectors, `step` elements apart, the first at `start`.
-struct Stretch {
+constexpr int kMaxLayers = 8;
+
+// One layer of a launch.
+struct PixelLayer {
+  Tiling tiling;  // over the samples of the target
+  MaskView mask;
+  const void* input;   // k predictions, [k N, segments, length]
+  const void* target;  // [N, segments, length]
+  uint16_t* signs;     // [k N, segments, groups] or null; l1
+  int64_t sign_words;  // in the groups, and in the whole tensor, which channels_last does not fill
+  int64_t sign_words_allocated;
+  void* grad_input;        // [k N, segments, length] or null
+  void* grad_target;       // [N, segments, length] or null, only with one prediction
+  int64_t batch_segments;  // of N samples
+  int32_t batch;           // N
+  int32_t predictions;     // k
+  int32_t scale_row;       // the layer's first row in the scales
+  uint32_t first_block;    // of the launch
+  uint32_t blocks;
+  bool mask_per_prediction;  // the mask has k N samples
+  bool aligned;              // images and gradients allow whole vectors
+};
+
+struct PixelArgs {
+  PixelLayer layer[kMaxLayers];
+  void* partials;        // forward: Partial<R> of every block
+  const float* grad[2];  // backward: scalars, one per region; null = the region contributes nothing
+  const float* scale;    // backward: [rows, R]
+  Penalty penalty;
+  float param;
+  int32_t count;      // of layers
+  bool mask_is_hole;  // of two regions
+  bool per_sample;    // a row of the scales belongs to a sample, not to a layer
+};
+
+// A thread's piece of one segment: kVectors vectors, `step` elements apart, the first at `start`.
+struct Chunk {
   int64_t sample;
   int64_t segment;  // counted over the batch
   int64_t start;
@@ -127,7 +158,7 @@ struct Stretch {
 };
 
 // What a thread works on, round by round.
-struct Place {
+struct Coord {
   int64_t start;
   int32_t left;
   int32_t sample;
@@ -137,8 +168,8 @@ struct Place {
   int32_t lane;
 
   template <int E>
-  __device__ Stretch stretch(const Tiling& tiling, int round, int u) const {
-    Stretch s;
+  __device__ Chunk chunk(const Tiling& tiling, int round, int u) const {
+    Chunk s;
     s.sample = sample;
     s.channel = first + round * hop + (tiling.along ? 0 : u);
     s.segment = static_cast<int64_t>(sample) * tiling.segments + s.channel;
@@ -152,49 +183,48 @@ struct Place {
 
 // `block` counts over the tiles of one tensor.
 template <int E>
-IK_DEVICE Place locate(const Tiling& tiling, uint32_t block) {
-  Place place;
+IK_DEVICE Coord locate(const Tiling& tiling, uint32_t block) {
+  Coord coord;
   const uint32_t rest = tiling.tiles_along.quotient(block);
   const uint32_t along = block - rest * tiling.tiles_along.divisor;
   const uint32_t sample = tiling.tiles_across.quotient(rest);
   const uint32_t across = rest - sample * tiling.tiles_across.divisor;
-  place.sample = static_cast<int>(sample);
-  place.lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
+  coord.sample = static_cast<int>(sample);
+  coord.lane = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
   const int extent = tiling.lanes * kVectors * E * (tiling.along ? kUnroll : 1);
-  place.start = static_cast<int64_t>(along) * extent + place.lane * E;
-  const int64_t left = tiling.length - place.start;
-  place.left = static_cast<int>(left < INT32_MAX ? left : INT32_MAX);
+  coord.start = static_cast<int64_t>(along) * extent + coord.lane * E;
+  const int64_t left = tiling.length - coord.start;
+  coord.left = static_cast<int>(left < INT32_MAX ? left : INT32_MAX);
   const int begin = static_cast<int>(across) * tiling.segments_per_tile;
   const int end = begin + tiling.segments_per_tile;
   const int per_row = tiling.along ? 1 : kUnroll;
-  place.last = end < tiling.segments ? end : tiling.segments;
-  place.first = begin + (static_cast<int>(threadIdx.x) >> tiling.log_lanes) * per_row;
-  place.hop = (kThreads >> tiling.log_lanes) * per_row;
-  return place;
+  coord.last = end < tiling.segments ? end : tiling.segments;
+  coord.first = begin + (static_cast<int>(threadIdx.x) >> tiling.log_lanes) * per_row;
+  coord.hop = (kThreads >> tiling.log_lanes) * per_row;
+  return coord;
 }
 
 // A thread's own mask values, in shared memory: the code that reads masks (five types, aligned or not) then
-// stands in a kernel once, in a loop, instead of in every unrolled stretch, which halves the code and saves a
-// dozen registers. No other thread looks at them, so no barrier is needed. The quadruples of all threads lie
+// stands in a kernel once, in a loop, instead of in every unrolled chunk, which halves the code and saves a
+// dozen registers. No other thread looks at them, so no barrier is needed. Groups of four of all threads lie
 // side by side: no bank conflicts.
 template <int E>
 struct Weights {
-  float quads[kUnroll][kVectors * E / 4][kThreads][4];
+  float vec4[kUnroll][kVectors * E / 4][kThreads][4];
 
   __device__ __forceinline__ float& at(int u, int v, int k) {
     const int i = v * E + k;
-    return quads[u][i / 4][threadIdx.x][i % 4];
+    return vec4[u][i / 4][threadIdx.x][i % 4];
   }
   __device__ __forceinline__ float at(int u, int v, int k) const {
     const int i = v * E + k;
-    return quads[u][i / 4][threadIdx.x][i % 4];
+    return vec4[u][i / 4][threadIdx.x][i % 4];
   }
 };
 
-// Mask values of a stretch whose mask is laid out like the images and allows whole vectors.
+// Mask values of a chunk whose mask is laid out like the images and allows whole vectors.
 template <typename M, int E>
-IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Stretch& s, int u,
-                            Weights<E>& weights) {
+IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Chunk& s, int u, Weights<E>& weights) {
   const M* data = static_cast<const M*>(mask.data) + base + s.start;
   Pack<M, E> packs[kVectors];
 #pragma unroll
@@ -215,20 +245,43 @@ IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Stretch& s
   }
 }
 
-template <typename M>
-IK_DEVICE void read_quad(const void* data, const int64_t (&index)[4], float (&values)[4]) {
+template <typename M, int K>
+IK_DEVICE void gather_as(const void* data, const int64_t (&index)[K], float (&values)[K]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
+  for (int k = 0; k < K; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
+}
+
+// Elements of a type known at run time. One branch for all of them: the loads are in flight together.
+template <int K>
+IK_DEVICE void gather(const void* data, MaskType type, float cap, const int64_t (&index)[K],
+                      float (&values)[K]) {
+  switch (type) {
+    case MaskType::f32:
+      return gather_as<float>(data, index, values);
+    case MaskType::f16:
+      return gather_as<Half>(data, index, values);
+    case MaskType::bf16:
+      return gather_as<BFloat16>(data, index, values);
+    case MaskType::f64:
+      return gather_as<double>(data, index, values);
+    case MaskType::u8:
+      gather_as<uint8_t>(data, index, values);
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = min_(values[k], cap);
+      return;
+    default:
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = 1.0f;
+  }
 }
 
 // Any other mask, element by element: the single-channel mask of a channels_last image, odd sizes, double.
 template <int E>
-IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Stretch& s, int u,
-                             Weights<E>& weights) {
-  constexpr int kQuads = E / 4;
+IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Chunk& s, int u, Weights<E>& weights) {
+  constexpr int kVec4s = E / 4;
 #pragma unroll 1
-  for (int q = 0; q < kVectors * kQuads; ++q) {
-    const int offset = q / kQuads * s.step + q % kQuads * 4;
+  for (int q = 0; q < kVectors * kVec4s; ++q) {
+    const int offset = q / kVec4s * s.step + q % kVec4s * 4;
     const int valid = s.left - offset;
     float values[4] = {};
     if (valid > 0) {
@@ -251,34 +304,17 @@ IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Stretch& 
           ++next;
         }
       }
-      switch (mask.type) {
-        case MaskType::f32:
-          read_quad<float>(mask.data, index, values);
-          break;
-        case MaskType::f16:
-          read_quad<Half>(mask.data, index, values);
-          break;
-        case MaskType::bf16:
-          read_quad<BFloat16>(mask.data, index, values);
-          break;
-        case MaskType::f64:
-          read_quad<double>(mask.data, index, values);
-          break;
-        default:
-          read_quad<uint8_t>(mask.data, index, values);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) values[k] = min_(values[k], mask.cap);
-      }
+      gather(mask.data, mask.type, mask.cap, index, values);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) weights.quads[u][q][threadIdx.x][k] = k < valid ? values[k] : 0.0f;
+    for (int k = 0; k < 4; ++k) weights.vec4[u][q][threadIdx.x][k] = k < valid ? values[k] : 0.0f;
   }
 }
 
-// Mask values of stretch u: 1 without a mask, 0 beyond the segment's end. Mask type and alignment are the
+// Mask values of chunk u: 1 without a mask, 0 beyond the segment's end. Mask type and alignment are the
 // same for the whole grid, no branch on them diverges.
 template <int E>
-IK_DEVICE void load_mask(const MaskView& mask, const Stretch& s, int u, Weights<E>& weights) {
+IK_DEVICE void load_mask(const MaskView& mask, const Chunk& s, int u, Weights<E>& weights) {
   const int64_t base = s.sample * mask.stride_n + s.channel * mask.stride_c;
   const MaskType type = mask.type;
   if (type == MaskType::none) {
@@ -299,9 +335,9 @@ IK_DEVICE void load_mask(const MaskView& mask, const Stretch& s, int u, Weights<
   }
 }
 
-// A stretch of an image, zeros beyond the segment's end.
+// A chunk of an image, zeros beyond the segment's end.
 template <bool kAligned, typename T, int E>
-IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Stretch& s,
+IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Chunk& s,
                            Pack<T, E> (&packs)[kVectors]) {
   const T* data = static_cast<const T*>(image) + s.segment * tiling.length + s.start;
 #pragma unroll
@@ -314,16 +350,65 @@ IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Stretc
   }
 }
 
-// Both images in all stretches of a round: every load is issued before the first value is used.
-template <bool kAligned, typename P, typename T, int E>
-IK_DEVICE void load_round(const void* pred, const void* target, const Tiling& tiling, const Place& place,
-                          int round, Pack<P, E> (&pred_packs)[kUnroll][kVectors],
-                          Pack<T, E> (&target_packs)[kUnroll][kVectors]) {
+IK_DEVICE const PixelLayer& find_layer(const PixelArgs& args) {
+  int i = 0;
+  while (i + 1 < args.count && blockIdx.x >= args.layer[i + 1].first_block) ++i;
+  return args.layer[i];
+}
+
+// The chunk of prediction `prediction` that belongs to a chunk of the target.
+template <int E>
+IK_DEVICE Chunk input_chunk(const PixelLayer& layer, const Coord& coord, int round, int u, int prediction) {
+  Chunk chunk = coord.chunk<E>(layer.tiling, round, u);
+  chunk.segment += prediction * layer.batch_segments;
+  return chunk;
+}
+
+// The values of `images` in all chunks of a round; every load is issued before the first value is used.
+template <typename T, int E>
+IK_DEVICE void load_images(const PixelLayer& layer, const void* images, const Coord& coord, int round,
+                           int prediction, Pack<T, E> (&packs)[kUnroll][kVectors]) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const Stretch s = place.stretch<E>(tiling, round, u);
-    load_values<kAligned>(pred, tiling, s, pred_packs[u]);
-    load_values<kAligned>(target, tiling, s, target_packs[u]);
+    const Chunk chunk = input_chunk<E>(layer, coord, round, u, prediction);
+    if (layer.aligned) {
+      load_values<true>(images, layer.tiling, chunk, packs[u]);
+    } else {
+      load_values<false>(images, layer.tiling, chunk, packs[u]);
+    }
+  }
+}
+
+// The loop of every pixel kernel. `work` is what one of them does with a block's part of a layer:
+//   load_target(round)             starts the loads of the target, which all predictions share
+//   load_input(round, prediction)  starts the loads of one prediction, or of its signs
+//   use_mask(chunk, u)             after the mask of chunk u was read into `weights`
+//   use(chunk, u, mask_u)          one chunk; its weights are those of chunk mask_u
+// Each mask value is read as rarely as the shape of the mask allows, and after the loads of the images, so
+// that waiting for the mask overlaps with waiting for the images.
+template <int E, typename Work>
+IK_DEVICE void for_chunks(const PixelLayer& layer, const Coord& coord, Weights<E>& weights, Work& work) {
+  const MaskView& mask = layer.mask;
+#pragma unroll 1
+  for (int round = 0; round < layer.tiling.rounds; ++round) {
+    work.load_target(round);
+#pragma unroll 1
+    for (int prediction = 0; prediction < layer.predictions; ++prediction) {
+      work.load_input(round, prediction);
+      if (layer.mask_per_prediction || (prediction == 0 && (round == 0 || !mask.shared))) {
+#pragma unroll 1
+        for (int u = 0; u < (mask.shared ? 1 : kUnroll); ++u) {
+          Chunk chunk = input_chunk<E>(layer, coord, round, u, prediction);
+          if (layer.mask_per_prediction) chunk.sample += static_cast<int64_t>(prediction) * layer.batch;
+          load_mask(mask, chunk, u, weights);
+          work.use_mask(chunk, u);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        work.use(input_chunk<E>(layer, coord, round, u, prediction), u, mask.shared ? 0 : u);
+      }
+    }
   }
 }
 

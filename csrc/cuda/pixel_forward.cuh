@@ -1,12 +1,19 @@
-// Forward kernels of the pixel losses: one streaming pass that leaves partial sums per tile (or the map),
-// then one block that adds them in double, in a fixed order, and writes loss and scales.
+// Forward kernel of the pixel losses: one streaming pass that leaves the sums of every tile; then one block
+// adds these in double, in a fixed order, and writes losses and scales.
 //
-// Bytes per element: pred + target + mask / C, 2 bits of signs when saved (l1), the fp32 map for "none".
+//   S_l = sum w penalty(input - target),  W_l = sum w,  over one layer, or one sample of it, and one region
+//   loss = sum of scale_l S_l,  scale_l = weight_l / D_l with D_l = W_l, the number of elements, or 1
+//
+// Bytes per element of the input: 1 + 1/k elements, mask / C, 2 bits of signs when they are saved (l1).
 #pragma once
 
 #include "cuda/pixel.cuh"
+#include "cuda/sums.cuh"
 
 namespace ik::cuda {
+
+// Blocks per multiprocessor: a cap of 96 registers.
+constexpr int kForwardBlocks = 5;
 
 // Sums of one tile, or of one sample, for R regions.
 template <int R>
@@ -15,25 +22,9 @@ struct alignas(8 * R) Partial {
   float weight[R];
 };
 
-struct ForwardArgs {
-  Tiling tiling;
-  MaskView mask;
-  const void* pred;    // [N, segments, length]
-  const void* target;  // [N, segments, length]
-  void* partials;      // Partial<R> [N, tiles_per_sample], unused for the map
-  float* map;          // [N, segments, length], the map only
-  uint16_t* signs;     // [N, segments, groups] or null
-  int64_t sign_words;  // in the groups, and in the whole tensor, which channels_last does not fill
-  int64_t sign_words_allocated;
-  Penalty penalty;
-  float param;
-  bool mask_is_hole;
-  bool aligned;  // pred, target and map allow whole vectors
-};
-
-// Stores the sign words of a stretch; word[v] has element k of vector v at place k. Called by whole warps.
+// Stores the sign words of a chunk; word[v] has element k of vector v at place k. Called by whole warps.
 template <int E>
-IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Stretch& s, int lane,
+IK_DEVICE void store_signs(uint16_t* signs, const Tiling& tiling, const Chunk& s, int lane,
                            const uint32_t (&word)[kVectors]) {
   static_assert(kVectors == 2, "the exchange below pairs two vectors");
   uint16_t* data = signs + s.segment * tiling.groups;
@@ -72,11 +63,7 @@ IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bo
     value[r] = sum[r];
     value[R + r] = weight[r];
   }
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int i = 0; i < 2 * R; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
-  }
+  sum_lanes(value);
   if (threadIdx.x % kWarp == 0) {
 #pragma unroll
     for (int i = 0; i < 2 * R; ++i) warp_sums[threadIdx.x / kWarp][i] = value[i];
@@ -98,17 +85,6 @@ IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bo
   partials[blockIdx.x] = partial;
 }
 
-// Adds the mask values of stretch u, and 1 - mask.
-template <int R, int E>
-IK_DEVICE void add_weights(const Weights<E>& weights, const Stretch& s, int u, float (&sum)[R]) {
-#pragma unroll
-  for (int i = 0; i < kVectors * E; ++i) {
-    const float w = weights.at(u, i / E, i % E);
-    sum[0] += w;
-    if constexpr (R == 2) sum[1] += i % E < s.valid<E>(i / E) ? 1.0f - w : 0.0f;
-  }
-}
-
 template <Penalty kPenalty>
 IK_DEVICE float fast_penalty(float d, float param) {
 #if defined(__CUDA_ARCH__)
@@ -122,210 +98,174 @@ IK_DEVICE float fast_penalty(float d, float param) {
   return penalty_value<kPenalty>(d, param);
 }
 
-template <typename P, typename T, Mode kMode, bool kL1>
-__global__ void __launch_bounds__(kThreads, kBlocks<kMode>) pixel_forward(const ForwardArgs args) {
-  constexpr int R = kRegions<kMode>;
-  constexpr int E = kElements<P, T, kMode>;
-  const Tiling& tiling = args.tiling;
-  const Place place = locate<E>(tiling, blockIdx.x);
+// Adds up one block's part of a layer and stores the signs of l1.
+template <typename P, typename T, int R, bool kL1>
+struct PixelForward {
+  static constexpr int E = kElements<P, T>;
 
-  __shared__ Weights<E> weights;
-  // Regions in the order (mask, 1 - mask) until the end.
-  float weight[R] = {};  // of the mask values read
-  int stretches = 0;     // that a shared mask value counts for
+  const PixelLayer& layer;
+  const Coord& coord;
+  Weights<E>& weights;
+  const PixelArgs& args;
+  // Regions in the order (mask, 1 - mask).
   float sum[R] = {};
-  for (int round = 0; round < tiling.rounds; ++round) {
-    Pack<P, E> pred[kUnroll][kVectors];
-    Pack<T, E> target[kUnroll][kVectors];
-    if (args.aligned) {
-      load_round<true>(args.pred, args.target, tiling, place, round, pred, target);
-    } else {
-      load_round<false>(args.pred, args.target, tiling, place, round, pred, target);
-    }
-    // After the loads of the images: waiting for the mask overlaps with them.
-    if (round == 0 || !args.mask.shared) {
-#pragma unroll 1
-      for (int u = 0; u < (args.mask.shared ? 1 : kUnroll); ++u) {
-        const Stretch s = place.stretch<E>(tiling, round, u);
-        load_mask(args.mask, s, u, weights);
-        if constexpr (kMode != Mode::map) add_weights<R>(weights, s, u, weight);
-      }
-    }
+  float weight[R] = {};  // of the mask values read
+  int chunks = 0;        // that a shared mask value counts for
+  Pack<P, E> input[kUnroll][kVectors] = {};
+  Pack<T, E> target[kUnroll][kVectors] = {};
+
+  __device__ __forceinline__ void load_target(int round) {
+    load_images(layer, layer.target, coord, round, 0, target);
+  }
+
+  __device__ __forceinline__ void load_input(int round, int prediction) {
+    load_images(layer, layer.input, coord, round, prediction, input);
+  }
+
+  __device__ __forceinline__ void use_mask(const Chunk& chunk, int u) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const Stretch s = place.stretch<E>(tiling, round, u);
-      const int mask_u = args.mask.shared ? 0 : u;
-      uint32_t word[kVectors] = {};
-      if (s.left > 0) {
-        with_penalty<kL1>(args.penalty, [&](auto penalty) {
-          constexpr Penalty kPenalty = decltype(penalty)::value;
-#pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            float x[E];
-            float y[E];
-            [[maybe_unused]] float out[E];
-            unpack(pred[u][v], x);
-            unpack(target[u][v], y);
-#pragma unroll
-            for (int k = 0; k < E; ++k) {
-              const float w = weights.at(mask_u, v, k);
-              float d = x[k] - y[k];
-              // One region: d = 0 where nothing is counted, so neither value nor sign sees a NaN there.
-              if constexpr (R == 1) d = select_zero_(w, d);
-              if constexpr (kL1) word[v] |= sign_bits(d) << k;
-              float value = fast_penalty<kPenalty>(d, args.param);
-              if constexpr (kMode == Mode::map) {
-                out[k] = w * value;
-              } else if constexpr (R == 1) {
-                sum[0] += w * value;
-              } else {
-                // Only this penalty is not 0 beyond the segment's end, where 1 - mask is 1.
-                if constexpr (kPenalty == Penalty::charbonnier) value = k < s.valid<E>(v) ? value : 0.0f;
-                if (w != 0.0f) sum[0] += w * value;
-                if (w != 1.0f) sum[1] += (1.0f - w) * value;
-              }
-            }
-            if constexpr (kMode == Mode::map) {
-              float* map = args.map + s.segment * tiling.length + s.start + v * s.step;
-              store_values(map, out, s.valid<E>(v), args.aligned);
-            }
-          }
-        });
-        ++stretches;
-      }
-      if constexpr (kL1) {
-        if (args.signs != nullptr) store_signs<E>(args.signs, tiling, s, place.lane, word);
-      }
+    for (int i = 0; i < kVectors * E; ++i) {
+      const float w = weights.at(u, i / E, i % E);
+      weight[0] += w;
+      if constexpr (R == 2) weight[1] += i % E < chunk.valid<E>(i / E) ? 1.0f - w : 0.0f;
     }
   }
-  if constexpr (kL1)
-    clear_spare_signs(args.signs, args.sign_words, args.sign_words_allocated, blockIdx.x, gridDim.x);
-  if constexpr (kMode != Mode::map) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) weight[r] *= args.mask.shared ? static_cast<float>(stretches) : 1.0f;
-    store_partial<R>(sum, weight, R == 2 && !args.mask_is_hole, static_cast<Partial<R>*>(args.partials));
+
+  __device__ __forceinline__ void use(const Chunk& chunk, int u, int mask_u) {
+    uint32_t word[kVectors] = {};
+    if (chunk.left > 0) {
+      with_penalty<kL1>(args.penalty, [&](auto kind) { add<decltype(kind)::value>(chunk, u, mask_u, word); });
+      ++chunks;
+    }
+    if constexpr (kL1) {
+      if (layer.signs != nullptr) store_signs<E>(layer.signs, layer.tiling, chunk, coord.lane, word);
+    }
   }
-}
 
-constexpr int kFinalThreads = 1024;
-
-struct FinalArgs {
-  const void* partials;  // Partial<R> [samples, tiles]
-  float* loss[2];        // R scalars
-  float* scale;          // [samples, R]
-  int64_t samples;
-  int64_t tiles;  // per sample
-  double numel;
-  Normalize normalize;
-};
-
-// Adds `value` over all threads in a fixed order; every thread gets the result.
-IK_DEVICE double block_sum(double value) {
-  __shared__ double warp_sums[kFinalThreads / kWarp];
+  template <Penalty kPenalty>
+  __device__ __forceinline__ void add(const Chunk& chunk, int u, int mask_u, uint32_t (&word)[kVectors]) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = warp_sums[threadIdx.x % kWarp];
+    for (int v = 0; v < kVectors; ++v) {
+      float x[E];
+      float y[E];
+      unpack(input[u][v], x);
+      unpack(target[u][v], y);
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
-// Adds up what the tiles of every sample left, in a fixed order; for one block. `lanes` (power of two)
-// threads work on a sample, 1024 / lanes samples at a time. `add(tile, value)` adds a tile, counted over all
-// samples; `use(sample, value)` is called by the first lane of a sample, which gets its sums.
-template <int kValues, typename Add, typename Use>
-IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add& add, const Use& use) {
-  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int at_once = kFinalThreads / lanes;
-  const bool wide = lanes > kWarp;
-  __shared__ double warp_sums[kFinalThreads / kWarp][kValues];
-  // Tiles loaded at once: 1024 threads have 64 registers each.
-  [[maybe_unused]] constexpr int kAhead = kValues > 4 ? 2 : 4;
-  for (int64_t first = 0; first < samples; first += at_once) {
-    const int64_t sample = first + static_cast<int>(threadIdx.x) / lanes;
-    double value[kValues] = {};
-    if (sample < samples) {
-#pragma unroll kAhead
-      for (int64_t tile = lane; tile < tiles; tile += lanes) add(sample * tiles + tile, value);
-    }
-    for (int step = (wide ? kWarp : lanes) / 2; step > 0; step /= 2) {
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
-    }
-    if (wide) {
-      __syncthreads();
-      if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-        for (int i = 0; i < kValues; ++i) warp_sums[threadIdx.x / kWarp][i] = value[i];
-      }
-      __syncthreads();
-      if (lane == 0) {
-#pragma unroll
-        for (int i = 0; i < kValues; ++i) {
-          value[i] = 0.0;
-          for (int w = 0; w < lanes / kWarp; ++w) value[i] += warp_sums[threadIdx.x / kWarp + w][i];
+      for (int k = 0; k < E; ++k) {
+        const float w = weights.at(mask_u, v, k);
+        float d = x[k] - y[k];
+        // One region: d = 0 where nothing is counted, so that neither value nor sign sees a NaN there.
+        if constexpr (R == 1) d = select_zero_(w, d);
+        if constexpr (kL1) word[v] |= sign_bits(d) << k;
+        float value = fast_penalty<kPenalty>(d, args.param);
+        if constexpr (R == 1) {
+          sum[0] += w * value;
+        } else {
+          // Only this penalty is not 0 beyond the segment's end, where 1 - mask is 1.
+          if constexpr (kPenalty == Penalty::charbonnier) value = k < chunk.valid<E>(v) ? value : 0.0f;
+          if (w != 0.0f) sum[0] += w * value;
+          if (w != 1.0f) sum[1] += (1.0f - w) * value;
         }
       }
     }
-    if (lane == 0 && sample < samples) use(sample, value);
   }
+};
+
+template <typename P, typename T, int R, bool kL1>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+    pixel_forward(const IK_GRID_CONSTANT PixelArgs args) {
+  constexpr int E = kElements<P, T>;
+  const PixelLayer& layer = find_layer(args);
+  const uint32_t block = blockIdx.x - layer.first_block;
+  const Coord coord = locate<E>(layer.tiling, block);
+  __shared__ Weights<E> weights;
+  PixelForward<P, T, R, kL1> work{layer, coord, weights, args};
+  for_chunks<E>(layer, coord, weights, work);
+  if constexpr (kL1) {
+    clear_spare_signs(layer.signs, layer.sign_words, layer.sign_words_allocated, block, layer.blocks);
+  }
+  // A mask value that was read once counts for all that share it.
+  const int shared = layer.mask.shared ? work.chunks : layer.mask_per_prediction ? 1 : layer.predictions;
+#pragma unroll
+  for (int r = 0; r < R; ++r) work.weight[r] *= static_cast<float>(shared);
+  store_partial<R>(work.sum, work.weight, R == 2 && !args.mask_is_hole,
+                   static_cast<Partial<R>*>(args.partials));
 }
 
-// One block.
+// The partial sums of one layer: `tiles` of each sample, one after another.
+struct FinalLayer {
+  const void* partials;
+  int64_t tiles;
+  double weight;
+  double numel;
+};
+
+struct FinalArgs {
+  FinalLayer layer[kMaxLayers];
+  float* loss[2];        // R scalars
+  float* scale;          // [layers x samples, R]
+  const double* before;  // loss of the layers of earlier launches, or null
+  double* after;         // loss up to these layers, or null
+  int64_t samples;       // 1 if there are several layers
+  int64_t tiles;         // the most of a layer
+  int32_t count;         // of layers
+  Normalize normalize;
+};
+
+// The second stage, one block: scales and losses from the partial sums of all layers, in a fixed order.
 template <int R>
-__global__ void __launch_bounds__(kFinalThreads, 1) pixel_finalize(const FinalArgs args, int lanes) {
-  const auto* partials = static_cast<const Partial<R>*>(args.partials);
+__global__ void __launch_bounds__(kFinalThreads, 1)
+    pixel_finalize(const IK_GRID_CONSTANT FinalArgs args, int lanes) {
+  // Each sample of each layer has its own scale, or all samples of the only layer have one.
+  const bool apart = args.samples == 1 || args.normalize == Normalize::sample;
+  const auto samples = static_cast<double>(args.samples);
   double sum[R] = {};  // over this thread's samples, at lane 0 of each sample
   double weight[R] = {};
   double scaled[R] = {};  // sum of scale_n * S_n
   sum_samples<2 * R>(
-      args.samples, args.tiles, lanes,
-      [&](int64_t tile, double (&value)[2 * R]) {
-        const Partial<R> partial = partials[tile];
+      args.count * args.samples, args.tiles, lanes,
+      [&](int64_t row, int64_t tile, double (&value)[2 * R]) {
+        const FinalLayer& layer = args.layer[args.count == 1 ? 0 : row];
+        if (tile >= layer.tiles) return;
+        const int64_t first = args.count == 1 ? row * layer.tiles : 0;
+        const Partial<R> partial = static_cast<const Partial<R>*>(layer.partials)[first + tile];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           value[r] += partial.sum[r];
           value[R + r] += partial.weight[r];
         }
       },
-      [&](int64_t sample, const double (&value)[2 * R]) {
+      [&](int64_t row, const double (&value)[2 * R]) {
+        const FinalLayer& layer = args.layer[args.count == 1 ? 0 : row];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           sum[r] += value[r];
           weight[r] += value[R + r];
-          if (args.normalize == Normalize::sample) {
-            const double scale = sample_scale(args.normalize, value[R + r], 0.0, args.numel,
-                                              static_cast<double>(args.samples));
-            scaled[r] += scale * value[r];
-            args.scale[sample * R + r] = static_cast<float>(scale);
-          }
+          if (!apart) continue;
+          const double total = value[R + r];
+          const double scale =
+              layer.weight * sample_scale(args.normalize, total, total, layer.numel, samples);
+          scaled[r] += scale * value[r];
+          args.scale[row * R + r] = static_cast<float>(scale);
         }
       });
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     double loss = 0.0;
-    if (args.normalize == Normalize::sample) {
-      loss = block_sum(scaled[r]);
+    if (apart) {
+      loss = block_sum(scaled[r]) + (args.before == nullptr ? 0.0 : *args.before);
     } else {
-      const double weight_sum = block_sum(weight[r]);
-      const double scale =
-          sample_scale(args.normalize, 0.0, weight_sum, args.numel, static_cast<double>(args.samples));
+      const double total = block_sum(weight[r]);
+      const double scale = sample_scale(args.normalize, 0.0, total, args.layer[0].numel, samples);
       loss = block_sum(sum[r]) * scale;
       for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
         args.scale[n * R + r] = static_cast<float>(scale);
       }
     }
-    if (threadIdx.x == 0) *args.loss[r] = static_cast<float>(loss);
+    if (threadIdx.x != 0) continue;
+    *args.loss[r] = static_cast<float>(loss);
+    if (args.after != nullptr) *args.after = loss;
   }
-}
-
-static inline int finalize_lanes(int64_t samples, int64_t tiles) {
-  int lanes = 1;
-  while (lanes < tiles && lanes < kFinalThreads && lanes * 2 * samples <= kFinalThreads) lanes *= 2;
-  return lanes;
 }
 
 }  // namespace ik::cuda

@@ -13,7 +13,6 @@
 #error "TORCH_CUDA_ARCH_LIST: gram, style and feature_distance need compute capability 8.0 or later"
 #endif
 
-#define IK_GRID_CONSTANT __grid_constant__
 #define IK_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 namespace ik::cuda {

@@ -1,13 +1,15 @@
 // total_variation on CUDA: of an image, or of the composite of two without writing it.
 //
 //   forward   loss = s_0 sum of the pairs down + s_1 sum of those across; a pair is w p(next - this)
-//   backward  d loss / d image = grad (the pairs that end at a pixel minus those that begin there), each s w
-//   p'(next
-//             - this); of a composite pred gets that times the hole, target times the rest
+//   backward  d loss / d image = grad (the pairs that end at a pixel minus those that begin there),
+//             each pair s w p'(next - this); of a composite pred gets that times the hole,
+//             target times the rest
 //
 // Saved for backward: the scales and for l1 4 bits of signs an element; l2 needs the images. Work split:
-// pairs.cuh. Two launches forward, one backward. Bytes per element, fp32: forward 4 + 1/2 (signs), backward
-// 1/2 (l1) or 4, + 4 (gradient); a mask [N, 1, H, W] adds 4/C to both, a composite another image.
+// pairs.cuh. Two launches forward, one backward. Bytes per element, fp32:
+//   forward   4 + 1/2 (signs)
+//   backward  1/2 (l1) or 4, + 4 (gradient)
+// A mask [N, 1, H, W] adds 4/C to both, a composite another image.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pairs_launch.cuh"

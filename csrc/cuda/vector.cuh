@@ -12,6 +12,12 @@
 #include <torch/headeronly/util/Half.h>
 
 #define IK_DEVICE static __device__ __forceinline__
+// A large argument of a kernel that is indexed where it lies.
+#if defined(__CUDACC__)
+#define IK_GRID_CONSTANT __grid_constant__
+#else
+#define IK_GRID_CONSTANT
+#endif
 
 namespace ik::cuda {
 

@@ -18,7 +18,7 @@ from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel
 from ..ops.adversarial import DiscriminatorLoss
 from ..ops.composite import composite
-from ..ops.stacked_images import stacked_images
+from ..ops.stacked_images import serving, stacked_images
 from ._pixel_terms import PixelTerms, reads_mask
 from ._settings import chosen
 from ._terms import (
@@ -49,7 +49,8 @@ _ARGUMENTS = """
             once. Under ``torch.compile`` this breaks the graph.
         process_group: makes pixel terms means over all ranks, as `masked_l1_loss` does. The other terms are means
             over samples, right under DDP with equal batches.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op; with "cuda" the images of the
+            trunk and the discriminator, which have no CUDA kernels, are made by the automatic backend.
         {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
             and returned as 0.
 
@@ -282,7 +283,9 @@ class Objective(nn.Module):
             if mask is None:
                 raise ValueError("mask is missing: the discriminator is shown composites")
             known = self._composited(target.detach(), mask)
-            image = composite(image, known, mask, mask_is=self.settings.mask_is, backend=self.backend)
+            image = composite(
+                image, known, mask, mask_is=self.settings.mask_is, backend=serving(self.backend)
+            )
         return self.shown(image, self._known(mask), condition)
 
     def shown(self, image: Tensor, known: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -333,7 +336,7 @@ class Objective(nn.Module):
             return target
         flipped = "valid" if self.settings.mask_is == "hole" else "hole"
         return stacked_images(
-            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=self.backend
+            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=serving(self.backend)
         )
 
     def _pixel_terms(
@@ -374,7 +377,7 @@ class Objective(nn.Module):
             shift=None if preprocessed else shift,
             swap_channels=s.swap_channels and not preprocessed,
             mask_is=s.mask_is,
-            backend=self.backend,
+            backend=serving(self.backend),
         )
 
     def _maps_of(

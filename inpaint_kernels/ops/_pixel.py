@@ -76,10 +76,17 @@ def call(
     mask: Tensor | None,
     *options: Any,
     l1: bool,
+    form: str = "",
+    backends: tuple[str, ...] | None = None,
 ) -> Any:
-    """Runs an op on two images: a kernel, which keeps signs for the gradient of `l1`, or the reference."""
+    """Runs an op on two images: a kernel, which keeps signs for the gradient of `l1`, or the reference.
+
+    `form`, `backends`: see `_library.Op.choose`.
+    """
     other = pred if target is None else target
-    chosen = op.choose(backend, (pred, target, mask), pred.dtype, other.dtype, mask=mask)
+    chosen = op.choose(
+        backend, (pred, target, mask), pred.dtype, other.dtype, form=form, backends=backends, mask=mask
+    )
     if chosen == "reference":
         return formula()
     grad = needs_grad(pred, other)

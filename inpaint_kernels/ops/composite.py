@@ -19,7 +19,7 @@ def composite(
         target: as `pred` in shape and device; its dtype may differ, a differing layout is copied.
         mask: 1 = known, 0 = hole, fractions mix; shapes and dtypes as `hole_valid_loss`.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
         As `pred` in shape and layout, in the wider dtype of the two images.

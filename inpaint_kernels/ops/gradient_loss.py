@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import gradient_loss as reference
 from ..reference.hole_valid import region_weights
 from . import _checks, _pairs, _pixel
-from .stacked_images import stacked_images
+from .stacked_images import serving, stacked_images
 from .total_variation import _op as kernels
 from .total_variation import total_variation_loss
 
@@ -39,7 +39,9 @@ def _from_kernels(
     elif region == "ring":
         # Detached, for it is not read, and a gradient to it would be a whole image of zeros.
         unread = difference.detach()
-        d = stacked_images(difference, unread, mask, parts=("hole_raw",), mask_is=mask_is, backend=backend)
+        d = stacked_images(
+            difference, unread, mask, parts=("hole_raw",), mask_is=mask_is, backend=serving(backend)
+        )
         value = total_variation_loss(d, weights, region="hole", mask_is="hole", **options)
     else:
         # d is the composite of the difference and zeros, which the kernel need not write; few bytes of zeros will do.

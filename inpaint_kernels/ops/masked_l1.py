@@ -10,6 +10,9 @@ from .. import _library
 from ..reference import masked_l1 as reference
 from . import _checks, _pixel
 
+# The map of reduction "none" has no CUDA kernels: Triton writes it as fast.
+MAP: dict[str, Any] = {"form": " with reduction='none'", "backends": ("cpu", "triton")}
+
 
 def _fake(
     backend: str,
@@ -98,6 +101,7 @@ def _masked_loss(
         reduction,
         normalize,
         l1=penalty == "l1",
+        **(MAP if reduction == "none" else {}),
     )
     return out
 
@@ -131,7 +135,7 @@ def masked_l1_loss(
         process_group: a torch.distributed group: D is summed over its ranks (one scalar all-reduce) and the
             result scaled such that the gradient average of DDP is the gradient of the global mean. The mean of
             the returned values over the ranks is that global mean. Needs ``reduction="mean"``.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", which has no ``reduction="none"``.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
@@ -179,7 +183,7 @@ def masked_mse_loss(
         reduction: "mean", "sum" or "none".
         normalize: the denominator D: "mask", "image" or "sample".
         process_group: for a mean over all ranks, as in `masked_l1_loss`.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", as in `masked_l1_loss`.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
@@ -215,7 +219,7 @@ def masked_charbonnier_loss(
         reduction: "mean", "sum" or "none".
         normalize: the denominator D: "mask", "image" or "sample".
         process_group: for a mean over all ranks, as in `masked_l1_loss`.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", as in `masked_l1_loss`.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.
@@ -256,7 +260,7 @@ def masked_huber_loss(
         reduction: "mean", "sum" or "none".
         normalize: the denominator D: "mask", "image" or "sample".
         process_group: for a mean over all ranks, as in `masked_l1_loss`.
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda".
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", as in `masked_l1_loss`.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.

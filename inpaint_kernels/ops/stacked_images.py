@@ -15,9 +15,8 @@ from ..reference.hole_valid import region_weights
 from . import _checks, _pixel
 
 PARTS = reference.PARTS
-# Of parts, and of channels with constants of their own, for a GPU kernel: parameters of the launch in CUDA, written
-# out in Triton.
-MOST_ON_GPU = {"triton": 8, "cuda": 64}
+# The most parts, and the most channels with constants of their own, that a Triton kernel takes: it writes out each.
+MOST_ON_TRITON = 8
 
 
 def _channels(image: Tensor, scale: Sequence[float], shift: Sequence[float]) -> int:
@@ -107,7 +106,14 @@ _op = _library.Op(
     backward_fake=_pixel.gradients_fake(0, 2),
     save=_save,
     backward=_backward,
+    # CUDA kernels would be no faster than Triton's: all that this op does is stream through memory.
+    backends=("cpu", "triton"),
 )
+
+
+def serving(backend: str | None) -> str | None:
+    """The backend with which an op on another backend calls this one, which has no CUDA kernels."""
+    return None if backend == "cuda" else backend
 
 
 def _constants(name: str, value: Sequence[float] | float | None, channels: int) -> list[float]:
@@ -157,8 +163,8 @@ def stacked_images(
             channels as either has.
         swap_channels: reverse the order of the channels (RGB to BGR and back), before `scale` and `shift`.
         mask_is: "valid", or "hole" for a mask that is 1 inside the hole (flipped inside the kernel, for free).
-        backend: None (automatic), "reference", "cpu", "triton" or "cuda". Triton takes up to 8 parts and lists for
-            up to 8 channels, CUDA 64 of each; with None more of them run on "reference".
+        backend: None (automatic), "reference", "cpu" or "triton"; this op has no CUDA kernels. Triton takes up to 8
+            parts and lists for up to 8 channels; with None more of them run on "reference".
 
     Returns:
         (len(parts) * N, C, H, W), in the wider dtype of the images and the layout of `pred`, computed in float32
@@ -205,10 +211,10 @@ def stacked_images(
         channels = max(len(scales), len(shifts))
         scales, shifts = (value * channels if len(value) == 1 else value for value in (scales, shifts))
     chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
-    if max(len(parts), len(scales), len(shifts)) > MOST_ON_GPU.get(chosen, 1 << 30):
+    if chosen == "triton" and max(len(parts), len(scales), len(shifts)) > MOST_ON_TRITON:
         if backend is not None:
             raise RuntimeError(
-                f"backend {chosen!r} takes at most {MOST_ON_GPU[chosen]} parts, and scale and shift for as many "
+                f"backend 'triton' takes at most {MOST_ON_TRITON} parts, and scale and shift for as many "
                 "channels; use backend=None"
             )
         chosen = "reference"

@@ -1,11 +1,12 @@
-"""Launchers of the feature distance: the kernels of `pixel.py` on all layers in one launch, one region each."""
+"""Launchers of the feature distance: the kernels of `pixel_*.py` on all layers in one launch, one region each."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import pixel, plan
+from . import pixel_backward, pixel_forward, plan
+from .pixel_tile import Pair
 
 # The dtypes of `ops/_checks.py`, by their index.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,9 +32,11 @@ def forward(
         pairs = []
         for i in used:
             kept = mask[i] if mask else None, signs[i] if save_signs else None
-            pairs.append(pixel.Pair(target[i].shape[0], input[i], target[i], *kept))
+            pairs.append(Pair(target[i].shape[0], input[i], target[i], *kept))
         factors = [weights[i] for i in used]
-        pixel.launch_forward(pairs, [loss], scale, penalty, param, normalize, weights=factors, numbers=used)
+        pixel_forward.launch_forward(
+            pairs, [loss], scale, penalty, param, normalize, weights=factors, numbers=used
+        )
     return loss, scale, signs
 
 
@@ -60,6 +63,6 @@ def backward(
         pairs = []
         for i in used:
             x, y, m, s = (given[i] if given else None for given in (input, target, mask, signs))
-            pairs.append(pixel.Pair(sizes[5 * i + 4], x, y, m, s, grads[i]))
-        pixel.launch_backward(pairs, [grad], scale, penalty, param, per_sample=False, numbers=used)
+            pairs.append(Pair(sizes[5 * i + 4], x, y, m, s, grads[i]))
+        pixel_backward.launch_backward(pairs, [grad], scale, penalty, param, per_sample=False, numbers=used)
     return grads

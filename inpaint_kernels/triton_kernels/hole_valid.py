@@ -1,4 +1,4 @@
-"""Launchers of the hole and valid pixel losses: the kernels of `pixel.py` on one layer and two regions."""
+"""Launchers of the hole and valid pixel losses: the kernels of `pixel_*.py` on one layer and two regions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pixel, plan
+from . import pixel_backward, pixel_forward, plan
+from .pixel_tile import Pair
 
 
 def forward(
@@ -27,8 +28,8 @@ def forward(
     scale = make((n, 2), dtype=torch.float32, device=pred.device)
     signs = plan.empty_signs(pred, pred.shape, plan.is_channels_last(pred), save_signs)
     if pred.numel():
-        pair = pixel.Pair(n, pred, target, mask, signs if save_signs else None)
-        pixel.launch_forward(
+        pair = Pair(n, pred, target, mask, signs if save_signs else None)
+        pixel_forward.launch_forward(
             [pair], [hole, valid], scale, penalty, param, normalize, mask_is_hole=mask_is_hole, samples=n
         )
     return hole, valid, scale, signs
@@ -55,7 +56,7 @@ def backward(
     """(grad_pred, grad_target) of `ops/hole_valid.py`; a region without gradient contributes nothing."""
     found = plan.empty_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
     if any(g.numel() for g in found):
-        pair = pixel.Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
+        pair = Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
         grads = grad_hole, grad_valid
-        pixel.launch_backward([pair], grads, scale, penalty, param, mask_is_hole=mask_is_hole)
+        pixel_backward.launch_backward([pair], grads, scale, penalty, param, mask_is_hole=mask_is_hole)
     return found

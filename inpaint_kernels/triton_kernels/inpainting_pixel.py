@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pairs_backward, pairs_forward, pixel, plan
+from . import pairs_backward, pairs_forward, pixel_forward, plan
 
 
 def forward(
@@ -48,7 +48,7 @@ def forward(
             )
             # It reads the first sums alone.
             firsts = 0, sums.shape[1]
-            pixel.launch_finalise(sums, (hole, valid), scale, firsts, (pred.numel(),), normalize, n)
+            pixel_forward.launch_finalise(sums, (hole, valid), scale, firsts, (pred.numel(),), normalize, n)
             weights = hole_weight, valid_weight, tv_weight
             pairs_forward.launch_finalise(
                 sums, tv, tv_scale, (total, hole, valid), weights, size, tv_normalize

@@ -1,4 +1,4 @@
-"""Launchers of the masked pixel losses: the kernels of `pixel.py` on one layer and one region.
+"""Launchers of the masked pixel losses: the kernels of `pixel_*.py` on one layer and one region.
 
 `reduction="none"` stores w * penalty(d) instead of sums and needs no second stage.
 """
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pixel, plan
+from . import pixel_backward, pixel_forward, plan
+from .pixel_tile import Pair
 
 
 def forward(
@@ -35,8 +36,8 @@ def forward(
     signs = plan.empty_signs(pred, pred.shape, channels_last, save_signs)
     if pred.numel():
         normalize = "sum" if reduction == "sum" else normalize
-        pair = pixel.Pair(n, pred, target, mask, signs if save_signs else None)
-        pixel.launch_forward([pair], [out], scale, penalty, param, normalize, samples=n)
+        pair = Pair(n, pred, target, mask, signs if save_signs else None)
+        pixel_forward.launch_forward([pair], [out], scale, penalty, param, normalize, samples=n)
     return out, scale, signs
 
 
@@ -59,6 +60,6 @@ def backward(
     """(grad_pred, grad_target) of `ops/masked_l1.py`."""
     found = plan.empty_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
     if any(g.numel() for g in found):
-        pair = pixel.Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
-        pixel.launch_backward([pair], [grad], scale, penalty, param)
+        pair = Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
+        pixel_backward.launch_backward([pair], [grad], scale, penalty, param)
     return found

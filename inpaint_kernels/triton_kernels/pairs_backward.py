@@ -36,7 +36,7 @@ from .pairs_tile import (
     strip_place,
     wider,
 )
-from .pixel import apply_signs, penalty_grad, region_weights
+from .pixel_tile import apply_signs, penalty_grad, region_weights
 
 
 @triton.jit

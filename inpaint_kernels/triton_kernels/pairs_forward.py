@@ -6,7 +6,7 @@
 
 A weight of 0 selects away instead of multiplying. Saved for backward: l1 keeps 2 sign bits for each of across, down
 and pred - target, l2 nothing. One pass, in which each program stores its sums; then one small launch adds up hole and
-valid (`pixel.finalise_kernel`) and one the rest. The composite is never written: a row of it lives in registers until
+valid (`pixel_forward`) and one the rest. The composite is never written: a row of it lives in registers until
 the next one is there. Bytes an element (float32, C channels, float32 mask of one channel): 8 + 4/C read, 1/2 or 3/4
 of signs written; a strip's rows and the one below are read once from memory or from the cache of second level.
 Work split and addressing: `pairs_tile.py`.
@@ -37,7 +37,7 @@ from .pairs_tile import (
     strip_place,
     wider,
 )
-from .pixel import penalty_value, region_weights
+from .pixel_tile import penalty_value, region_weights
 
 
 @triton.jit(do_not_specialize=[*SIZES, "sums_stride"])
@@ -147,7 +147,7 @@ def forward_kernel(
     sums_ptr += tl.program_id(0)
     sums_stride = sums_stride.to(tl.int64)
     if LOSSES:
-        # In the order of `pixel.finalise_kernel`.
+        # In the order of `pixel_forward.finalise_kernel`.
         tl.store(sums_ptr, tl.sum(hole_sum))
         if WEIGHTS:
             sums_ptr += sums_stride

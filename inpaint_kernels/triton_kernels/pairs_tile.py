@@ -3,7 +3,7 @@
 Memory is seen as samples of `channels` segments of `height` rows of `width` elements, the next pixel STEP elements
 away: planes in NCHW (STEP 1), whole samples in channels_last (STEP C). A strip is STEPS rows of a segment; a program
 owns BLOCK_G groups of 8 elements of BLOCK_S strips of one sample and walks down their rows, each a [ROWS, WIDTH] tile
-as in `pixel.py`. What it found in a row it keeps in registers for the next one. The channels of the same rows are
+as in `pixel_tile`. What it found in a row it keeps in registers for the next one. The channels of the same rows are
 neighbouring strips: they share a mask.
 
 Three places go together: (before, here, after), the pixels beside those of the tile. Where neighbouring pixels are
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pixel import pack_signs, region_weights
+from .pixel_tile import pack_signs, region_weights
 from .plan import Mask
 
 # (elements of the call, rows of a strip), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.

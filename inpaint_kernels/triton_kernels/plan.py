@@ -152,7 +152,7 @@ def _plan(
 
 
 def packed(values: Iterable[int]) -> tuple[int, ...]:
-    """Non-negative integers as a tuple argument of a kernel, which reads each by `pixel.unpacked`.
+    """Non-negative integers as a tuple argument of a kernel, which reads each by `pixel_tile.unpacked`.
 
     Triton makes a constant of every 1 in a tuple and compiles anew for every set of multiples of 16;
     `do_not_specialize` does not reach into tuples. 2 v + 3 is never 1 and never even.
@@ -161,7 +161,7 @@ def packed(values: Iterable[int]) -> tuple[int, ...]:
 
 
 class Layer(NamedTuple):
-    """What the kernels of `pixel.py` are told about one layer."""
+    """What the kernels of `pixel_tile.py` are told about one layer."""
 
     mask: Tensor | None
     programs: int
@@ -209,7 +209,7 @@ def empty_signs(like: Tensor, size: Any, channels_last: bool, save: bool = True)
 
 
 def loads_width(pred: Tensor, target: Tensor) -> int:
-    """Elements of a row, see `pixel.py`, where images are only read: halves are read 16 bytes at once."""
+    """Elements of a row, see `pixel_tile.py`, where images are only read: halves are read 16 bytes at once."""
     return 4 if pred.dtype == torch.float32 and target.dtype == torch.float32 else 8
 
 

@@ -7,7 +7,7 @@ An image whose weight in a part is exactly 0 is selected away, not multiplied. S
 One launch each way. The parts are compiled in, the constants of the channels are parameters of the launch.
 Bytes an element (float32, C channels, float32 mask of one channel, the parts raw, composite, target): forward
 8 + 4/C read and 12 written; backward to pred 8 + 4/C read and 4 written; a gradient that nobody needs is not read.
-Work split and addressing: `pixel.py`, cut over the images. In channels_last the channel changes from element to
+Work split and addressing: `pixel_tile.py`, cut over the images. In channels_last the channel changes from element to
 element, and a swap reads element by element; what is written goes in whole rows.
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .pixel import load_weight, program_place, step_start, tile_rows
+from .pixel_tile import load_weight, program_place, step_start, tile_rows
 
 # Times that the code of one part stands in a kernel, for a channel each: more would take the compiler minutes.
 MAX_WRITTEN_OUT = 24
@@ -153,22 +153,19 @@ def forward_kernel(
     sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
     rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, _, _ = rows
+    mask = mask_ptr, stride_n, stride_c
     place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)
     stacked_element = element if PIXEL > 1 else other
     image_element = other if PIXEL > 1 else element
     weight = 0.0
     if MASK == "plane" or MASK == "interleaved":
-        weight = load_weight(
-            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
-        )
+        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
         _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
         exists = inside & (row_c < channels - channel)
         if MASK == "channel":
-            weight = load_weight(
-                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
-            )
+            weight = load_weight(mask, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
         pred = 0.0
         if pred_ptr is not None:
             pred = tl.load(pred_ptr + start + image_element, mask=exists, other=0.0).to(tl.float32)
@@ -236,21 +233,18 @@ def backward_kernel(
     sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
     rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
     row_c, _, _ = rows
+    mask = mask_ptr, stride_n, stride_c
     place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)
     if SWAP and PIXEL > 1:
         place = PIXEL - 1 - place
     weight = 0.0
     if MASK == "plane" or MASK == "interleaved":
-        weight = load_weight(
-            mask_ptr, stride_n, stride_c, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G
-        )
+        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
     for step in tl.static_range(STEPS):
         channel = first + step * BLOCK_C
         exists = inside & (row_c < channels - channel)
         if MASK == "channel":
-            weight = load_weight(
-                mask_ptr, stride_n, stride_c, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G
-            )
+            weight = load_weight(mask, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
         to_pred = tl.zeros(element.shape, tl.float32)
         to_target = tl.zeros(element.shape, tl.float32)
         for part in tl.static_range(PARTS):

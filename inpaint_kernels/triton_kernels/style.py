@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gram, pixel, plan
+from . import gram, pixel_forward, plan
 from .gram import add_splits, second_stage_place, store_both
 from .product import gram_scale, launch_product, style_coefficient
 
@@ -175,7 +175,7 @@ def forward(
                 normalize,
                 target_is_gram,
             )
-        pixel.launch_finalise(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
+        pixel_forward.launch_finalise(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
     return loss.view(()), factors
 
 

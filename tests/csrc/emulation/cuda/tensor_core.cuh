@@ -9,8 +9,6 @@
 #include "cuda/cuda_utils.cuh"
 #include "cuda/vector.cuh"
 
-#define __grid_constant__
-#define IK_GRID_CONSTANT
 #define IK_DYNAMIC_SHARED(name) alignas(16) static char name[227 * 1024]
 
 namespace simt {
