@@ -43,7 +43,7 @@ test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton throug
 SHARED ?= 1
 SHARE ?= 0
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
-OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_training.py tests/test_derivatives.py
+OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_values.py tests/test_training.py tests/test_derivatives.py
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
@@ -83,7 +83,7 @@ test-torch-2.14: build ## the built libraries under torch 2.14.1, several gigaby
 	  'pytest>=8' pytest-xdist hypothesis expecttest numpy
 	PYTHONPATH=. $(OTHER)/bin/python tools/smoke.py --expect cpu
 	PYTHONPATH=. INPAINT_KERNELS_TEST_BACKENDS=cpu OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -q -n 2 \
-	  tests/test_backend.py $(wildcard $(TRITON_OPS:%=tests/test_%.py) tests/test_perceptual.py tests/test_trunk_weights.py) $(ARGS)
+	  tests/test_backend.py tests/test_values.py $(wildcard $(TRITON_OPS:%=tests/test_%.py) tests/test_perceptual.py tests/test_trunk_weights.py) $(ARGS)
 
 bench: $(VENV)/.stamp-bench build ## time the kernels against eager and compiled PyTorch
 	$(BIN)/python -m inpaint_kernels bench $(ARGS)

@@ -1,8 +1,8 @@
 """Training objectives of inpainting methods as their released code computes them, in plain PyTorch.
 
 Nothing here is fused, shared or made safe: each function repeats, term by term, what a training script of its method
-does today. Use it to check an implementation, or to measure against. ``tests/test_published.py`` compares it with
-figures that the released code computed, but for cmt and deepfill, of which there are none.
+does today. Use it to check an implementation, or to measure against. The tests compare it with the objectives of the
+package, and these with figures that the released code computed, but for cmt and deepfill, of which there are none.
 
 Arguments have the same meaning everywhere. ``pred`` is the network's output before anything is pasted over it and
 ``target`` the truth, both (N, 3, H, W) in the range the method trains in. ``mask`` is (N, 1, H, W); what its 1 means

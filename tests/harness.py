@@ -8,6 +8,7 @@ today; a kernel may be wrong by at most twice the latter plus a floor (`value_bu
 from __future__ import annotations
 
 import ctypes
+import heapq
 import itertools
 import math
 import os
@@ -76,8 +77,16 @@ def backend_for(function: str, backend: Backend | None) -> str | None:
 
 
 def grid(**axes: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrize over the product of the axes, or `covering` where there is no time for that."""
-    return covering(**axes) if COVERING else _parametrize(axes, list(itertools.product(*axes.values())))
+    """Parametrize over rows of the product that hold every pair of values: all of it for one axis or two.
+
+    Where three values decide together, two of them are one axis. `covering` where there is no time even for that.
+    """
+    lists = {name: list(axis) for name, axis in axes.items()}
+    return (
+        covering(**lists)
+        if COVERING
+        else _parametrize(axes, spread(list(itertools.product(*lists.values()))))
+    )
 
 
 def covering(**axes: Iterable[object]) -> pytest.MarkDecorator:
@@ -92,17 +101,31 @@ def _parametrize(names: Iterable[str], rows: Sequence[tuple[object, ...]]) -> py
     return pytest.mark.parametrize(list(names), params)
 
 
-def spread(rows: Sequence[tuple[object, ...]], count: int) -> list[tuple[object, ...]]:
-    """`count` of the rows: again and again that with most new pairs of values, among them that of rarer values."""
-    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
-    seen: set[object] = set()
+def spread(rows: Sequence[tuple[object, ...]], count: int | None = None) -> list[tuple[object, ...]]:
+    """Again and again the row with most new pairs of values, among them that of rarer values.
+
+    `count` rows, or as many as it takes to see every pair.
+    """
+    pairs = [set(itertools.combinations(enumerate(row), 2)) or {row} for row in rows]
+    unseen: set[object] = set().union(*pairs)
     used: Counter[object] = Counter()
     chosen: list[tuple[object, ...]] = []
-    while pairs and len(chosen) < count:
-        row = max(pairs, key=lambda r: (len(pairs[r] - seen), -sum(used[value] for value in enumerate(r))))
-        seen |= pairs.pop(row)
-        used.update(enumerate(row))
-        chosen.append(row)
+
+    def rank(i: int) -> tuple[int, int, int]:
+        return -len(pairs[i] & unseen), sum(used[value] for value in enumerate(rows[i])), i
+
+    # A rank only ever gets worse: the first row of the heap whose rank is still true is the best one.
+    heap = [rank(i) for i in range(len(rows))]
+    heapq.heapify(heap)
+    while heap and (unseen if count is None else len(chosen) < count):
+        i = heap[0][2]
+        if (now := rank(i)) != heap[0]:
+            heapq.heapreplace(heap, now)
+            continue
+        heapq.heappop(heap)
+        unseen -= pairs[i]
+        used.update(enumerate(rows[i]))
+        chosen.append(rows[i])
     return chosen
 
 

@@ -40,14 +40,19 @@ from harness import (
     backend_for,
     check_against_truth,
     evaluate,
+    laid_out,
     spread,
 )
 from pairs_cases import (
+    GRADIENT_REGIONS,
     MASK_IS,
     PARTS,
     SCALE,
     SHIFT,
     composite_formula,
+    eighths,
+    gradient_loss_call,
+    gradient_loss_formula,
     inpainting_pixel_call,
     inpainting_pixel_formula,
     stacked_images_call,
@@ -125,16 +130,33 @@ class Op:
 
 
 def images(
-    size: Size = SIZE, dtypes: str = "f32/f32", layout: str = "contiguous", mask: str = "n1hw"
+    size: Size = SIZE,
+    dtypes: str = "f32/f32",
+    layout: str = "contiguous",
+    mask: str = "n1hw",
+    *,
+    mask_dtype: str = "f32",
+    mask_layout: str = "contiguous",
+    values: str = "mixed",
+    expanded: bool = False,
+    exact: bool = False,
 ) -> list[Tensor]:
-    """[pred, target, mask]"""
-    weights = make_mask(mask, size)
-    return [*image_pair(size, dtypes, f"{layout}/{layout}"), *([] if weights is None else [weights])]
+    """[pred, target, mask]; `layout` of both images, or "pred/target". `exact`: fractions in eighths."""
+    layouts = layout if "/" in layout else f"{layout}/{layout}"
+    pair, weights = image_pair(size, dtypes, layouts), make_mask(mask, size, mask_dtype, values)
+    if weights is None:
+        return [*pair]
+    weights = laid_out(eighths(weights) if exact else weights, mask_layout)
+    return [*pair, weights.expand(size) if expanded else weights]
+
+
+# Equal neighbours of a composite stay equal, which decides the sign of l1.
+exact_images = partial(images, exact=True)
 
 
 def one_image(*args: Any, **options: Any) -> list[Tensor]:
     """[image, mask]"""
-    return images(*args, **options)[::2]
+    return exact_images(*args, **options)[::2]
 
 
 def layers_of(size: Size) -> tuple[Size, Size]:
@@ -152,8 +174,9 @@ def features(
     predictions: int = 2,
     **_: str,
 ) -> list[Tensor]:
-    """[*inputs, *targets] of two layers."""
-    options = {"predictions": predictions, "dtypes": dtypes, "layouts": f"{layout}/{layout}"}
+    """[*inputs, *targets] of two layers; `layout` of both sides, or "input/target"."""
+    layouts = layout if "/" in layout else f"{layout}/{layout}"
+    options = {"predictions": predictions, "dtypes": dtypes, "layouts": layouts}
     pairs = [pair(s, seed=i, **options) for i, s in enumerate(layers_of(size))]
     return [*(x for x, _ in pairs), *(y for _, y in pairs)]
 
@@ -169,7 +192,7 @@ def given_grams(*args: Any, style: str, **options: Any) -> list[Tensor]:
 
 
 def one_map(size: Size = SIZE, dtypes: str = "f32/f32", layout: str = "contiguous", **_: str) -> list[Tensor]:
-    return [feature_map(size, dtypes.partition("/")[0], layout)]
+    return [feature_map(size, dtypes.partition("/")[0], layout.partition("/")[0])]
 
 
 def convolution(
@@ -239,7 +262,7 @@ def inpainting_pixel() -> Iterator[Op]:
         yield Op(
             f"inpainting_pixel {normalize} {mode} {penalty}", "inpainting_pixel",
             partial(inpainting_pixel_call, **options), partial(inpainting_pixel_formula, **options),
-            images, 2, PAIRS, keeps=bits(6, KEPT_MASK, 24) if penalty == "l1" else None, made=(0, 1),
+            exact_images, 2, PAIRS, keeps=bits(6, KEPT_MASK, 24) if penalty == "l1" else None, made=(0, 1),
         )  # fmt: skip
 
 
@@ -252,8 +275,19 @@ def total_variation() -> Iterator[Op]:
             f"total_variation {penalty} {mode} {of}", "total_variation",
             by if composite else lambda backend, by=by: lambda x, mask: by(backend)(x, None, mask),
             formula if composite else lambda x, mask, formula=formula, **o: formula(x, None, mask, **o),
-            images if composite else one_image, 1 + composite, PAIRS,
+            exact_images if composite else one_image, 1 + composite, PAIRS,
             keeps=bits(4 * l1, KEPT_MASK * l1, 4 if l1 else 2), made=(0, 1)[: 1 + composite] if l1 else (),
+        )  # fmt: skip
+
+
+def gradient_loss() -> Iterator[Op]:
+    for i, (region, penalty) in enumerate(product(GRADIENT_REGIONS, PAIR_PENALTIES)):
+        options = {"region": region, "penalty": penalty, "mask_is": mask_is(i)}
+        # 4 bits an element, the scales, R of the ring, on the CPU the mask in bits.
+        kept = bits(4, KEPT_MASK + 4 * (region == "ring"), 16) if penalty == "l1" else None
+        yield Op(
+            f"gradient_loss {region} {penalty}", "gradient_loss", partial(gradient_loss_call, **options),
+            partial(gradient_loss_formula, **options), exact_images, 2, PAIRS, keeps=kept, made=(0, 1),
         )  # fmt: skip
 
 
@@ -268,21 +302,31 @@ STACKS: dict[str, dict[str, Any]] = {
 }
 
 
+def in_common_dtype(call: Call, formula: Call, inputs: Sequence[Tensor], **options: Any) -> None:
+    check_against_truth(
+        call, formula, inputs, out_dtype=torch.promote_types(*(t.dtype for t in inputs[:2])), **options
+    )
+
+
 def stacked_images() -> Iterator[Op]:
     for stack, options in STACKS.items():
         mask = 0 if "target" in stack else 4
         common = (
             "stacked_images", partial(stacked_images_call, **options), partial(stacked_images_formula, **options),
-            images, 2, check_against_truth,
+            exact_images, 2, in_common_dtype,
         )  # fmt: skip
         # The mask, and nothing else; a mask that the caller holds costs nothing.
         yield Op(f"stacked_images {stack}", *common, keeps=bits(0, 0, 0), made=(0, 1))
         yield Op(f"stacked_images {stack} own mask", *common, keeps=bits(0, mask, 0), made=(0, 1, 2))
-    yield Op(
-        "composite", "stacked_images",
-        lambda backend: partial(ik.composite, backend=backend_for("composite", backend)), composite_formula,
-        images, 2, check_against_truth, keeps=bits(0, 0, 0), made=(0, 1),
-    )  # fmt: skip
+    for given in MASK_IS:
+        yield Op(
+            f"composite {given}", "composite",
+            lambda backend, given=given: partial(
+                ik.composite, mask_is=given, backend=backend_for("composite", backend)
+            ),
+            partial(composite_formula, mask_is=given), exact_images, 2, in_common_dtype,
+            keeps=bits(0, 0, 0), made=(0, 1),
+        )  # fmt: skip
 
 
 def gram() -> Iterator[Op]:
@@ -369,9 +413,9 @@ def table(*groups: Callable[[], Iterator[Op]]) -> dict[str, Op]:
 
 
 OPS = table(
-    masked, hole_valid, total_variation, inpainting_pixel, stacked_images, gram, style, feature_distance, partial_conv
+    masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, stacked_images,
+    gram, style, feature_distance, partial_conv,
 )  # fmt: skip
-NAMES = tuple(dict.fromkeys(op.name for op in OPS.values()))
 
 
 def ops(*beginnings: str) -> list[Op]:
@@ -379,6 +423,11 @@ def ops(*beginnings: str) -> list[Op]:
     found = [op for op in OPS.values() if op.id.startswith(beginnings)]
     assert all(any(op.id.startswith(b) for op in found) for b in beginnings), beginnings
     return found
+
+
+# Functions of (pred, target, mask) or of (image, mask). A mask of its own is for the tests of memory alone.
+IMAGE_NAMES = ("masked_l1", "hole_valid", "total_variation", "inpainting_pixel", "gradient_loss")
+IMAGE_OPS = [op for op in ops(*IMAGE_NAMES, "stacked_images", "composite") if "own mask" not in op.id]
 
 
 def enough(chosen: Iterable[Op]) -> list[Op]:

@@ -70,8 +70,6 @@ elif not INTERPRETING:
         131,
     )  # three CPU units of rows in NCHW, five in channels_last, the last ones partial
     SIZES["unitrows"] = (1, 1, 3, 16400)  # a row is more than a CPU unit holds
-# For masks of zeros and ones, which are nothing special to Triton.
-BINARY_SIZES = ("7", "vectors") if INTERPRETING else tuple(SIZES)
 
 
 def regions_of(mask: Tensor, size: Sequence[int], mask_is: str) -> tuple[Tensor, Tensor]:
@@ -162,8 +160,6 @@ GRADIENT_REGIONS = ("image", "hole", "dilated_hole", "ring")
 
 def ring_of(hole: Tensor, ring: int) -> Tensor:
     """The hole and `ring` pixels on both sides of its border."""
-    if hole.numel() == 0:
-        return hole
     largest, smallest = (
         pick(
             F.pad(hole, (ring,) * 4, value=edge).unfold(2, 2 * ring + 1, 1).unfold(3, 2 * ring + 1, 1),
@@ -186,11 +182,13 @@ def gradient_loss_formula(
     select: bool = True,
 ) -> Tensor:
     image, weights = pred, torch.ones_like(pred)
+    if pred.numel() == 0:
+        return pred.sum() + target.sum()
     if mask is not None:
         image = composite_formula(pred, target, mask, mask_is=mask_is, select=select)
         hole = regions_of(mask, pred.shape, mask_is)[0]
         regions = {"image": lambda: weights, "hole": lambda: hole, "dilated_hole": lambda: dilated(hole)}
-        weights = regions.get(region, lambda: ring_of(hole, ring))() if pred.numel() else weights
+        weights = regions.get(region, lambda: ring_of(hole, ring))()
     numerator, denominator = image[:0].sum(), weights[:0].sum()
     for dim in (2, 3):
         weight = weights.narrow(dim, 1, image.shape[dim] - 1) * weights.narrow(dim, 0, image.shape[dim] - 1)

@@ -6,25 +6,17 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from harness import Backend, Call, as_tuple, check_against_truth, evaluate, gradient_of, grid
-from op_cases import OPS, SUBSETS, Op, enough, ops
-from pairs_cases import eighths
+from op_cases import IMAGE_OPS, OPS, SUBSETS, Op, enough
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "channels_last")
-# Functions of (pred, target, mask) or of (image, mask), whose formulas have a derivative by the mask.
-IMAGE_OPS = ops(
-    "masked_l1", "hole_valid", "total_variation", "inpainting_pixel", "stacked_images", "composite"
-)
-PAIRS = ("total_variation", "inpainting_pixel")
-
-
-def inputs_of(op: Op, *args: Any, **options: Any) -> list[Tensor]:
-    """Of pairs, images whose composite is exact: equal neighbours stay equal, which decides a sign."""
-    inputs = op.make(*args, **options)
-    return [*inputs[:-1], eighths(inputs[-1])] if op.name in PAIRS else inputs
+# Whose outputs need not depend on both images.
+STACKS = ("stacked_images", "composite")
+PAIRS = ("total_variation", "inpainting_pixel", "gradient_loss")
 
 
 def outputs_of(op: Op, backend: Backend | None, number: int) -> tuple[Call, Call]:
@@ -37,7 +29,7 @@ def outputs_of(op: Op, backend: Backend | None, number: int) -> tuple[Call, Call
 def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
     """Of each output alone: the others send no gradient at all."""
     for dtypes in ("bf16/f32", "f32/f32") if op.name == "masked_l1" else ("bf16/f32",):
-        inputs = on_device(backend, *inputs_of(op, dtypes=dtypes))
+        inputs = on_device(backend, *op.make(dtypes=dtypes))
         found = op.outputs(inputs, backend.name)
         assert not any(out.requires_grad for out in found)
         for wanted, number in product(SUBSETS[op.free], range(len(found))):
@@ -45,11 +37,11 @@ def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
             leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
             out = call(*leaves)
             if not out.requires_grad:  # of parts that do not show this image
-                assert op.name == "stacked_images"
+                assert op.name in STACKS
                 continue
             out.sum().backward()
             got = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
-            assert got == list(wanted) or op.name == "stacked_images"
+            assert got == list(wanted) or op.name in STACKS
             op.judge(call, formula, inputs, wanted=wanted)
 
 
@@ -71,7 +63,7 @@ def test_second_derivatives(backend: Backend, op: Op, layout: str) -> None:
     """By the images and the upstream gradient, also where autograd must fill in a zero."""
     masks = ("n1hw", "nomask") if op.name == "masked_l1" else ("n1hw",)
     for mask in masks:
-        check_second_derivatives(backend, op, on_device(backend, *inputs_of(op, layout=layout, mask=mask)))
+        check_second_derivatives(backend, op, on_device(backend, *op.make(layout=layout, mask=mask)))
 
 
 def check_second_derivatives(backend: Backend, op: Op, inputs: list[Tensor]) -> None:
@@ -96,7 +88,7 @@ def check_second_derivatives(backend: Backend, op: Op, inputs: list[Tensor]) -> 
 
 def clear_of_kinks(op: Op) -> list[Tensor]:
     """Small inputs in float64 at which a numerical derivative straddles no kink."""
-    inputs = inputs_of(op, (2, 1, 3, 2) if op.name in PAIRS else (2, 3, 2, 2), dtypes="f64/f64")
+    inputs = op.make((2, 1, 3, 2) if op.name in PAIRS else (2, 3, 2, 2), dtypes="f64/f64")
     images = inputs[: op.free]
     if op.name in PAIRS:
         # Neighbours, and those of a composite in eighths, are apart by more than a numerical derivative moves them.
@@ -108,6 +100,25 @@ def clear_of_kinks(op: Op) -> list[Tensor]:
             target = images[y].repeat(images[x].shape[0] // images[y].shape[0], 1, 1, 1)
             images[x] = away_from_kinks(images[x], target)[0]
     return [*(t.detach().requires_grad_() for t in images), *(t.double() for t in inputs[op.free :])]
+
+
+@grid(op=enough(op for op in OPS.values() if op.name != "partial_conv"))
+def test_create_graph_and_autocast_do_not_change_the_gradient(
+    backend: Backend, op: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both asked for in the backward, the gradient is still judged as the op's own."""
+    grad, calls = torch.autograd.grad, iter([True])
+
+    def first_of_all(*args: Any, **options: Any) -> Any:
+        if not next(calls, False):  # of the formula
+            return grad(*args, **options)
+        # The backward of a plain matmul follows autocast.
+        with torch.autocast(backend.device, torch.bfloat16, enabled=backend.name != "reference"):
+            return grad(*args, **options, create_graph=True)
+
+    inputs = on_device(backend, *op.make(dtypes="f16/f32"))
+    monkeypatch.setattr(torch.autograd, "grad", first_of_all)
+    op.check(op.by(backend), inputs)
 
 
 @grid(op=enough(op for op in OPS.values() if "own mask" not in op.id and op.name != "partial_conv"))
@@ -131,7 +142,7 @@ def test_gradient_to_the_mask(op: Op, mask: str) -> None:
     """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
     kind, dtype = mask.split("-")
     inputs = op.make(mask=kind)
-    if "dilated" in op.id:
+    if "dilated" in op.id or "ring" in op.id:
         # Among equal values, as many halves would be, a maximum has many derivatives.
         inputs[-1] = torch.rand(inputs[-1].shape, generator=torch.Generator().manual_seed(0))
     elif dtype == "f16":

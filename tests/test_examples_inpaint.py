@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("PIL", reason="the examples need pillow, matplotlib and tqdm")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-from harness import INTERPRETING
+from example_runs import (
+    CPU,
+    EXAMPLES,
+    PIXEL,
+    TINY,
+    Result,
+    Run,
+    picks_its_own_backend,
+    write_noise,
+)
+from example_runs import assert_one_line as one_line
 from picture_files import chunk, deep_pixels, read_png, write_deep_png
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 import inpaint
 import plots
 import train
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="the example picks its own backend")
-
-CPU = torch.device("cpu")
+pytestmark = picks_its_own_backend
 WIDTH, HEIGHT = 53, 37
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +39,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a short run of train.py."""
     folder = tmp_path_factory.mktemp("trained")
     for i in range(2):
-        noise = np.random.default_rng(i).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{i}.png")
-    options = ["--device", "cpu", "--size", "32", "--width", "4", "--batch", "2", "--steps", "4"]
-    options += [
-        "--objective",
-        "pixel",
-        "--save-every",
-        "2",
-        "--no-compare",
-        "--images",
-        str(folder),
-        "--out",
-        str(folder),
-    ]
+        write_noise(folder / f"{i}.png", i)
+    options = [*TINY, *PIXEL, "--steps", "4", "--no-compare", "--images", str(folder), "--out", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
         assert train.main(options) == 0
@@ -165,33 +156,27 @@ def test_every_kind_of_picture(
 def test_every_kind_of_picture_of_16_bits(
     run: Run, folder: Path, hole: np.ndarray[Any, Any], channels: int, key: bool
 ) -> None:
-    """A key is the one colour that is transparent."""
+    """A key is the one colour that is transparent; one that differs in its low byte alone is another colour."""
     before = deep_pixels(HEIGHT, WIDTH, channels)
     if key:
-        before[0, 0] = before[1, 1] = before[5, 11]
+        before[0, 0] = before[1, 1] = before[0, 1] = before[5, 11]
+        before[0, 1, -1] ^= 1
         chunks = [chunk(b"tRNS", before[0, 0].astype(">u2").tobytes())]
         shown = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
         shown[0, 0] = shown[1, 1] = shown[5, 11] = 0
-    write_deep_png(folder / "deep.png", before, *(chunks if key else ()))
+    profile = chunk(b"iCCP", b"name\0\0" + zlib.compress(b"a profile" * 9))
+    write_deep_png(folder / "deep.png", before, profile, *(chunks if key else ()), interlaced=channels > 2)
     status, _, err = run(image="deep.png")
     assert status == 0, err
     if key:
         before = np.concatenate([before, shown], 2)
-    after, _ = read_png(folder / "out.png")
+    after, chunks = read_png(folder / "out.png")
+    assert zlib.decompress(chunks[b"iCCP"].split(b"\0", 2)[2]) == b"a profile" * 9
     assert after.dtype == np.uint16 and after.shape == before.shape
     assert (after[~hole] == before[~hole]).all()
     assert (after[hole] % 256 != 0).any(), "what is filled has 16 bits, too"
     if after.shape[2] in (2, 4):
         assert (after[hole][:, -1] == 65535).all()
-
-
-def test_photographs_are_turned_upright(run: Run, folder: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture().transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", exif=exif)
-    status, _, err = run(image="turned.jpg")
-    assert status == 0, err
-    assert pixels(folder / "out.png").shape == (HEIGHT, WIDTH, 3)
 
 
 def test_marks_stand_for_what_the_option_says(run: Run, folder: Path, hole: np.ndarray[Any, Any]) -> None:
@@ -239,13 +224,9 @@ def test_nothing_is_overwritten_unless_asked_for(run: Run, folder: Path) -> None
 # -- wrong input ------------------------------------------------------------------------------
 
 
-def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
-    status, printed, err = result
-    assert (status, printed) == (2, "")
-    assert err.startswith("inpaint.py: error: ")
-    assert len(err.strip().splitlines()) == 1
-    for word in words:
-        assert word in err
+def assert_one_line(result: Result, *words: str) -> None:
+    assert result[1] == ""
+    one_line(result, *words, program="inpaint.py")
 
 
 def test_unusable_pictures_and_masks(run: Run, folder: Path) -> None:

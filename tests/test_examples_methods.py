@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("PIL", reason="the examples need pillow, matplotlib and tqdm")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-from harness import INTERPRETING
-from PIL import Image
+from example_runs import (
+    CPU,
+    EXAMPLES,
+    Run,
+    assert_same,
+    check_two_processes,
+    load,
+    no_plots,
+    photos,
+    picks_its_own_backend,
+    report,
+    run,
+)
 from torch import Tensor
 
-import inpaint_kernels as ik
 from inpaint_kernels.features import torchvision_nets
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 import adversarial
 import data
@@ -33,15 +33,11 @@ import engine
 import losses
 import methods
 import options
-import plots
-import train
 import trunks
 import world
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="the example picks its own backend")
+pytestmark = picks_its_own_backend
 
-TINY = ["--device", "cpu", "--size", "32", "--width", "4", "--batch", "2", "--save-every", "20"]
-CPU = torch.device("cpu")
 NAMES = list(losses.METHODS)
 ADVERSARIAL = [name for name, method in losses.METHODS.items() if method.discriminator]
 FORMULAS = {
@@ -56,32 +52,6 @@ FORMULAS = {
     "edge-connect": "l1 + 0.1 perceptual + 250 style + 0.1 adversarial",
     "aot-gan": "l1 + 0.1 perceptual + 250 style + 0.01 adversarial",
 }
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(2):
-        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((72, 72), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    monkeypatch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
-
-    def call(*options: object, out: Path = tmp_path / "out") -> tuple[int, str, str]:
-        status = train.main([*TINY, "--images", str(photos), "--out", str(out), *map(str, options)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 # An eighth of the channels. LPIPS has weights for every channel of AlexNet, which is small anyway.
@@ -135,26 +105,7 @@ def settings(amp: str = "off") -> options.Settings:
     )
 
 
-def report(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
-
-
-def load(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
-
-
 # -- both sides -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_in_the_range_that_the_objective_takes(name: str) -> None:
-    objective = methods.Published(losses.METHODS[name])
-    # T-former's says: as CTN's.
-    told = losses.METHODS["ctn" if name == "tformer" else name].objective_class.__doc__
-    least = -1.0 if "Images are in [-1, 1]" in " ".join(told.split()) else 0.0
-    assert objective.in_range(torch.tensor([0.0, 0.5, 1.0])).tolist() == [least, (least + 1) / 2, 1.0]
 
 
 @pytest.mark.usefixtures("narrow")
@@ -235,28 +186,13 @@ def test_step_of_the_generator_is_that_of_one_graph(name: str) -> None:
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("name", ["mat", "coordfill"])
-def test_step_of_the_generator_leaves_the_discriminator_alone(name: str) -> None:
-    pred, batch = draw()
-    fused, _ = sides(name)
-    adversary = adversary_of(fused)
-    leaf = pred.clone().requires_grad_()
-    judged = adversary.judge(leaf, batch)
-    fused(leaf, batch.images, batch.masks, judged.fake, judged.real).total.backward()
-    before = leaf.grad.clone()
-    judged.backward(leaf)
-    assert not torch.equal(before, leaf.grad)
-    assert all(parameter.grad is None for parameter in adversary.net.parameters())
-
-
 # -- whole runs -------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", NAMES)
 def test_run_of_every_method(run: Run, tmp_path: Path, name: str) -> None:
-    status, printed, _ = run("--objective", name, "--steps", 20, "--compare-steps", 5)
+    status, printed, _ = run("--save-every", 20, "--objective", name, "--steps", 20, "--compare-steps", 5)
     assert status == 0
     assert f"warning: {losses.METHODS[name].trunk} has random weights" in printed
     found = report(tmp_path / "out")
@@ -283,7 +219,7 @@ def test_run_of_every_method(run: Run, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["mat", "lama"])
 def test_run_in_half_precision(run: Run, tmp_path: Path, name: str, amp: str) -> None:
-    status, _, _ = run("--objective", name, "--amp", amp, "--steps", 6, "--chunk", 0)
+    status, _, _ = run("--save-every", 20, "--objective", name, "--amp", amp, "--steps", 6, "--chunk", 0)
     assert status == 0
     # Autocast rounds activations, so a last bit of a gradient can move a loss by a few bfloat16 roundings.
     assert report(tmp_path / "out")["largest_relative_difference_of_first_5"] < 2e-2
@@ -294,7 +230,7 @@ def test_run_in_half_precision(run: Run, tmp_path: Path, name: str, amp: str) ->
 def test_resumed_run_equals_an_unbroken_one(run: Run, tmp_path: Path, amp: str) -> None:
     """Across a step with a penalty, the 17th."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    common = ("--objective", "mat", "--amp", amp, "--no-compare")
+    common = ("--save-every", 20, "--objective", "mat", "--amp", amp, "--no-compare")
     assert run("--steps", 18, *common, out=whole)[0] == 0
     assert run("--steps", 9, *common, out=broken)[0] == 0
     status, printed, _ = run("--steps", 18, "--resume", *common, out=broken)
@@ -310,71 +246,32 @@ def test_resumed_run_equals_an_unbroken_one(run: Run, tmp_path: Path, amp: str) 
     assert_same(a["adversary"], b["adversary"], "adversary")
 
 
-def assert_same(a: Any, b: Any, path: str) -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert_same(dict(enumerate(a)), dict(enumerate(b)), path)
-    else:
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, path
-
-
-@pytest.mark.usefixtures("narrow")
-def test_discriminator_is_restored_with_the_scale_of_its_loss() -> None:
-    pred, batch = draw()
-    fused, _ = sides("mat")
-    trained, fresh = (adversary_of(fused, "fp16") for _ in range(2))
-    trained.step(pred, batch, 1e-3, 0)
-    state = copy.deepcopy(trained.state())
-    assert state["scaler"] != fresh.state()["scaler"]
-    fresh.restore(state)
-    assert_same(fresh.state(), state, "adversary")
-
-
 @pytest.mark.usefixtures("narrow")
 def test_another_method_goes_on_with_a_new_discriminator(run: Run, tmp_path: Path) -> None:
     for steps, name in ((2, "pconv"), (4, "ctn"), (6, "mat"), (8, "transcnn-hae")):
         resume = [] if steps == 2 else ["--resume"]
-        status, printed, _ = run("--objective", name, "--steps", steps, "--no-compare", *resume)
+        status, printed, _ = run(
+            "--save-every", 20, "--objective", name, "--steps", steps, "--no-compare", *resume
+        )
         assert status == 0
         assert ("note: objective was" in printed) == (steps > 2)
     assert load(tmp_path / "out" / "checkpoint.pt")["adversary"] is None
 
 
 @pytest.mark.usefixtures("narrow")
-def test_two_processes_train_what_one_does(run: Run, tmp_path: Path, photos: Path) -> None:
-    """Two discriminators with a penalty in the first step: two processes of batch 2 against one of batch 4."""
-    out, program = tmp_path / "two", tmp_path / "narrow_train.py"
-    common = ["--objective", "mat", "--steps", "3"]
+def test_two_processes(run: Run, tmp_path: Path, photos: Path) -> None:
+    """Two discriminators with a penalty in the first step."""
+    program = tmp_path / "narrow_train.py"
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
         "import plots, train\nfrom inpaint_kernels.features import torchvision_nets\n"
         f"vars(torchvision_nets).update({NARROW})\n"
         "plots.write_png = lambda figure, path: None\nsys.exit(train.main())\n"
     )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(ik.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run(
-        [*launch, str(program), *TINY, "--images", str(photos), "--out", str(out), *common],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert report(out)["processes"] == 2
-    assert report(out)["largest_relative_difference"] < 1e-4
-    assert run(*common, "--batch", 4, "--no-compare", out=tmp_path / "one")[0] == 0
-    two, one = (load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
-    torch.testing.assert_close(two["history"][:1], one["history"][:1], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(two["history"], one["history"], rtol=1e-3, atol=1e-6)
+    check_two_processes(run, photos, tmp_path, ["--objective", "mat", "--steps", "3"], program)
     # The weights have hardly moved. Without a momentum this is the last gradient, a mean over all processes.
-    moments = [state["adversary"]["optimizer"]["state"] for state in (two, one)]
+    states = [load(tmp_path / name / "checkpoint.pt") for name in ("two", "one")]
+    moments = [state["adversary"]["optimizer"]["state"] for state in states]
     for key, moment in moments[1].items():
         want = moment["exp_avg"]
         assert (moments[0][key]["exp_avg"] - want).norm() <= 1e-2 * want.norm()

@@ -10,26 +10,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("PIL", reason="the examples need pillow")
-from harness import INTERPRETING
+from example_runs import EXAMPLES, picks_its_own_backend, write_noise
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 import data
 import model
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="no kernel runs here")
+pytestmark = picks_its_own_backend
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(14):
-        noise = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{i:02}.png")
+        write_noise(folder / f"{i:02}.png", i, 48)
     return folder
 
 
@@ -70,26 +67,6 @@ def test_batches_depend_on_seed_step_and_index_alone(photos: Path) -> None:
     assert not torch.equal(whole.images, draw(3, 4, seed=1).images)
     assert whole.images.is_contiguous()
     assert 0 <= whole.images.min() <= whole.images.max() <= 1
-
-
-def test_brush_masks_cover_a_part() -> None:
-    for seed in range(50):
-        known = data.brush_mask(np.random.default_rng(seed), 64)
-        assert set(np.unique(known)) == {0, 1}
-        assert 0.15 <= 1 - known.mean() <= 0.45
-
-
-@pytest.mark.parametrize("mark", ["hole", "valid"])
-@pytest.mark.parametrize("scale", [1, 3])
-def test_mask_files(tmp_path: Path, mark: str, scale: int) -> None:
-    white = np.zeros((32, 32), dtype=np.uint8)
-    white[4:8, 4:20] = 255
-    Image.fromarray(np.kron(white, np.ones((scale, scale), dtype=np.uint8))).save(tmp_path / "mask.png")
-    masks = data.MaskFiles(tmp_path, 32, mark)
-    drawn = [masks(np.random.default_rng(seed)) for seed in range(20)]
-    marked = 64 / 1024
-    assert all(known.mean() == (1 - marked if mark == "hole" else marked) for known in drawn)
-    assert len({known.tobytes() for known in drawn}) > 4
 
 
 # -- network ----------------------------------------------------------------------------------
@@ -152,31 +129,3 @@ def test_network_computes_what_published_layers_do(width: int) -> None:
         found.append([output.detach(), *torch.autograd.grad(output, list(network.parameters()), upstream)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
-
-
-def test_network_loads_checkpoints_of_earlier_versions() -> None:
-    shapes = {name: tuple(value.shape) for name, value in model.PartialConvUNet(4).state_dict().items()}
-    down = [(4, 3, 5, 5), (8, 4, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3)]
-    up = [(3, 5, 3, 3), (2, 8, 3, 3), (4, 16, 3, 3), (8, 32, 3, 3), (16, 32, 3, 3)]
-    expected = {}
-    for part, weights in (("down", down), ("up", up)):
-        for i, shape in enumerate(weights):
-            expected |= {f"{part}.{i}.weight": shape, f"{part}.{i}.bias": shape[:1]}
-    assert shapes == expected
-
-
-def test_network_is_made_of_the_layer_it_is_given() -> None:
-    made = []
-
-    class Plain(Published):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            made.append(self)
-
-        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            output = F.leaky_relu(self._conv_forward(x, self.weight, self.bias), self.slope)
-            return output, torch.ones_like(output[:, :1])
-
-    net = model.PartialConvUNet(4, Plain)
-    assert len(made) == 2 * net.DEPTH
-    assert net(torch.rand(1, 3, 32, 64), torch.ones(1, 1, 32, 64)).shape == (1, 3, 32, 64)

@@ -11,64 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("PIL", reason="the examples need pillow")
-from harness import INTERPRETING
-from picture_files import chunk, deep_pixels, read_png, write_deep_png
+from example_runs import EXAMPLES, picks_its_own_backend
+from picture_files import chunk, deep_pixels, write_deep_png
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 
 import data
 import pictures
 
-EXAMPLES = Path(pictures.__file__).parent
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="no kernel runs here")
+pytestmark = picks_its_own_backend
 Array = np.ndarray[Any, Any]
 
 
 # -- depth ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("interlaced", [False, True], ids=["plain", "interlaced"])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_png_of_16_bits_is_read_completely(tmp_path: Path, channels: int, interlaced: bool) -> None:
-    pixels = deep_pixels(11, 13, channels)
-    write_deep_png(tmp_path / "deep.png", pixels, interlaced=interlaced)
-    found = pictures.read(tmp_path / "deep.png")
-    assert found.pixels.dtype == np.uint16
-    assert np.array_equal(found.pixels, pixels)
-    rgb = pictures.read_rgb(tmp_path / "deep.png")
-    assert rgb.dtype == np.uint8 and rgb.shape == (11, 13, 3)
-    assert np.array_equal(rgb, np.broadcast_to(pixels[:, :, : 3 if channels > 2 else 1] // 257, (11, 13, 3)))
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_png_of_16_bits_is_written_completely(tmp_path: Path, channels: int) -> None:
-    pixels = deep_pixels(11, 13, channels)
-    path = tmp_path / "deep.png"
-    path.write_bytes(pictures.png(pictures.Stored(pixels, b"a profile" * 9)))
-    found, chunks = read_png(path)
-    assert found.dtype == np.uint16 and np.array_equal(found, pixels)
-    again = pictures.read(path)
-    assert np.array_equal(again.pixels, pixels) and again.profile == b"a profile" * 9
-    assert (b"iCCP" in chunks) and b"tRNS" not in chunks
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_one_transparent_colour_of_16_bits(tmp_path: Path, channels: int) -> None:
-    """A colour that differs in its low byte alone is another one."""
-    pixels = deep_pixels(5, 7, channels)
-    pixels[0, :3] = pixels[4, 6]
-    pixels[0, 1, -1] ^= 1
-    key = chunk(b"tRNS", pixels[4, 6].astype(">u2").tobytes())
-    write_deep_png(tmp_path / "key.png", pixels, key)
-    found = pictures.read(tmp_path / "key.png").pixels
-    assert np.array_equal(found[:, :, :-1], pixels)
-    clear = np.zeros((5, 7), dtype=bool)
-    clear[0, 0] = clear[0, 2] = clear[4, 6] = True
-    assert np.array_equal(found[:, :, -1], np.where(clear, 0, 65535))
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
@@ -171,32 +129,6 @@ def test_listing_follows_links_and_leaves_out_what_is_hidden(tmp_path: Path) -> 
     through = tmp_path / "through"
     through.symlink_to(folder, target_is_directory=True)
     assert len(pictures.list_pictures(through, "--images")) == 4
-
-
-def noise(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> None:
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "drawn"])
-def test_unreadable_photographs_are_skipped_and_counted(
-    tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if not kept:
-        monkeypatch.setattr(data, "KEEP_PIXELS", 0)
-    for i in range(6):
-        noise(tmp_path / f"{i}.png", i)
-    for i in (1, 3):
-        (tmp_path / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:2500])
-    (tmp_path / "4.png").write_bytes(b"no picture at all")
-    photographs = data.load_photographs(tmp_path, 32)
-    sampler = data.Sampler(photographs, lambda rng: data.brush_mask(rng, 32), seed=0, batch=8)
-    names = [name for step in range(4) for name in sampler.training(step).names]
-    assert set(names) <= {"0", "2", "5"} and len(names) == 32
-    assert {path.name for path in photographs.skipped} == {"1.png", "3.png", "4.png"}
-    assert torch.equal(sampler.training(2).images, sampler.training(2).images)
-    notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 3
-    assert all(f"{i}.png" in "".join(notes) for i in (1, 3, 4)) and "skipped, 3 so far" in notes[2]
 
 
 # -- masks ------------------------------------------------------------------------------------

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("PIL", reason="the examples need pillow, matplotlib and tqdm")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-from harness import INTERPRETING
+from example_runs import CPU, EXAMPLES, Result, Run, no_plots, picks_its_own_backend
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(EXAMPLES))
 
-import plots
 import style_transfer as transfer
 import trunks
 
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="the example picks its own backend")
-
-CPU = torch.device("cpu")
-Run = Callable[..., tuple[int, str, str]]
+pytestmark = picks_its_own_backend
 
 
 @pytest.fixture
@@ -40,10 +31,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
+def run(photos: Path, capsys: pytest.CaptureFixture[str], no_plots: None) -> Run:
 
-    def call(*options: object, content: object = photos / "content.png") -> tuple[int, str, str]:
+    def call(*options: object, content: object = photos / "content.png") -> Result:
         fixed = ["--trunk", "alexnet", "--size", 64, "--device", "cpu", "--style", photos / "style.png"]
         status = transfer.main(
             [str(o) for o in (*fixed, "--content", content, "--out", photos / "out", *options)]
@@ -62,15 +52,6 @@ def arguments(photos: Path, *options: str) -> tuple[argparse.Namespace, torch.Te
 
 
 # -- objective --------------------------------------------------------------------------------
-
-
-def test_picture_is_scaled_and_cut_to_the_middle(tmp_path: Path) -> None:
-    ramp = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 100, 0).repeat(3, 2)
-    Image.fromarray(ramp).save(tmp_path / "wide.png")
-    found = transfer.load_picture(str(tmp_path / "wide.png"), 100)
-    assert found.shape == (1, 3, 100, 100)
-    torch.testing.assert_close(found[0, 0, 0] * 255, torch.arange(50.0, 150.0))
-    assert transfer.load_picture(str(tmp_path / "wide.png"), 64).shape == (1, 3, 64, 64)
 
 
 def test_objective_is_the_formula_of_gatys(photos: Path) -> None:
@@ -177,7 +158,7 @@ def test_stopped_run_writes_what_there_is(run: Run, monkeypatch: pytest.MonkeyPa
 # -- wrong input ------------------------------------------------------------------------------
 
 
-def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+def assert_one_line(result: Result, *words: str) -> None:
     status, _, err = result
     assert status == 2
     last = err.strip().splitlines()[-1]
@@ -223,13 +204,6 @@ def test_results_of_an_earlier_run_stay(run: Run, photos: Path, left: str) -> No
     for folder in (photos / "out", photos / "out-2"):
         assert [path.name for path in folder.iterdir()] == [left]
         assert (folder / left).read_bytes() == b"mine"
-
-
-def test_a_folder_of_other_things_is_used(photos: Path) -> None:
-    (photos / "out").mkdir()
-    (photos / "out" / "notes.txt").write_text("")
-    assert transfer.new_folder(photos / "out") == photos / "out"
-    assert transfer.new_folder(photos / "none") == photos / "none"
 
 
 def test_shipped_pictures_are_found_by_name() -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from feature_cases import (
-    CHANNELS,
     MASKS,
-    PLANES,
     check_distance,
     distance_call,
     distance_formula,
@@ -19,7 +17,7 @@ from feature_cases import (
     distance_sizes,
     layer_mask,
 )
-from harness import DTYPES, LAYOUTS, Backend, assert_within_budget, evaluate, grid, laid_out
+from harness import LAYOUTS, Backend, assert_within_budget, evaluate, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 from pixel_cases import (
@@ -29,9 +27,6 @@ from pixel_cases import (
     with_specials,
 )
 from torch import Tensor
-
-import inpaint_kernels as ik
-from inpaint_kernels.ops.feature_distance import feature_distance
 
 PENALTIES = ("l1", "l2", "charbonnier")
 SIZE = (2, 5, 9, 14)
@@ -53,43 +48,11 @@ def run(
     check_distance(backend, flat, len(pairs), settings, wanted)
 
 
-def test_public_name() -> None:
-    assert ik.feature_distance is feature_distance
-
-
-@grid(
-    penalty=("l1", "l2"),
-    layout=LAYOUTS,
-    target_layout=("contiguous", "channels_last", "transposed", "sliced"),
-)
-def test_layouts(backend: Backend, penalty: str, layout: str, target_layout: str) -> None:
-    pair = distance_pair(SIZE, predictions=2, layouts=f"{layout}/{target_layout}")
-    run(backend, distance_settings(penalty), [pair], [layer_mask("shared", SIZE, 2)])
-
-
-@grid(penalty=PENALTIES, dtype=DTYPES, target_dtype=DTYPES, predictions=(1, 2), mask=("none", "each"))
-def test_dtypes(
-    backend: Backend, penalty: str, dtype: str, target_dtype: str, predictions: int, mask: str
-) -> None:
-    """Each gradient in its own dtype, rounded once, whichever of them are asked for."""
-    pair = distance_pair(SIZE, predictions=predictions, dtypes=f"{dtype}/{target_dtype}")
-    masks = [layer_mask(mask, SIZE, predictions)]
-    for wanted in ((0, 1), (0,), (1,)):
-        run(backend, distance_settings(penalty), [pair], masks, wanted)
-
-
 @grid(penalty=PENALTIES, dtype=("f32", "bf16"))
 def test_one_layer_in_float64(backend: Backend, penalty: str, dtype: str) -> None:
     """Makes the whole op float64."""
     pairs = [distance_pair(SIZE, dtypes=dtypes) for dtypes in (f"{dtype}/{dtype}", "f64/f64")]
     run(backend, distance_settings(penalty, weights=(1.0, 1e-9)), pairs)
-
-
-@grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), penalty=("l1", "l2"))
-def test_sizes(backend: Backend, channels: int, plane: str, layout: str, penalty: str) -> None:
-    size = (1 if plane == "9191" else 2, channels, *PLANES[plane])
-    pair = distance_pair(size, predictions=2, layouts=f"{layout}/{layout}")
-    run(backend, distance_settings(penalty), [pair], [layer_mask("shared", size, 2)])
 
 
 @grid(

@@ -17,8 +17,8 @@ from feature_cases import (
     distance_sizes,
     layer_mask,
 )
-from harness import Backend, evaluate, gradient_of, grid, value_budget
-from pixel_cases import away_from_kinks, on_device, skip_unsupported
+from harness import Backend, evaluate, gradient_of, grid
+from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
 
 PENALTIES = ("l1", "l2", "charbonnier")
@@ -74,40 +74,6 @@ def test_second_derivatives_with_one_side_in_float64(
     got = second(distance_call(backend, 1, settings), pair)
     want = second(partial(distance_formula, layers=1, **settings), [t.double() for t in pair])
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
-
-
-@grid(penalty=PENALTIES, mask=MASKS, dtypes=("f32/f32", "f16/f32"))
-def test_create_graph_does_not_change_the_gradient(
-    backend: Backend, penalty: str, mask: str, dtypes: str
-) -> None:
-    """Nor does an autocast region."""
-    pair = distance_pair(SIZE, predictions=2, dtypes=dtypes)
-    masks = [m for m in [layer_mask(mask, SIZE, 2)] if m is not None]
-    call = distance_call(backend, 1, distance_settings(penalty))
-    flat = on_device(backend, *pair, *masks)
-    _, first, (upstream,) = evaluate(call, flat, (0, 1))
-    leaves = [t.detach().requires_grad_(i < 2) for i, t in enumerate(flat)]
-    with torch.autocast(backend.device, torch.bfloat16):
-        again = torch.autograd.grad(call(*leaves), leaves[:2], upstream, create_graph=True)
-    # A target's gradient is a sum over the predictions, whose terms are the input's gradient and may cancel.
-    terms = first[0].double().abs()
-    for got, want, size in zip(again, first, (terms, terms.unflatten(0, (2, -1)).sum(0)), strict=True):
-        error = (got.detach().double() - want.double()).abs()
-        budget = value_budget(torch.zeros_like(size), size, want.dtype, torch.float32)
-        assert got.dtype == want.dtype and bool((error <= budget).all())
-
-
-@grid(penalty=PENALTIES, mask=("none", "shared", "each-channels", "plane"), predictions=(1, 2))
-def test_gradcheck(backend: Backend, penalty: str, mask: str, predictions: int) -> None:
-    size = (2, 2, 2, 2)
-    x, y = distance_pair(size, predictions=predictions, dtypes="f64/f64")
-    skip_unsupported(backend, x)
-    x, _ = away_from_kinks(x, y.repeat(predictions, 1, 1, 1))
-    masks = [m for m in [layer_mask(mask, size, predictions, "f64")] if m is not None]
-    call = distance_call(backend, 1, distance_settings(penalty))
-    leaves = (x.requires_grad_(), y.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: call(a, b, *masks), leaves)
-    assert torch.autograd.gradgradcheck(lambda a, b: call(a, b, *masks), leaves)
 
 
 @grid(penalty=PENALTIES, mask=("one", "plane", "shared", "each-channels"), normalize=("mask", "image"))

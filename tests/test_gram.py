@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 from feature_cases import (
     CHANNELS,
     GRAM_NORMALIZATIONS,
-    PLANES,
     check,
     feature_map,
     gram_call,
@@ -21,9 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
-
-import inpaint_kernels as ik
-from inpaint_kernels.ops.gram import gram_matrix
 
 SIZE = (2, 5, 9, 14)
 
@@ -37,28 +32,6 @@ def check_gram(backend: Backend, x: Tensor, normalize: str = "chw") -> None:
         wanted=(0,),
         sizes=partial(gram_sizes, normalize=normalize),
     )
-
-
-def test_public_name() -> None:
-    assert ik.gram_matrix is gram_matrix
-
-
-@grid(normalize=GRAM_NORMALIZATIONS, layout=LAYOUTS, dtype=("f32", "bf16"))
-def test_layouts(backend: Backend, normalize: str, layout: str, dtype: str) -> None:
-    check_gram(backend, feature_map(SIZE, dtype, layout), normalize)
-
-
-@grid(dtype=DTYPES, normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
-def test_dtypes(backend: Backend, dtype: str, normalize: str, layout: str) -> None:
-    check_gram(backend, feature_map(SIZE, dtype, layout), normalize)
-
-
-@grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), dtype=("f32", "f16"))
-def test_sizes(backend: Backend, channels: int, plane: str, layout: str, dtype: str) -> None:
-    if channels == 130 and plane == "9191" and (layout, dtype) != ("channels_last", "f32"):
-        pytest.skip("channels and pixels each cross their limits in other cases")
-    samples = 1 if plane == "9191" else 2
-    check_gram(backend, feature_map((samples, channels, *PLANES[plane]), dtype, layout))
 
 
 def test_exactly_symmetric(backend: Backend) -> None:
@@ -97,11 +70,6 @@ def test_upstream_scale_comes_before_the_rounding(backend: Backend) -> None:
     )
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-3, atol=0.06)
     assert got.isfinite().all()
-
-
-@grid(size=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (0, 0, 0, 0)), normalize=GRAM_NORMALIZATIONS)
-def test_nothing_to_count(backend: Backend, size: tuple[int, ...], normalize: str) -> None:
-    check_gram(backend, torch.randn(size), normalize)
 
 
 @grid(special=("nan", "inf"), channels=(3, 17, 70), layout=("contiguous", "channels_last"))
@@ -150,24 +118,6 @@ def test_second_derivatives(backend: Backend, normalize: str, layout: str) -> No
         wanted=(0, 1),
         sizes=sizes,
     )
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_create_graph_does_not_change_the_gradient(backend: Backend, autocast: bool) -> None:
-    """Nor does an autocast region in which the gradient is asked for."""
-    if autocast and backend.name == "reference":
-        pytest.skip("the backward of a plain matmul follows autocast")
-    for dtype in ("f32", "f16"):
-        x = on_device(backend, feature_map(SIZE, dtype))[0]
-        call = gram_call(backend, "chw")
-        _, (want,), (upstream,) = evaluate(call, [x], (0,))
-        leaf = x.detach().requires_grad_()
-        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
-            (got,) = torch.autograd.grad(call(leaf), leaf, upstream, create_graph=True)
-        eps = torch.finfo(DTYPES[dtype]).eps
-        torch.testing.assert_close(
-            got.detach(), want, rtol=2 * eps, atol=3e-7 * float(want.abs().max()) + 6e-8
-        )
 
 
 @given(

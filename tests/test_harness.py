@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,17 @@ def test_rows_for_the_interpreter(lengths: tuple[int, ...]) -> None:
     for (i, a), (j, b) in itertools.permutations(enumerate(lengths), 2):
         if b == 2:
             assert {(row[i], row[j]) for row in rows} == set(itertools.product(range(a), range(b)))
+
+
+@pytest.mark.parametrize("lengths", [(15, 2, 2, 2), (8, 8, 2), (2, 4, 3), (3, 2), (5,)], ids=str)
+def test_rows_of_a_grid_hold_every_pair(lengths: tuple[int, ...]) -> None:
+    """And one or two axes all of their product."""
+    rows = spread(list(itertools.product(*map(range, lengths))))
+    largest = sorted(lengths)[-2:]
+    assert len(set(rows)) == len(rows) <= 1.5 * math.prod(largest)
+    for (i, a), (j, b) in itertools.combinations(enumerate(lengths), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(range(a), range(b)))
+    assert len(lengths) > 2 or len(rows) == math.prod(lengths)
 
 
 def formula(pred: Tensor, target: Tensor) -> Tensor:

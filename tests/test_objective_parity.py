@@ -1,7 +1,7 @@
 """Every objective against what its method computes: every term, the total, gradients, and the discriminator's side.
 
-FIGURES are of the released training codes (tests/parity). FORMULAS are those of examples/published.py, which are
-checked against the same figures (test_published.py): for methods without any, and for masks with fractions.
+FIGURES are of the released training codes (tests/parity). FORMULAS are those of examples/published.py: for methods
+without figures, which test_published.py checks by hand, and for masks with fractions.
 """
 
 from __future__ import annotations

@@ -23,9 +23,6 @@ from partial_conv_cases import (
 )
 from pixel_cases import MASK_DTYPES, on_device
 
-import inpaint_kernels as ik
-from inpaint_kernels.ops import partial_conv as op_file
-
 # Windows of the layers in networks (1x1 to 7x7, strided, dilated, grouped), and what no network would have.
 GEOMETRIES = {
     "k1": {"kernel": 1, "padding": 0},
@@ -71,12 +68,6 @@ VOLUMES = {
     "1x1x1": {"size": (2, 3, 1, 1, 1)},
     "batch0": {"size": (0, 3, 4, 5, 6)},
 }
-
-
-def test_public_names() -> None:
-    assert ik.partial_conv2d is op_file.partial_conv2d
-    assert ik.partial_conv3d is op_file.partial_conv3d
-    assert ik.PartialConvOutput._fields == ("output", "new_mask")
 
 
 # ---- layers in the wild ------------------------------------------------------------------------------------------

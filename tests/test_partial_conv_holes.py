@@ -202,17 +202,6 @@ def test_only_the_gradients_asked_for(
     assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
 
 
-def test_nothing_asked_for_is_no_graph(backend: Backend) -> None:
-    case = Case()
-    tensors = on_device(backend, *make_tensors(case))
-    assert not run(backend, case, tensors).output.requires_grad
-    tensors[1].requires_grad_()
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            found = run(backend, case, tensors)
-        assert not found.output.requires_grad and not found.new_mask.requires_grad
-
-
 @grid(
     layout=("contiguous", "channels_last", "transposed"),
     weight_layout=("contiguous", "channels_last"),

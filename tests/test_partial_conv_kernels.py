@@ -255,27 +255,6 @@ def test_layer_and_its_backward(
         assert same_bits(run(), out)
 
 
-@grid(part=("window", "mask_input", "finish", "finish_backward"), size=((0, 3, 4, 5), (2, 0, 4, 5)))
-def test_nothing(kernel: Backend, part: str, size: tuple[int, ...]) -> None:
-    x = torch.zeros(size, device=kernel.device)
-    plane = torch.ones(size[0], 1, *size[2:], device=kernel.device)
-    if part == "window":
-        found = kernel_of(kernel, part)(
-            plane, 1, windows([3, 3], [1, 1], [1, 1], [1, 1]), 9.0, "clamp", torch.float32
-        )
-        assert found[0].shape == found[1].shape == plane.shape
-    elif part == "mask_input":
-        kernel_of(kernel, part)(x, plane, torch.empty_like(x))
-    elif part == "finish":
-        bias = torch.ones(size[1], device=kernel.device)
-        kernel_of(kernel, part)(x, plane, plane, bias, *packed(True, False, "none", 0.0), torch.empty_like(x))
-    else:
-        sums = kernel_of(kernel, part)(
-            x, None, plane, plane, *packed(True, False, "none", 0.0), True, torch.empty_like(x)
-        )
-        assert sums.shape == (size[1],) and not sums.any()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_more_than_two_billion_elements(kernel: Backend, layout: torch.memory_format) -> None:

@@ -46,10 +46,6 @@ def images(backend: Backend, dims: int = 2, mask: str = "n1") -> Any:
     return x, known
 
 
-def test_public_names() -> None:
-    assert "PartialConv2d" in ik.nn.__all__ and "PartialConv3d" in ik.nn.__all__
-
-
 # Arguments of torch.nn.Conv2d, by position as well as by name.
 CONSTRUCTORS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "few": ((4, 6, 3), {}),

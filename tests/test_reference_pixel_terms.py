@@ -1,4 +1,4 @@
-"""Plain formulas of composite, total variation and the pixel terms, against loops and released formulas."""
+"""Plain formulas of total variation, the pixel terms and a trunk's batch, against loops and released formulas."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inpaint_kernels.reference.composite import composite
 from inpaint_kernels.reference.inpainting_pixel import inpainting_pixel
-from inpaint_kernels.reference.total_variation import dilate, total_variation
+from inpaint_kernels.reference.stacked_images import stacked_images
+from inpaint_kernels.reference.total_variation import total_variation
 
 REGIONS = ("image", "hole", "dilated_hole", "first_pixel")
 SIZES = ((2, 3, 5, 7), (1, 1, 1, 1), (1, 2, 1, 4), (2, 1, 6, 1))
@@ -86,70 +86,14 @@ def test_released_denominators() -> None:
     torch.testing.assert_close(tv(image, mask, region="first_pixel", normalize="mask"), expected)
 
 
-@pytest.mark.parametrize("region", REGIONS)
-@pytest.mark.parametrize("normalize", [None, "pairs", "image", "mask"])
-def test_no_pair_gives_zero_with_zero_gradient(region: str, normalize: str | None) -> None:
-    for size, value in (((0, 3, 4, 4), 1.0), ((1, 3, 1, 1), 0.0), ((2, 3, 4, 4), 1.0)):
-        image = torch.rand(size, requires_grad=True)
-        if region == "image" and size[0] == 2:
-            continue
-        mask = torch.full((size[0], 1, *size[2:]), value)
-        loss = tv(image, mask, region=region, normalize=normalize)
-        (grad,) = torch.autograd.grad(loss, image)
-        assert loss.item() == 0 and not grad.any()
-
-
-def test_outside_of_the_region_nan_is_ignored() -> None:
-    image = torch.rand(1, 3, 6, 6)
-    image[..., 0] = torch.nan
-    mask = torch.ones(1, 1, 6, 6)
-    mask[..., 3:] = 0
-    image.requires_grad_()
-    for region in REGIONS[1:]:
-        loss = tv(image, mask, region=region)
-        (grad,) = torch.autograd.grad(loss, image)
-        assert loss.isfinite() and grad.isfinite().all()
-
-
-def test_dilate_is_the_maximum_of_nine() -> None:
-    hole = torch.zeros(1, 1, 5, 5)
-    hole[0, 0, 0, 0], hole[0, 0, 3, 3] = 1, 0.5
-    expected = torch.zeros(5, 5)
-    expected[2:, 2:] = 0.5
-    expected[:2, :2] = 1
-    assert torch.equal(dilate(hole)[0, 0], expected)
-
-
-@pytest.mark.parametrize("mask_is", ["valid", "hole"])
-def test_composite_selects_and_mixes(mask_is: str) -> None:
-    pred, target, mask = images()
-    found = composite(pred, target, mask if mask_is == "valid" else 1 - mask, mask_is=mask_is)
-    torch.testing.assert_close(found, mask * target + (1 - mask) * pred)
-    binary = torch.where(mask > 0.5, 1.0, 0.0)
-    pred, target = pred.masked_fill(binary == 1, torch.nan), target.masked_fill(binary == 0, torch.inf)
-    pred.requires_grad_()
-    target.requires_grad_()
-    found = composite(pred, target, binary if mask_is == "valid" else 1 - binary, mask_is=mask_is)
-    assert torch.equal(found, torch.where(binary == 1, target, pred))
-    by_pred, by_target = torch.autograd.grad(found.sum(), (pred, target))
-    assert torch.equal(by_pred, (1 - binary).expand_as(pred)) and torch.equal(
-        by_target, binary.expand_as(pred)
-    )
-
-
-def test_gradient_to_the_mask_of_a_composite() -> None:
-    """Also where one of the two weights is 0."""
-    pred, target, mask = images(masks=3)
-    found = composite(pred, target, mask.requires_grad_(), mask_is="valid")
-    (grad,) = torch.autograd.grad(found.sum(), mask)
-    torch.testing.assert_close(grad, target - pred)
-
-
-def test_composite_takes_the_wider_dtype() -> None:
-    half, single = torch.rand(1, 3, 4, 4).half(), torch.rand(1, 3, 4, 4)
-    mask = torch.zeros(1, 1, 4, 4)
-    assert composite(half, half, mask, mask_is="valid").dtype == torch.float16
-    assert composite(half, single, mask, mask_is="valid").dtype == torch.float32
+def test_normalisation_of_mmagic_and_aot_gan() -> None:
+    """The batch of a trunk: from [-1, 1] to [0, 1], then ImageNet's mean and deviation."""
+    pred, target, mask = (2 * t - 1 for t in images())
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    options = {"scale": 0.5 / std, "shift": (0.5 - mean) / std, "swap": False, "mask_is": "valid"}
+    found = stacked_images(pred, target, mask, parts=("raw", "target"), **options)
+    expected = [((t + 1) / 2 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1) for t in (pred, target)]
+    torch.testing.assert_close(found, torch.cat(expected))
 
 
 @pytest.mark.parametrize("mask_is", ["valid", "hole"])
@@ -177,12 +121,3 @@ def test_pixel_terms_are_those_of_the_paper(mask_is: str) -> None:
     )
     for term, value in zip(found, expected, strict=True):
         torch.testing.assert_close(term, value)
-
-
-def test_gradients() -> None:
-    pred, target, mask = images((1, 2, 4, 5))
-    pred.requires_grad_()
-    target.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p, t: composite(p, t, mask, mask_is="valid"), (pred, target))
-    for region in REGIONS:
-        assert torch.autograd.gradcheck(lambda p, r=region: tv(p, mask, region=r, penalty="l2"), (pred,))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from harness import (
-    DTYPES,
     LAYOUTS,
     Backend,
     backends_under_test,
@@ -26,9 +25,7 @@ from pairs_cases import (
     MASK_IS,
     PARTS,
     SCALE,
-    SHAPES,
     SHIFT,
-    SIZES,
     region_cases,
     region_mask,
     regions_of,
@@ -36,8 +33,6 @@ from pairs_cases import (
     stacked_images_formula,
 )
 from pixel_cases import (
-    GPU_SIZES,
-    MASK_DTYPES,
     image_pair,
     make_mask,
     on_device,
@@ -48,7 +43,6 @@ from torch import Tensor
 
 import inpaint_kernels as ik
 from inpaint_kernels.ops.stacked_images import MOST_ON_TRITON
-from inpaint_kernels.reference.stacked_images import stacked_images
 
 SIZE = (2, 3, 9, 14)
 MASKED = ("composite", "hole_raw", "hole_target")
@@ -133,65 +127,6 @@ def test_any_number_of_channels(backend: Backend, channels: int, swap: bool, lay
 def test_without_a_mask(backend: Backend, parts: tuple[str, ...], layout: str, swap: bool) -> None:
     pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
     check(backend, *pair, None, parts=parts, swap_channels=swap, **NORMALIZED)
-
-
-@grid(mask=SHAPES, layout=("contiguous", "channels_last"), swap=(False, True), expanded=(False, True))
-def test_mask_shapes(backend: Backend, mask: str, layout: str, swap: bool, expanded: bool) -> None:
-    weights = make_mask(mask, SIZE)
-    weights = weights.expand(SIZE) if expanded else weights
-    pair = image_pair(SIZE, layouts=f"{layout}/{layout}")
-    check(backend, *pair, weights, swap_channels=swap, **NORMALIZED)
-
-
-@grid(mask=("n1hw", "hw", "nchw"), mask_layout=LAYOUTS, layout=("contiguous", "channels_last"))
-def test_mask_layouts(backend: Backend, mask: str, mask_layout: str, layout: str) -> None:
-    weights = laid_out(make_mask(mask, SIZE), mask_layout)
-    check(backend, *image_pair(SIZE, layouts=f"{layout}/{layout}"), weights)
-
-
-@grid(pred_layout=LAYOUTS, target_layout=LAYOUTS)
-def test_layouts(backend: Backend, pred_layout: str, target_layout: str) -> None:
-    pair = image_pair(SIZE, layouts=f"{pred_layout}/{target_layout}")
-    check(backend, *pair, make_mask("n1hw", SIZE), **NORMALIZED)
-
-
-@grid(target_dtype=DTYPES, pred_dtype=DTYPES, layout=("contiguous", "channels_last"), swap=(False, True))
-def test_dtypes(backend: Backend, target_dtype: str, pred_dtype: str, layout: str, swap: bool) -> None:
-    pair = image_pair(SIZE, f"{pred_dtype}/{target_dtype}", f"{layout}/{layout}")
-    check(backend, *pair, region_mask("n1hw", SIZE), swap_channels=swap, **NORMALIZED)
-
-
-@grid(dtype=MASK_DTYPES, mask=("n1hw", "nchw"), mask_is=MASK_IS, pred_dtype=("f32", "f16", "f64"))
-def test_mask_dtypes(backend: Backend, dtype: str, mask: str, mask_is: str, pred_dtype: str) -> None:
-    pair = image_pair(SIZE, f"{pred_dtype}/{pred_dtype}")
-    check(backend, *pair, region_mask(mask, SIZE, dtype), mask_is=mask_is)
-
-
-@grid(size=SIZES, layout=("contiguous", "channels_last"), dtype=("f32", "f16"))
-def test_sizes(backend: Backend, size: str, layout: str, dtype: str) -> None:
-    pair = image_pair(SIZES[size], f"{dtype}/{dtype}", f"{layout}/{layout}")
-    for swap in (False, True):
-        check(backend, *pair, make_mask("n1hw", SIZES[size]), scale=0.7, shift=12.0, swap_channels=swap)
-
-
-@grid(size=GPU_SIZES, layout=("contiguous", "channels_last"), dtype=("f32", "bf16"), parts=(PARTS[:3], PARTS))
-def test_large_sizes(kernel: Backend, size: str, layout: str, dtype: str, parts: tuple[str, ...]) -> None:
-    if kernel.device != "cuda":
-        pytest.skip("what a size changes on the CPU is in test_cpu_streaming.py")
-    pair = image_pair(GPU_SIZES[size], f"{dtype}/{dtype}", f"{layout}/{layout}")
-    check(kernel, *pair, region_mask("n1hw", GPU_SIZES[size]), parts=parts, **NORMALIZED)
-
-
-@grid(values=("zeros", "ones"), parts=MASKED, mask_is=MASK_IS)
-def test_all_hole_and_all_valid(backend: Backend, values: str, parts: str, mask_is: str) -> None:
-    mask = make_mask("n1hw", SIZE, values=values)
-    check(backend, *image_pair(SIZE), mask, parts=(parts,), mask_is=mask_is)
-
-
-@grid(size=((0, 3, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)), parts=(PARTS, ("raw",)))
-def test_nothing_to_write(backend: Backend, size: tuple[int, ...], parts: tuple[str, ...]) -> None:
-    for mask in ("n1hw", "nchw"):
-        check(backend, *image_pair(size), make_mask(mask, size), parts=parts, **NORMALIZED)
 
 
 @grid(dtype=("f16", "bf16", "f32"), layout=("contiguous", "channels_last"))
@@ -289,19 +224,6 @@ def test_layout_of_results_and_gradients(kernel: Backend, layout: str, swap: boo
 
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@grid(upstream=LAYOUTS, layout=("contiguous", "channels_last"))
-def test_upstream_gradient_in_any_layout(backend: Backend, upstream: str, layout: str) -> None:
-    """A trunk in another memory format sends it back in that one."""
-    inputs = on_device(backend, *image_pair(SIZE, layouts=f"{layout}/{layout}"), make_mask("n1hw", SIZE))
-    call = stacked_images_call(backend, parts=PARTS, **NORMALIZED)
-    _, want, (grad,) = evaluate(call, inputs, (0, 1))
-    (other,) = on_device(backend, laid_out(grad.cpu(), upstream))
-    leaves = [t.detach().requires_grad_(i < 2) for i, t in enumerate(inputs)]
-    got = torch.autograd.grad(call(*leaves), leaves[:2], other)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
 
 
 @grid(
@@ -406,31 +328,6 @@ def test_a_batch_of_parts_is_the_parts_one_by_one(
     together = stacked_images_call(backend, parts=parts)(*inputs)
     single = [stacked_images_call(backend, parts=(part,))(*inputs) for part in parts]
     assert same_bits(together, torch.cat(single))
-
-
-@given(case=region_cases(), part=st.sampled_from(MASKED))
-def test_mask_is_hole_flips_the_mask_only(backend: Backend, case: dict[str, Any], part: str) -> None:
-    """In eighths 1 - mask is exact."""
-    pred, target, mask = on_device(backend, case["pred"], case["target"], case["mask"].float())
-    valid, hole = (stacked_images_call(backend, parts=(part,), mask_is=name) for name in MASK_IS)
-    assert torch.equal(valid(pred, target, mask), hole(pred, target, 1 - mask))
-
-
-def test_the_packages_reference_is_the_formula() -> None:
-    for mask_is in MASK_IS:
-        for swap in (False, True):
-            options = {"parts": PARTS, "mask_is": mask_is}
-            check_against_truth(
-                partial(
-                    stacked_images,
-                    **options,
-                    swap=swap,
-                    scale=torch.tensor(SCALE, dtype=torch.float64),
-                    shift=torch.tensor(SHIFT, dtype=torch.float64),
-                ),
-                partial(stacked_images_formula, **options, swap_channels=swap, **NORMALIZED),
-                [*image_pair(SIZE), make_mask("n1hw", SIZE)],
-            )
 
 
 @pytest.mark.parametrize("triton", [b for b in backends_under_test() if b.name == "triton"], ids=str)

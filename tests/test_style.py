@@ -8,8 +8,6 @@ from functools import partial
 import pytest
 import torch
 from feature_cases import (
-    CHANNELS,
-    PLANES,
     STYLES,
     check_style,
     feature_map,
@@ -36,7 +34,6 @@ from hypothesis import strategies as st
 from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
 
-import inpaint_kernels as ik
 from inpaint_kernels.ops.gram import gram_matrix
 from inpaint_kernels.ops.style import style_loss
 
@@ -58,34 +55,6 @@ def run(
     flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     skip_unsupported(backend, *flat)
     check_style(backend, on_device(backend, *flat), style_settings(style, weights), wanted)
-
-
-def test_public_name() -> None:
-    assert ik.style_loss is style_loss
-
-
-@grid(
-    style=("chw-l1", "hw-l2", "gatys"),
-    layout=LAYOUTS,
-    target_layout=("contiguous", "channels_last", "transposed"),
-)
-def test_layouts(backend: Backend, style: str, layout: str, target_layout: str) -> None:
-    run(backend, style, [style_pair(SIZE, layouts=f"{layout}/{target_layout}")])
-
-
-@grid(style=("chw-l1", "gatys"), dtype=DTYPES, target_dtype=DTYPES)
-def test_dtypes(backend: Backend, style: str, dtype: str, target_dtype: str) -> None:
-    run(backend, style, [style_pair(SIZE, dtypes=f"{dtype}/{target_dtype}")])
-
-
-@grid(channels=CHANNELS, plane=PLANES, layout=("contiguous", "channels_last"), style=("chw-l1", "hw-l2"))
-def test_sizes(backend: Backend, channels: int, plane: str, layout: str, style: str) -> None:
-    if channels == 130 and plane == "9191" and (layout, style) != ("contiguous", "chw-l1"):
-        pytest.skip("channels and pixels each cross their limits in other cases")
-    samples = 1 if plane == "9191" else 2
-    dtype = "bf16" if style == "hw-l2" else "f32"
-    size = (samples, channels, *PLANES[plane])
-    run(backend, style, [style_pair(size, dtypes=f"{dtype}/{dtype}", layouts=f"{layout}/{layout}")])
 
 
 @grid(style=STYLES, predictions=(1, 2, 3), layout=("contiguous", "channels_last"), dtype=("f32", "f16"))

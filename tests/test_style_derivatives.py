@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from feature_cases import (
     STYLES,
@@ -18,7 +17,7 @@ from feature_cases import (
     style_settings,
     style_sizes,
 )
-from harness import Backend, evaluate, gradient_of, grid, value_budget
+from harness import Backend, evaluate, gradient_of, grid
 from pixel_cases import on_device, skip_unsupported
 from torch import Tensor
 
@@ -87,31 +86,6 @@ def test_one_side_in_float64(
     truth = derivatives(partial(style_formula, **settings), [t.double() for t in flat])
     for got, want in zip(found, truth, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
-
-
-@grid(style=STYLES, cached=(False, True), autocast=(False, True))
-def test_create_graph_does_not_change_the_gradient(
-    backend: Backend, style: str, cached: bool, autocast: bool
-) -> None:
-    """Nor does an autocast region in which the gradient is asked for."""
-    if autocast and backend.name == "reference":
-        pytest.skip("the backward of a plain matmul follows autocast")
-    for dtypes in ("f32/f32", "f16/f32"):
-        pairs = [style_pair(size, predictions=2, dtypes=dtypes, seed=i) for i, size in enumerate(LAYERS)]
-        flat = grams(pairs, style) if cached else [x for x, _ in pairs] + [y for _, y in pairs]
-        call = style_call(backend, style_settings(style, WEIGHTS, target_is_gram=cached))
-        flat = on_device(backend, *flat)
-        wanted = 2 if cached else 4
-        _, first, (upstream,) = evaluate(call, flat, range(wanted))
-        leaves = [t.detach().requires_grad_(i < wanted) for i, t in enumerate(flat)]
-        with torch.autocast(backend.device, torch.bfloat16, enabled=autocast):
-            again = torch.autograd.grad(call(*leaves), leaves[:wanted], upstream, create_graph=True)
-        exact = (*(t.cpu().double() for t in flat), upstream.cpu().double())
-        _, sizes = style_sizes(*exact, **style_settings(style, WEIGHTS, target_is_gram=cached))
-        for i, (got, want) in enumerate(zip(again, first, strict=True)):
-            error = (got.detach().double() - want.double()).abs().cpu()
-            budget = value_budget(torch.zeros_like(error), sizes[i], want.dtype, torch.float32)
-            assert got.dtype == want.dtype and bool((error <= budget).all())
 
 
 def test_cached_gram_needs_no_features(backend: Backend) -> None:

@@ -21,7 +21,7 @@ from harness import (
     same_bits,
     spread,
 )
-from op_cases import DEFAULT, LARGE, NAMES, OPS, SMALL, SUBSETS, Op, enough, ops
+from op_cases import DEFAULT, LARGE, OPS, SMALL, SUBSETS, Op, enough, ops
 from partial_conv_cases import exact_convolutions  # noqa: F401
 from pixel_cases import on_device
 from torch import Tensor
@@ -48,6 +48,7 @@ USUAL = [
         "hole_valid l1 image valid",
         f"inpainting_pixel image {DEFAULT} l1",
         f"total_variation l1 {DEFAULT} composite",
+        "gradient_loss ring l1",
         "stacked_images all",
         "gram chw",
         "style chw-l1",
@@ -112,7 +113,14 @@ REPEATED = [
     *ops("masked_l1 l1", "masked_l1 charbonnier", "hole_valid l1", "hole_valid charbonnier"),
     *[op for op in ops("inpainting_pixel") if DEFAULT in op.id],
     *[op for op in ops("total_variation") if "image-default" in op.id or "dilated_hole-mask" in op.id],
-    *ops("stacked_images all", "stacked_images swap", "gram chw", "style chw-l1", "style gatys"),
+    *ops(
+        "gradient_loss",
+        "stacked_images all",
+        "stacked_images swap",
+        "gram chw",
+        "style chw-l1",
+        "style gatys",
+    ),
     *ops("feature_distance l1", "feature_distance charbonnier"),
 ]
 
@@ -190,7 +198,7 @@ def opchecks() -> list[Any]:
     """Of every op rows that see each of its settings, sizes, layouts and gradients about twice."""
     rows = [
         row
-        for name in NAMES
+        for name in CHECKED
         for row in spread([*product(CHECKED[name], PLACES, GRADIENTS)], 8 if COVERING else 2 * len(PLACES))
     ]
     return [pytest.param(*row, id="-".join(map(str, (row[0], *row[1], row[2])))) for row in rows]
@@ -242,6 +250,11 @@ COMPILED: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("total_variation l1 dilated_hole-default composite", "n1hw", "channels_last"),
         ("total_variation l2 hole-mask composite", "nchw", "channels_last"),
         ("total_variation l2 first_pixel-mask image", "hw", "contiguous"),
+    ),
+    "gradient_loss": (
+        ("gradient_loss ring l1", "n1hw", "contiguous"),
+        ("gradient_loss dilated_hole l2", "hw", "channels_last"),
+        ("gradient_loss image l1", "n1hw", "contiguous"),
     ),
     "stacked_images": (
         ("stacked_images all", "n1hw", "contiguous"),
@@ -341,7 +354,7 @@ def test_inference_mode_and_no_grad_run_no_autograd(backend: Backend, op: Op) ->
 PASSES = ("mul", "div", "where", "sum", "sub", "conv", "bmm", "repeat")
 
 
-@usual_ops
+@pytest.mark.parametrize("op", [op for op in USUAL if op.name in CHECKED], ids=str)
 def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend, op: Op) -> None:
     """One forward and one backward call, for all layers; nothing of the reference's way."""
     first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]

@@ -13,6 +13,7 @@ cxx=${CXX:-g++}
 INPAINT_KERNELS_BUILD=cpu "$python" setup.py -q build_ext --sanitize --build-lib build/sanitize
 
 if [ $# -eq 0 ]; then
+  set -- tests/test_values.py
   for op in $("$python" -c 'from inpaint_kernels import _library; print(*_library.OPS)'); do
     set -- "$@" "tests/test_$op.py"
   done
