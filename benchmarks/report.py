@@ -20,7 +20,9 @@ from .machine import ROOT
 from .run import RESULTS
 from .table import read_rows
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+# What is generated in the README, by what stands in its markers.
+MARKERS = {name: (f"<!-- {name}:start -->", f"<!-- {name}:end -->") for name in ("bench", "methods")}
+START, END = MARKERS["bench"]
 _OWN = "ik-"
 _HEADER = (
     "op", "case", "dtype", "eager", "rewrite", "compile", "ours", "variant", "vs eager", "vs compile", "of plain",
@@ -201,12 +203,51 @@ def block(results: Path) -> str:
     return "\n\n".join([*parts, END])
 
 
-def update(text: str, new_block: str) -> str:
+_METHODS_HEADER = (
+    "objective", "outside the trunk", "vs eager", "vs compile", "whole loss", "vs eager", "streamed", "vs eager",
+    "kept, MB: whole / streamed / eager",
+)  # fmt: skip
+
+
+def methods_block(results: Path) -> str:
+    """A line for every method whose whole objective was timed: outside its trunk, plain and streamed."""
+    start, end = MARKERS["methods"]
+    parts = [start]
+    for path in sorted(results.glob("*.csv")):
+        found = [g for g in groups(read_rows(path)) if g.op in ("objective", "objective_terms")]
+        outside = {g.case: g for g in found if g.op == "objective_terms"}
+        whole = [g for g in found if g.op == "objective" and g.names(_is_own)]
+        lines = ["| " + " | ".join(_METHODS_HEADER) + " |", "| --- |" + " ---: |" * (len(_METHODS_HEADER) - 1)]
+        lines += ["| " + " | ".join(_method_cells(g, outside.get(g.case))) + " |" for g in whole]
+        if whole:
+            parts += [f"**{title([row for g in whole for row in g.rows.values()])}**", "\n".join(lines)]
+    return "\n\n".join([*parts, end])
+
+
+def _method_cells(whole: Group, outside: Group | None) -> list[str]:
+    cells = [whole.case]
+    if outside is None:
+        cells += ["", "", ""]
+    else:
+        own = outside.fastest(_is_own)
+        ours = outside.ms(own) if own else None
+        compiled = outside.fastest(_is_compile)
+        cells += [duration(ours), ratio(outside.ms("eager"), ours)]
+        cells.append(ratio(outside.ms(compiled), ours) if compiled else "")
+    eager = whole.ms("eager")
+    for name in ("ik-plain", "ik-chunk1"):
+        cells += [duration(whole.ms(name)), ratio(eager, whole.ms(name))]
+    kept = [whole.rows.get((name, "full")) for name in ("ik-plain", "ik-chunk1", "eager")]
+    cells.append(" / ".join(f"{int(row['saved_bytes']) / 1e6:.3g}" if row else "-" for row in kept))
+    return cells
+
+
+def update(text: str, new_block: str, markers: tuple[str, str] = (START, END)) -> str:
     """The text with the part between the markers, themselves included, replaced."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    before, start, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not start or not end:
-        raise ValueError(f"no {START} ... {END} in the README")
+        raise ValueError(f"no {markers[0]} ... {markers[1]} in the README")
     return before + new_block + after
 
 
@@ -280,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = arguments.readme.read_text(encoding="utf-8")
     try:
         updated = update(text, block(arguments.results))
+        if MARKERS["methods"][0] in text:
+            updated = update(updated, methods_block(arguments.results), MARKERS["methods"])
     except ValueError as error:
         print(f"{arguments.readme}: {error}", file=sys.stderr)
         return 1

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..features.torchvision_nets import Weights
 from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term as StreamedTerm
 from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel
-from ..ops.adversarial import DiscriminatorLoss
-from ..ops.composite import composite
 from ..ops.stacked_images import serving, stacked_images
+from ._discriminator_side import DiscriminatorSide
 from ._pixel_terms import PixelTerms, reads_mask
 from ._settings import chosen
 from ._terms import (
@@ -85,7 +84,7 @@ def _moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return moved.copy_(value)
 
 
-class Objective(nn.Module):
+class Objective(DiscriminatorSide):
     """Base of the objectives, each of which is a table of terms (`table`) and presets of its settings.
 
     The trunk moves and converts with the objective (`.to`, `.half`, ...) but is no submodule: it is fixed, so no
@@ -258,68 +257,6 @@ class Objective(nn.Module):
             found |= dict.fromkeys(missing, zero)
         return self.result(**found)
 
-    # The discriminator's side
-
-    def discriminator_input(
-        self,
-        image: Tensor | Sequence[Tensor],
-        target: Tensor,
-        mask: Tensor | None = None,
-        *,
-        condition: Tensor | None = None,
-    ) -> Any:
-        """What the discriminator is shown of a prediction, or of the target itself; a list for several stages.
-
-        The target is recognised as `target` or ``target.detach()``, inside a compiled graph as `target` alone.
-        """
-        if not isinstance(image, Tensor):
-            stages = _checks.as_layers("image", image)
-            return [self.discriminator_input(each, target, mask, condition=condition) for each in stages]
-        _checks.check_images(image, target, "image")
-        if mask is not None:
-            mask = _checks.check_mask(mask, image, "image").detach()
-        composed = getattr(self.settings, "discriminator_image", "raw") == "composite"
-        if composed and not _checks.is_same(image, target):
-            if mask is None:
-                raise ValueError("mask is missing: the discriminator is shown composites")
-            known = self._composited(target.detach(), mask)
-            image = composite(
-                image, known, mask, mask_is=self.settings.mask_is, backend=serving(self.backend)
-            )
-        return self.shown(image, self._known(mask), condition)
-
-    def shown(self, image: Tensor, known: Tensor | None, condition: Tensor | None) -> Tensor:
-        """The image with what else a method's discriminator reads; the mask `known` is 1 where a pixel is known."""
-        if condition is not None:
-            raise ValueError(f"condition: the discriminator of {type(self).__name__} reads none")
-        return image
-
-    def discriminator_loss(
-        self, *, real: Judged, fake: Judged, mask: Tensor | None = None
-    ) -> DiscriminatorLoss:
-        """(total, real, fake) from what the discriminator returns for the truth and for a detached prediction."""
-        term = next((t for t in self._terms.values() if isinstance(t, Adversarial)), None)
-        if term is None:
-            raise ValueError(
-                f"{type(self).__name__} has no adversarial term with these settings, so no discriminator to train"
-            )
-        return term.discriminator(logits_of("real", real), logits_of("fake", fake), self._known(mask))
-
-    def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
-        """The gradient penalty of the discriminator, for every ``settings.penalty_interval``-th of its steps."""
-        raise ValueError(f"{type(self).__name__} has no gradient penalty (settings.penalty_interval is 0)")
-
-    # Parts
-
-    def _known(self, mask: Tensor | None) -> Tensor | None:
-        """The mask with 1 = known."""
-        if mask is None:
-            return None
-        mask = _checks.binary(mask).detach()
-        if self.settings.mask_is == "valid":
-            return mask
-        return 1 - mask if mask.is_floating_point() else ~mask
-
     def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
         if mask is not None:
             return _checks.check_mask(mask, pred).detach()
@@ -328,16 +265,6 @@ class Objective(nn.Module):
                 "mask is missing: these settings tell the hole from known pixels, which needs it"
             )
         return None
-
-    def _composited(self, target: Tensor, mask: Tensor | None) -> Tensor:
-        """What composites take their known pixels from."""
-        # Masking twice is masking once where a mask has no fractions.
-        if mask is None or self.settings.composite_from == "target" or not mask.is_floating_point():
-            return target
-        flipped = "valid" if self.settings.mask_is == "hole" else "hole"
-        return stacked_images(
-            target, target, mask, parts=("hole_target",), mask_is=flipped, backend=serving(self.backend)
-        )
 
     def _pixel_terms(
         self, stages: list[Tensor], target: Tensor, composited: Tensor, mask: Tensor | None
