@@ -266,7 +266,7 @@ def launch_finalise(
         cols = min(triton.next_power_of_2(programs // means), 1024)
         rows, warps = 1024 // cols, 4
     else:
-        rows, (cols, warps) = 1, ((1024, 4) if programs <= 1024 * len(numels) else (2048, 8))
+        rows, cols, warps = 1, 1024, 8
     finalise_kernel[(len(outs),)](
         sums,
         tuple(outs),
