@@ -276,7 +276,8 @@ class Op:
     def __call__(self, backend: str, needs_grad: bool, *args: Any) -> Any:
         """Runs one compiled backend; returns the differentiable outputs (a tensor when there is one)."""
         route = self.routes[backend]
-        if torch.compiler.is_compiling():
+        # torch.jit.trace records the operator. Of the node it would keep the tuple, with this call's tensors in it.
+        if torch.compiler.is_compiling() or _torch_private.is_traced():
             output = route.forward(*args)
         elif needs_grad:
             return route.differentiable(args)

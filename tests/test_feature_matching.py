@@ -127,6 +127,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"mask.*fake\[0\]",
     ),
     "weights": (lambda: ik.feature_matching_loss(A, A, weights=[1.0]), ValueError, "weights.*1.*2"),
+    "device of a discriminator": (
+        lambda: ik.feature_matching_loss(*[[A, [a.to("meta") for a in A]]] * 2),
+        ValueError,
+        r"fake\[1\]\[0\] is on meta.*fake\[0\]\[0\] on cpu",
+    ),
     "penalty": (lambda: ik.feature_matching_loss(A, A, penalty="huber"), ValueError, "penalty.*'huber'"),
     "reduction": (
         lambda: ik.feature_matching_loss(A, A, layer_reduction="max"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 from feature_cases import (
     CHANNELS,
@@ -14,7 +15,7 @@ from feature_cases import (
     gram_formula,
     gram_sizes,
 )
-from harness import DTYPES, INTERPRETING, LAYOUTS, Backend, evaluate, gradient_of, grid, laid_out
+from harness import DTYPES, EMULATING, INTERPRETING, LAYOUTS, Backend, evaluate, gradient_of, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 from pixel_cases import on_device, skip_unsupported
@@ -40,6 +41,21 @@ def test_exactly_symmetric(backend: Backend) -> None:
             x = on_device(backend, feature_map((2, channels, 8, 9), layout=layout))[0]
             gram = gram_call(backend, "chw")(x)
             assert torch.equal(gram, gram.mT)
+
+
+@grid(
+    channels=(200, 400),
+    plane=((5, 7), (12, 13)),
+    layout=("contiguous", "channels_last"),
+    dtype=("f32", "f16"),
+)
+def test_many_channels_of_few_pixels(
+    backend: Backend, channels: int, plane: tuple[int, int], layout: str, dtype: str
+) -> None:
+    """The CPU's backward takes such maps in bands of 192 channels, which the other sizes do not reach."""
+    if INTERPRETING or EMULATING:
+        pytest.skip("other kernels have no such bands")
+    check_gram(backend, feature_map((2, channels, *plane), dtype, layout))
 
 
 @grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))

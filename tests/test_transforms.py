@@ -291,6 +291,25 @@ def test_inference_tensors(kernel: Backend, case: Case) -> None:
             torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@cases
+def test_a_traced_function_reads_what_it_is_given(kernel: Backend, case: Case) -> None:
+    """torch.jit.trace of tensors that require a gradient records no value of the traced call."""
+
+    def call(*free: Tensor) -> Tensor:
+        return weighted_sum(case, [*free, *fixed], case.forced(kernel))
+
+    tensors = case.tensors(torch.float32, device=kernel.device)
+    fixed = tensors[case.free :]
+    leaves = [t.requires_grad_() for t in tensors[: case.free]]
+    traced = torch.jit.trace(call, leaves, check_trace=False)
+    others = [t.flip(-1).detach().requires_grad_() for t in leaves]
+    found, expected = traced(*others), call(*others)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(value, others) for value in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
 @cases
 def test_meta_tensors(case: Case) -> None:
     tensors = case.tensors(torch.bfloat16)

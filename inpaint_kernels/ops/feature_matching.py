@@ -79,6 +79,7 @@ def feature_matching_loss(
     _checks.check_choice("penalty", penalty, ("l1", "l2", "charbonnier"))
     _checks.check_choice("layer_reduction", layer_reduction, ("sum", "mean"))
     inputs, targets, factors, masks = [], [], [], []
+    first, (start, *_) = next(iter(fakes.items()))
     for (name, layers), (real_name, truths) in zip(fakes.items(), reals.items(), strict=True):
         if len(layers) != len(truths):
             raise ValueError(f"{name} has {len(layers)} layers, {real_name} has {len(truths)}")
@@ -93,9 +94,9 @@ def feature_matching_loss(
                     f"{real_name}[{i}] has shape {tuple(y.shape)}, {name}[{i}] has {tuple(x.shape)}: allowed are "
                     "equal shapes, or a batch of fakes that is a multiple of the real one"
                 )
-            if x.device != layers[0].device or y.device != x.device:
+            if x.device != start.device or y.device != x.device:
                 raise ValueError(
-                    f"{name}[{i}] is on {x.device}, {real_name}[{i}] on {y.device}, {name}[0] on {layers[0].device}"
+                    f"{name}[{i}] is on {x.device}, {real_name}[{i}] on {y.device}, {first}[0] on {start.device}"
                 )
             inputs.append(x)
             targets.append(y.detach() if y.requires_grad else y)
