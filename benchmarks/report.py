@@ -217,7 +217,10 @@ def methods_block(results: Path) -> str:
         found = [g for g in groups(read_rows(path)) if g.op in ("objective", "objective_terms")]
         outside = {g.case: g for g in found if g.op == "objective_terms"}
         whole = [g for g in found if g.op == "objective" and g.names(_is_own)]
-        lines = ["| " + " | ".join(_METHODS_HEADER) + " |", "| --- |" + " ---: |" * (len(_METHODS_HEADER) - 1)]
+        lines = [
+            "| " + " | ".join(_METHODS_HEADER) + " |",
+            "| --- |" + " ---: |" * (len(_METHODS_HEADER) - 1),
+        ]
         lines += ["| " + " | ".join(_method_cells(g, outside.get(g.case))) + " |" for g in whole]
         if whole:
             parts += [f"**{title([row for g in whole for row in g.rows.values()])}**", "\n".join(lines)]

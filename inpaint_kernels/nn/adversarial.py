@@ -51,7 +51,14 @@ class GANLoss(nn.Module):
         self.mode, self.half_total = mode, half
         self.label_smoothing, self.extra_hole_weight = label_smoothing, extra_hole_weight
 
+    def extra_repr(self) -> str:
+        return (
+            f"{self.mode!r}, half={self.half_total}, label_smoothing={self.label_smoothing}, "
+            f"extra_hole_weight={self.extra_hole_weight}"
+        )
+
     def forward(self, logits: Logits, mask: Tensor | None = None) -> Tensor:
+        """The generator's loss of its logits, see `generator_loss`."""
         return generator_loss(logits, mode=self.mode, mask=mask, extra_hole_weight=self.extra_hole_weight)
 
     def discriminator(
@@ -92,7 +99,11 @@ class FeatureMatchingLoss(nn.Module):
         super().__init__()
         self.weights, self.penalty, self.layer_reduction = weights, penalty, layer_reduction
 
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, penalty={self.penalty!r}, layer_reduction={self.layer_reduction!r}"
+
     def forward(self, fake: Features, real: Features, mask: Tensor | None = None) -> Tensor:
+        """The distance of the activations `fake` from `real`, see `feature_matching_loss`."""
         return feature_matching_loss(
             fake,
             real,

@@ -61,7 +61,8 @@ class CTNObjective(Objective):
 
     Images are in [-1, 1] and go into the trunk as they are, mask 1 = known. The discriminator is shown the raw
     prediction and the truth; its loss is the average of both log-losses. They are taken of logits, but with the
-    clamps that PyTorch gives a log-loss of a sigmoid ("clamped_bce"): in float32 a logit beyond 17 has no gradient.
+    clamps that PyTorch gives a log-loss of a sigmoid ("clamped_bce"): in float32 a logit above 17 has no gradient,
+    and from -28 down the gradient dies, too.
     ``gan_mode="nonsaturating"`` is the same formula without the clamps.
 
     {arguments}

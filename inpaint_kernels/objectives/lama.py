@@ -163,5 +163,6 @@ class LaMaObjective(Objective):
         }
 
     def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
+        """R1 by the truth (N, C, H, W) that the discriminator's input was made of, with a gradient."""
         logits = logits_of("real_logits", real_logits)
         return r1_penalty(logits, real_images, gamma=2 * self.settings.r1_weight)

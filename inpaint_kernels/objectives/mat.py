@@ -75,6 +75,14 @@ class MATObjective(Objective):
         >>> shown = objective.discriminator_input((first, final), target, mask)
         >>> fake = [d(image) for d, image in zip(discriminators, shown)]
         >>> objective((first, final), target, mask, fake=fake).total.backward()
+
+        The step of the discriminators, with the penalty of every 16th:
+
+        >>> real_images = target.clone().requires_grad_()
+        >>> shown = objective.discriminator_input((real_images, real_images), real_images, mask)
+        >>> real = [d(image) for d, image in zip(discriminators, shown)]
+        >>> loss = objective.discriminator_loss(real=real, fake=[logits.detach() for logits in fake]).total
+        >>> (loss + 16 * objective.discriminator_penalty(real, real_images)).backward()
     """
 
     presets = types.MappingProxyType({"released": MATSettings()})
@@ -96,6 +104,7 @@ class MATObjective(Objective):
         return torch.cat([_checks.check_plane(known).to(image.dtype).expand(n, 1, h, w) - 0.5, image], 1)
 
     def discriminator_penalty(self, real_logits: Judged, real_images: Tensor) -> Tensor:
+        """R1 of both discriminators by the truth (N, C, H, W) that both inputs were made of, with a gradient."""
         logits = logits_of("real_logits", real_logits)
         heads = 1 if isinstance(logits, Tensor) else len(logits)
         return r1_penalty(logits, real_images, gamma=self.settings.r1_gamma) * heads

@@ -162,9 +162,8 @@ def as_layers(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if not isinstance(value, Sequence) or not value:
-        raise TypeError(
-            f"{name} must be a Tensor or a non-empty sequence of them, got {type(value).__name__}"
-        )
+        kind = f"empty {type(value).__name__}" if isinstance(value, Sequence) else type(value).__name__
+        raise TypeError(f"{name} must be a Tensor or a non-empty sequence of them, got {kind}")
     return list(value)
 
 
