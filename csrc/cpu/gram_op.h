@@ -90,12 +90,14 @@ static void write_symmetric(int64_t samples, int64_t channels, T* out, const Fil
       const int64_t n = unit / blocks;
       const int64_t first = balanced(unit % blocks, blocks) * rows;
       const int64_t last = std::min(first + rows, channels);
-      T* matrix = out + n * channels * channels;
-      for (int64_t i = first; i < last; ++i)
-        fill(n, i, out == nullptr ? dropped.data() : matrix + i * channels);
-      for (int64_t j = 0; j < last && out != nullptr; ++j) {
-        for (int64_t i = std::max(first, j + 1); i < last; ++i)
+      T* matrix = out == nullptr ? nullptr : out + n * channels * channels;
+      for (int64_t i = first; i < last; ++i) {
+        fill(n, i, matrix == nullptr ? dropped.data() : matrix + i * channels);
+      }
+      for (int64_t j = 0; j < last && matrix != nullptr; ++j) {
+        for (int64_t i = std::max(first, j + 1); i < last; ++i) {
           matrix[j * channels + i] = matrix[i * channels + j];
+        }
       }
     }
   };

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..features.lpips_heads import LPIPSHeads
@@ -209,18 +211,17 @@ class Adversarial(Term):
     half: bool = False
     heads: str = "mean"
 
-    def heads_of(self, logits: Any) -> int:
-        """The factor that turns the mean over several logits into what is asked for."""
-        return len(logits) if self.heads == "sum" and not isinstance(logits, Tensor) else 1
-
     def generator(self, fake: Any, known: Tensor | None) -> Tensor:
         """Of the logits of a fake; the mask `known` is for those that read it."""
-        return generator_loss(fake, mode=self.mode) * self.heads_of(fake)
+        if self.heads == "sum" and not isinstance(fake, Tensor):
+            return functools.reduce(torch.add, [generator_loss(logits, mode=self.mode) for logits in fake])
+        return generator_loss(fake, mode=self.mode)
 
     def discriminator(self, real: Any, fake: Any, known: Tensor | None) -> DiscriminatorLoss:
         found = discriminator_loss(real, fake, mode=self.mode, half=self.half)
-        heads = self.heads_of(real)
-        return found if heads == 1 else DiscriminatorLoss(*(value * heads for value in found))
+        if self.heads == "sum" and not isinstance(real, Tensor):
+            return DiscriminatorLoss(*(value * len(real) for value in found))
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def as_entries(name: str, logits: Logits) -> dict[str, Tensor]:
 
 def mean_of_entries(values: list[Tensor]) -> Tensor:
     """Every critic, scale or head counts the same, however many logits it has."""
-    return values[0] if len(values) == 1 else torch.stack(values).mean()
+    return values[0] if len(values) == 1 else functools.reduce(torch.add, values) / len(values)
 
 
 def mean(value: Tensor) -> Tensor:
