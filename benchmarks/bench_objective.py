@@ -85,7 +85,12 @@ BENCHMARK = Benchmark(
     op="objective",
     cases=[
         *(
-            Case((2, 3, 128, 128) if name in RELATIVES else (4, 3, 256, 256), name, options={"method": name})
+            Case(
+                (2, 3, 128, 128) if name in RELATIVES else (4, 3, 256, 256),
+                name,
+                # MAT reads the deepest layers: eager's own gradient is 5.4e-3 off at 64x64 and 9.1e-3 at 256x256.
+                options={"method": name, **({"tolerance": 1e-2} if name == "mat" else {})},
+            )
             for name in METHODS
         ),
         Case((2, 3, 64, 64), "transcnn-hae", options={"method": "transcnn-hae"}, quick=True),
@@ -94,9 +99,8 @@ BENCHMARK = Benchmark(
     eager=eager,
     fused=fused,
     minimum_bytes=lambda case: Bytes(0, 0),
-    # As in bench_perceptual, rounding moves features across kinks: the plain gradient of MAT, which reads the deepest
-    # layers, is 5.4e-3 off at 64x64 and 9.1e-3 at 256x256.
-    tolerances={torch.float32: 1e-2},
+    # As in bench_perceptual: rounding moves features across kinks.
+    tolerances={torch.float32: 5e-3},
     variants=("plain", "chunk1"),
     heavy=True,
     compiled=False,

@@ -71,7 +71,8 @@ class Benchmark:
     """One op. `eager`, `rewrite` and `fused` build, for a case, a function `(**inputs) -> terms`.
 
     The loss that is timed and differentiated is the sum of the terms times `weights`. `tolerances` maps a
-    dtype to the largest relative error of the loss and of the gradients against float64. `variants` names own
+    dtype to the largest relative error of the loss and of the gradients against float64; a case may have its own as
+    the option "tolerance". `variants` names own
     providers that stand in for one of each backend. `baseline` builds a computation that does less, timed as "plain"
     and not checked. With `layer`, the formulas return one tensor, and no loss is timed with it: its gradient is the
     input `upstream`, which the formulas do not take. Of a `heavy` one a step takes seconds and is spent in library

@@ -145,7 +145,7 @@ def gate(
 
     `truth` is what `truth_of` gives for these inputs; several providers can share it.
     """
-    tolerance = benchmark.tolerances[case.dtype]
+    tolerance = case.options.get("tolerance", benchmark.tolerances[case.dtype])
     exact_terms, exact_gradients = truth or truth_of(benchmark, case, inputs)
     given = {name: t for name, t in inputs.items() if name != "upstream"}
     # A compiled layer is checked as it will run, with the graph for its backward.

@@ -210,39 +210,39 @@ _METHODS_HEADER = (
 
 
 def methods_block(results: Path) -> str:
-    """A line for every method whose whole objective was timed: outside its trunk, plain and streamed."""
+    """A line for every method whose objective was timed: outside its trunk, whole, streamed."""
     start, end = MARKERS["methods"]
     parts = [start]
     for path in sorted(results.glob("*.csv")):
-        found = [g for g in groups(read_rows(path)) if g.op in ("objective", "objective_terms")]
-        outside = {g.case: g for g in found if g.op == "objective_terms"}
-        whole = [g for g in found if g.op == "objective" and g.names(_is_own)]
+        found = groups(read_rows(path))
+        # The smallest images show what a call costs the host.
+        large = [g for g in found if not _is_small(next(iter(g.rows.values())))]
+        outside = {g.case: g for g in large if g.op == "objective_terms"}
+        whole = {g.case: g for g in found if g.op == "objective"}
         lines = [
             "| " + " | ".join(_METHODS_HEADER) + " |",
             "| --- |" + " ---: |" * (len(_METHODS_HEADER) - 1),
         ]
-        lines += ["| " + " | ".join(_method_cells(g, outside.get(g.case))) + " |" for g in whole]
-        if whole:
-            parts += [f"**{title([row for g in whole for row in g.rows.values()])}**", "\n".join(lines)]
+        for case in dict.fromkeys([*outside, *whole]):
+            lines.append("| " + " | ".join(_method_cells(case, whole.get(case), outside.get(case))) + " |")
+        if whole or outside:
+            rows = [row for g in (*whole.values(), *outside.values()) for row in g.rows.values()]
+            parts += [f"**{title(rows)}**", "\n".join(lines)]
     return "\n\n".join([*parts, end])
 
 
-def _method_cells(whole: Group, outside: Group | None) -> list[str]:
-    cells = [whole.case]
-    if outside is None:
-        cells += ["", "", ""]
-    else:
-        own = outside.fastest(_is_own)
-        ours = outside.ms(own) if own else None
-        compiled = outside.fastest(_is_compile)
-        cells += [duration(ours), ratio(outside.ms("eager"), ours)]
-        cells.append(ratio(outside.ms(compiled), ours) if compiled else "")
-    eager = whole.ms("eager")
+def _method_cells(case: str, whole: Group | None, outside: Group | None) -> list[str]:
+    cells = [case, "", "", ""]
+    if outside is not None:
+        ours = outside.ms(outside.fastest(_is_own) or "")
+        compiled = outside.ms(outside.fastest(_is_compile) or "")
+        cells[1:] = [duration(ours), ratio(outside.ms("eager"), ours), ratio(compiled, ours)]
+    if whole is None:
+        return [*cells, "", "", "", "", ""]
     for name in ("ik-plain", "ik-chunk1"):
-        cells += [duration(whole.ms(name)), ratio(eager, whole.ms(name))]
+        cells += [duration(whole.ms(name)), ratio(whole.ms("eager"), whole.ms(name))]
     kept = [whole.rows.get((name, "full")) for name in ("ik-plain", "ik-chunk1", "eager")]
-    cells.append(" / ".join(f"{int(row['saved_bytes']) / 1e6:.3g}" if row else "-" for row in kept))
-    return cells
+    return [*cells, " / ".join(f"{int(row['saved_bytes']) / 1e6:.3g}" if row else "-" for row in kept)]
 
 
 def update(text: str, new_block: str, markers: tuple[str, str] = (START, END)) -> str:
