@@ -20,7 +20,7 @@ from training_checks import check_no_host_sync, kept_bytes, ops_called
 
 import inpaint_kernels as ik
 from inpaint_kernels.features import FrozenTrunk
-from inpaint_kernels.objectives import _objective
+from inpaint_kernels.objectives import _discriminator_side, _objective
 
 every_method = pytest.mark.parametrize("name", METHODS)
 with_trunk = pytest.mark.parametrize("name", WITH_TRUNK)
@@ -127,7 +127,8 @@ def test_images_are_written_once(name: str, chunk: int | None, monkeypatch: pyte
         calls.append(len(options["parts"]) * len(args[0]))
         return write(*args, **options)
 
-    monkeypatch.setattr(_objective, "stacked_images", counted)
+    for module in (_objective, _discriminator_side):
+        monkeypatch.setattr(module, "stacked_images", counted)
     x.terms(loss, **judged)
     assert sum(calls) == METHODS[name].written * N
 
