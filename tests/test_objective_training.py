@@ -121,14 +121,13 @@ def test_images_are_written_once(name: str, chunk: int | None, monkeypatch: pyte
     loss = objective(name, chunk=chunk)
     judged = x.outputs(loss)
     calls: list[int] = []
-    write = _objective.stacked_images
 
-    def counted(*args: Any, **options: Any) -> Tensor:
+    def counted(write: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
         calls.append(len(options["parts"]) * len(args[0]))
         return write(*args, **options)
 
-    for module in (_objective, _discriminator_side):
-        monkeypatch.setattr(module, "stacked_images", counted)
+    for module, name_of in ((_objective, "checked_images"), (_discriminator_side, "stacked_images")):
+        monkeypatch.setattr(module, name_of, functools.partial(counted, getattr(module, name_of)))
     x.terms(loss, **judged)
     assert sum(calls) == METHODS[name].written * N
 

@@ -16,7 +16,7 @@ from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
 from ..nn._streaming import Term as StreamedTerm
 from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel
-from ..ops.stacked_images import serving, stacked_images
+from ..ops.stacked_images import checked_images, serving
 from ._discriminator_side import DiscriminatorSide
 from ._pixel_terms import PixelTerms, reads_mask
 from ._settings import chosen
@@ -169,6 +169,7 @@ class Objective(DiscriminatorSide):
         else:
             check_trunk(trunk, layers)
         self._hidden: tuple[Any, ...] = (trunk,)
+        self._constants = scale_and_shift(getattr(self.settings, "preprocess", "none"))
 
     def table(self, s: Any) -> dict[str, Term]:
         """The terms by name, made of the settings; one of weight 0 is not computed and returned as 0."""
@@ -290,19 +291,20 @@ class Objective(DiscriminatorSide):
         as_given = preprocessed or (s.preprocess == "none" and not s.swap_channels and not gray)
         if as_given and tuple(parts) in (("raw",), ("target",)):
             return pred if tuple(parts) == ("raw",) else target
-        scale = shift = None
-        if s.preprocess != "none":
-            scale, shift = scale_and_shift(s.preprocess)
-        elif gray:
+        scale: list[float] = []
+        shift: list[float] = []
+        if not preprocessed and s.preprocess != "none":
+            scale, shift = self._constants
+        elif not preprocessed and gray:
             scale = [1.0] * 3
-        return stacked_images(
+        return checked_images(
             pred,
             target,
-            mask,
+            None if set(parts) <= {"raw", "target"} else mask,
             parts=parts,
-            scale=None if preprocessed else scale,
-            shift=None if preprocessed else shift,
-            swap_channels=s.swap_channels and not preprocessed,
+            scale=scale,
+            shift=shift,
+            swap=s.swap_channels and not preprocessed,
             mask_is=s.mask_is,
             backend=serving(self.backend),
         )

@@ -210,8 +210,34 @@ def stacked_images(
             raise ValueError(f"scale has {len(scales)} entries, shift has {len(shifts)}")
         channels = max(len(scales), len(shifts))
         scales, shifts = (value * channels if len(value) == 1 else value for value in (scales, shifts))
+    return checked_images(
+        pred,
+        target,
+        mask,
+        parts=parts,
+        scale=scales,
+        shift=shifts,
+        swap=bool(swap_channels),
+        mask_is=mask_is,
+        backend=backend,
+    )
+
+
+def checked_images(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    *,
+    parts: Sequence[str],
+    scale: list[float],
+    shift: list[float],
+    swap: bool,
+    mask_is: str,
+    backend: str | None,
+) -> Tensor:
+    """`stacked_images` of arguments that fit each other; no constants are an empty list."""
     chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
-    if chosen == "triton" and max(len(parts), len(scales), len(shifts)) > MOST_ON_TRITON:
+    if chosen == "triton" and max(len(parts), len(scale), len(shift)) > MOST_ON_TRITON:
         if backend is not None:
             raise RuntimeError(
                 f"backend 'triton' takes at most {MOST_ON_TRITON} parts, and scale and shift for as many "
@@ -225,21 +251,21 @@ def stacked_images(
             target,
             mask,
             parts=parts,
-            scale=torch.tensor(scales, dtype=dtype, device=pred.device) if scales else None,
-            shift=torch.tensor(shifts, dtype=dtype, device=pred.device) if shifts else None,
-            swap=swap_channels,
+            scale=torch.tensor(scale, dtype=dtype, device=pred.device) if scale else None,
+            shift=torch.tensor(shift, dtype=dtype, device=pred.device) if shift else None,
+            swap=swap,
             mask_is=mask_is,
         )
-    found: Tensor = _op(
+    images: Tensor = _op(
         chosen,
         _pixel.needs_grad(pred, target),
         pred,
         target,
         mask,
         [PARTS.index(part) for part in parts],
-        scales,
-        shifts,
-        bool(swap_channels),
+        scale,
+        shift,
+        swap,
         mask_is == "hole",
     )
-    return found
+    return images
