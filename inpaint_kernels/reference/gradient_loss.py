@@ -39,14 +39,7 @@ def pairs(image: Tensor, region: Tensor | None) -> tuple[Tensor | None, Tensor |
 
 
 def gradient_loss(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    *,
-    region: str,
-    ring: int,
-    penalty: str,
-    mask_is: str,
+    pred: Tensor, target: Tensor, mask: Tensor | None, region: str, ring: int, penalty: str, mask_is: str
 ) -> tuple[Tensor, Tensor]:
     """(loss, summed weights of the pairs); arguments as `ops/gradient_loss.py`."""
     dtype = accumulate_dtype(pred, target)

@@ -55,12 +55,11 @@ def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
 def total_variation(
     image: Tensor,
     mask: Tensor | None,
-    *,
-    target: Tensor | None = None,
     region: str,
     penalty: str,
     normalize: str | None,
     mask_is: str,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Scalar: penalty of the differences of neighbours, summed down and across with the weights of `region`.
 
