@@ -104,7 +104,7 @@ def _mix(real: Tensor, fake: Tensor, alpha: float | Tensor | None) -> Tensor:
         alpha = torch.rand(shape, dtype=dtype, device=real.device)
     elif isinstance(alpha, Tensor):
         if alpha.dtype not in _checks.FLOATS:
-            raise TypeError(f"alpha must be float16, bfloat16, float32 or float64, got {alpha.dtype}")
+            raise _checks.not_floating("alpha", alpha)
         if alpha.shape != shape:
             raise ValueError(f"alpha must be a number or have shape {shape}, got {tuple(alpha.shape)}")
         if alpha.device != real.device:
