@@ -73,7 +73,9 @@ def _library_lines() -> tuple[list[str], list[str], list[str]]:
             lines += [f"          {line}" for line in _built_of(info[name])]
         if problem is not None and problem.kind == "broken":
             broken.append(problem.reason)
-        if problem is not None and problem.kind != "absent":
+        if problem is not None and (
+            problem.kind != "absent" or name == "cpu" or torch.version.cuda is not None
+        ):
             todo.append(f"{problem.reason}: {problem.remedy}")
     for label, device in _devices().items():
         problem = _extension.problem("cuda", device) if device.type == "cuda" else None
@@ -99,19 +101,13 @@ def _built_of(record: dict[str, Any]) -> list[str]:
 
 
 def _missing_advice() -> list[str]:
-    """What to do about parts that are absent without being broken."""
-    todo = []
-    problems = _extension.problems()
-    has_cuda = torch.version.cuda is not None
-    if problems["cpu"] is not None and problems["cpu"].kind == "absent":
-        todo.append(f"CPU tensors run on the slower reference formulas: {problems['cpu'].remedy}")
-    if os.path.exists("/proc/driver/nvidia/version") and not has_cuda:
-        todo.append("this machine has an NVIDIA GPU and a torch without CUDA: install a CUDA build of torch")
-    if has_cuda and problems["cuda"] is not None and problems["cuda"].kind == "absent":
-        todo.append(f"the compiled CUDA kernels are not there: {problems['cuda'].remedy}")
-    if has_cuda and importlib.util.find_spec("triton") is None:
-        todo.append(f"the Triton kernels need Triton: {_backend.NO_TRITON.remedy}")
-    return todo
+    """What to do about an absent torch with CUDA or Triton; of the libraries `_library_lines` tells."""
+    if torch.version.cuda is not None:
+        installed = importlib.util.find_spec("triton") is not None
+        return [] if installed else [f"{_backend.NO_TRITON.reason}: {_backend.NO_TRITON.remedy}"]
+    if os.path.exists("/proc/driver/nvidia/version"):
+        return ["this machine has an NVIDIA GPU and a torch without CUDA: install a CUDA build of torch"]
+    return []
 
 
 def _choice_lines(op: _library.Op, label: str, device: torch.device) -> list[str]:

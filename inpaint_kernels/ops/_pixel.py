@@ -105,20 +105,12 @@ def save(
 
 
 def save_differences(
-    ctx: Any,
-    pred: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    penalty: str,
-    options: tuple[Any, ...],
-    scale: Tensor,
-    signs: Tensor,
+    ctx: Any, tensors: tuple[Any, ...], penalty: str, options: tuple[Any, ...], scale: Tensor, signs: Tensor
 ) -> None:
-    """As `save`; l1 keeps 2 bits a difference, the other penalties references to pred and target."""
-    if penalty == "l1":
-        save(ctx, pred, target, options, scale, signs, mask, None, None)
-    else:
-        save(ctx, pred, target, options, scale, None, mask, pred, target)
+    """As `save` of pred, target and mask; l1 keeps 2 bits a difference, the other penalties references to both."""
+    pred, target, mask = tensors
+    kept = (signs, mask, None, None) if penalty == "l1" else (None, mask, pred, target)
+    save(ctx, pred, target, options, scale, *kept)
 
 
 def backward(
@@ -141,8 +133,8 @@ def backward(
     # Once: under a checkpoint a second look finds nothing.
     saved = ctx.saved_tensors
     if kernel is not None:
-        found = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
-        return found[0] if needs[0] else None, found[1] if needs[1] else None
+        pred, target = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
+        return pred if needs[0] else None, target if needs[1] else None
     size, channels_last, *dtypes = ctx.image
     if formula is not None:
         terms: list[Sequence[Tensor]] = [formula(ctx, *grads, *saved)]

@@ -112,5 +112,5 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", backend: str | None
     if chosen == "reference":
         return reference.gram_matrix(features, normalize=normalize)
     needs = features.requires_grad and torch.is_grad_enabled()
-    out: Tensor = _op(chosen, needs, features, normalize)
-    return out
+    gram: Tensor = _op(chosen, needs, features, normalize)
+    return gram

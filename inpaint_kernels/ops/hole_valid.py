@@ -28,9 +28,8 @@ def _fake(backend: str, pred: Tensor, target: Tensor, mask: Tensor, *options: An
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param, _, mask_is_hole, _ = inputs
-    options = penalty, param, mask_is_hole
-    _pixel.save_differences(ctx, pred, target, mask, penalty, options, *output[2:])
+    penalty, param, _, mask_is_hole, _ = inputs[3:]
+    _pixel.save_differences(ctx, inputs[:3], penalty, (penalty, param, mask_is_hole), *output[2:])
 
 
 def _formula(

@@ -28,8 +28,8 @@ def _fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param, *_ = inputs
-    _pixel.save_differences(ctx, pred, target, mask, penalty, (penalty, param), *output[1:])
+    penalty, param, *_ = inputs[3:]
+    _pixel.save_differences(ctx, inputs[:3], penalty, (penalty, param), *output[1:])
 
 
 def _formula(

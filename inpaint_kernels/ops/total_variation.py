@@ -25,9 +25,9 @@ def _fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, target, mask, region, penalty, _, mask_is_hole, _ = inputs
-    options = target is not None, region, penalty, mask_is_hole
-    _pixel.save_differences(ctx, image, target, mask, penalty, options, *output[1:])
+    region, penalty, _, mask_is_hole, _ = inputs[3:]
+    options = inputs[1] is not None, region, penalty, mask_is_hole
+    _pixel.save_differences(ctx, inputs[:3], penalty, options, *output[1:])
 
 
 def _formula(
