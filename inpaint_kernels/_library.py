@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _backend, _torch_private
+from . import _backend, _extension, _torch_private
 from ._torch_private import below_autograd as below_autograd
 
 NAMESPACE = "inpaint_kernels"
@@ -378,3 +378,23 @@ def _lazy_triton(module: str, function: str) -> Callable[..., Any]:
         return launchers[0](*args)
 
     return kernel
+
+
+def check_libraries() -> None:
+    """Once all ops are defined: takes a loaded library out of use that lacks kernels, being of other sources."""
+    for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        if _extension.problems()[name] is not None:
+            continue
+        operators = [each[name] for kernels in KERNELS.values() for each in kernels if name in each]
+        for op in OPS.values():
+            if name in op.routes:
+                operators += [op.routes[name].forward, op.routes[name].backward]
+        # A torch that does not tell is trusted, and so is the library.
+        missing = [
+            operator.name().partition("::")[2]
+            for operator in operators
+            if hasattr(operator, "has_kernel_for_dispatch_key")
+            and not operator.has_kernel_for_dispatch_key(key)
+        ]
+        if missing:
+            _extension.refuse_incomplete(name, missing)

@@ -137,10 +137,10 @@ def _chunk_of(
         rows = rows.to(torch.float32)
     with torch.set_grad_enabled(wanted):
         leaf = rows.requires_grad_() if wanted else rows
-        images, goal = inputs(leaf, begin, end)
+        images, truth = inputs(leaf, begin, end)
         features = trunk(images)
         leaves = [feature.detach().requires_grad_(wanted) for feature in features]
-        values = [term(leaves, goal) for term in terms]
+        values = [term(leaves, truth) for term in terms]
         if share != 1:
             values = [value * share for value in values]
         total = weighted_sum(values, weights)
@@ -169,17 +169,16 @@ def _streamed(
     if chunk >= samples:
         values, kept = _chunk_of(trunk, terms, weights, inputs, pred, 0, samples, 1.0, wanted)
     else:
-        copies = pred.shape[0] // samples
         for begin in range(0, samples, chunk):
             end = min(begin + chunk, samples)
-            pieces = [pred[copy * samples + begin : copy * samples + end] for copy in range(copies)]
-            rows = pieces[0] if copies == 1 else torch.cat(pieces)
+            pieces = [prediction[begin:end] for prediction in pred.split(samples)]
+            rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             share = (end - begin) / samples
-            found, part = _chunk_of(trunk, terms, weights, inputs, rows, begin, end, share, wanted)
-            values = [old + new for old, new in zip(values, found, strict=True)] if values else found
+            parts, part = _chunk_of(trunk, terms, weights, inputs, rows, begin, end, share, wanted)
+            values = [old + new for old, new in zip(values, parts, strict=True)] if values else parts
             if part is not None:
                 kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
-                kept.unflatten(0, (copies, samples))[:, begin:end] = part.unflatten(0, (copies, end - begin))
+                kept.unflatten(0, (-1, samples))[:, begin:end] = part.unflatten(0, (-1, end - begin))
     if not wanted:
         return (weighted_sum(values, weights), *values)
     total, _ = _Kept.apply(pred, kept, weights, *values)
@@ -234,10 +233,10 @@ def weighted_terms(
     if chunk is not None:
         _checks.check_streamed(pred)
         return _streamed(trunk, terms, weights, inputs, pred, samples, chunk)
-    images, goal = inputs(pred, 0, samples)
+    images, truth = inputs(pred, 0, samples)
     features = trunk(images)
-    found = [term(features, goal) for term in terms]
-    return (weighted_sum(found, weights), *found)
+    values = [term(features, truth) for term in terms]
+    return (weighted_sum(values, weights), *values)
 
 
 def trunk_terms(

@@ -158,10 +158,9 @@ class KnownPerceptual(Perceptual):
     def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         assert known is not None
         known = _checks.check_plane(known).to(accumulate_dtype(known))
+        sizes = [truth.shape[-2:] for truth in target]
         samples = target[0].shape[0]
-        masks = [
-            resize_mask(known, m.shape[-2:], "bilinear").expand(samples, 1, *m.shape[-2:]) for m in target
-        ]
+        masks = [resize_mask(known, size, "bilinear").expand(samples, 1, *size) for size in sizes]
         options = {"weights": self.factors, "penalty": self.penalty, "normalize": "image", "backend": backend}
         return feature_distance(maps, target, mask=masks, **options)
 
@@ -207,10 +206,10 @@ class Adversarial(Term):
         return generator_loss(fake, mode=self.mode)
 
     def discriminator(self, real: Any, fake: Any, known: Tensor | None) -> DiscriminatorLoss:
-        found = discriminator_loss(real, fake, mode=self.mode, half=self.half)
+        loss = discriminator_loss(real, fake, mode=self.mode, half=self.half)
         if self.heads == "sum" and not isinstance(real, Tensor):
-            return DiscriminatorLoss(*(value * len(real) for value in found))
-        return found
+            return DiscriminatorLoss(*(value * len(real) for value in loss))
+        return loss
 
 
 @dataclass(frozen=True)
