@@ -58,8 +58,8 @@ def _load(name: str) -> Problem | None:
         left_out = build_info().get("left_out", {}).get(name, "")
         tool, wanted = {"cpu": ("compiler", "a C++17 compiler"), "cuda": ("nvcc", "the CUDA toolkit")}[name]
         first = f"install {wanted}, then " if tool in left_out else ""
-        reason = f"{path.name} is not installed" + (f" ({left_out})" if left_out else "")
-        return Problem(reason, first + rebuild(name), "absent")
+        why = f" ({left_out})" if left_out else ""
+        return Problem(f"{path.name} is not installed{why}", first + rebuild(name), "absent")
     if name == "cuda" and torch.version.cuda is None:
         return Problem("this torch has no CUDA support", "install a CUDA build of torch", "absent")
     if name == "cuda" and _built is not None:

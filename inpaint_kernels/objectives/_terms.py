@@ -161,8 +161,15 @@ class KnownPerceptual(Perceptual):
         sizes = [truth.shape[-2:] for truth in target]
         samples = target[0].shape[0]
         masks = [resize_mask(known, size, "bilinear").expand(samples, 1, *size) for size in sizes]
-        options = {"weights": self.factors, "penalty": self.penalty, "normalize": "image", "backend": backend}
-        return feature_distance(maps, target, mask=masks, **options)
+        return feature_distance(
+            maps,
+            target,
+            weights=self.factors,
+            penalty=self.penalty,
+            mask=masks,
+            normalize="image",
+            backend=backend,
+        )
 
 
 @dataclass(frozen=True)

@@ -55,18 +55,19 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
     return reference.dilate(_floating(checked), radius).to(mask.dtype, copy=True)
 
 
-def resized(mask: Tensor, size: tuple[int, ...], mode: str) -> Tensor:
+def resized(mask: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """`resize_mask` of arguments that were checked, with the mask's graph, in the dtype it is computed in."""
     planes = _floating(mask).reshape(-1, 1, *mask.shape[-2:])
+    sides = size[0], size[1]
     if mode == "adaptive_max":
-        planes = F.adaptive_max_pool2d(planes, size)
+        planes = F.adaptive_max_pool2d(planes, sides)
     elif mode == "area":
-        planes = F.adaptive_avg_pool2d(planes, size)
+        planes = F.adaptive_avg_pool2d(planes, sides)
     elif mode == "nearest":
-        planes = F.interpolate(planes, size, mode=mode)
+        planes = F.interpolate(planes, sides, mode=mode)
     else:
-        planes = F.interpolate(planes, size, mode="bilinear", align_corners=mode == "bilinear_aligned")
-    return planes.reshape(*mask.shape[:-2], *size)
+        planes = F.interpolate(planes, sides, mode="bilinear", align_corners=mode == "bilinear_aligned")
+    return planes.reshape(*mask.shape[:-2], *sides)
 
 
 def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") -> Tensor:
