@@ -7,6 +7,7 @@ trunk passes as there are chunks, each over as many images as in the plain path;
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,11 +126,11 @@ def _chunk_of(
     terms: Sequence[Term],
     weights: Sequence[float],
     inputs: Inputs,
+    wanted: bool,
     rows: Tensor,  # of pred [k * n, C, H, W]
     begin: int,
     end: int,
     share: float,
-    wanted: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(terms times `share`, gradient of their weighted sum by the rows of pred: float32 for half images)."""
     rows = rows.detach()
@@ -151,38 +152,6 @@ def _chunk_of(
         with torch.autocast(rows.device.type, enabled=False):
             gradient = _image_gradient(leaf, features, leaves, total, half)
     return [value.detach() for value in values], gradient
-
-
-def _streamed(
-    trunk: Trunk,
-    terms: Sequence[Term],
-    weights: Sequence[float],
-    inputs: Inputs,
-    pred: Tensor,  # [k * N, C, H, W]
-    samples: int,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
-    wanted = pred.requires_grad and torch.is_grad_enabled()
-    kept: Tensor | None = None
-    values: list[Tensor] = []
-    if chunk >= samples:
-        values, kept = _chunk_of(trunk, terms, weights, inputs, pred, 0, samples, 1.0, wanted)
-    else:
-        for begin in range(0, samples, chunk):
-            end = min(begin + chunk, samples)
-            pieces = [prediction[begin:end] for prediction in pred.split(samples)]
-            rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            share = (end - begin) / samples
-            parts, part = _chunk_of(trunk, terms, weights, inputs, rows, begin, end, share, wanted)
-            values = [old + new for old, new in zip(values, parts, strict=True)] if values else parts
-            if part is not None:
-                kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
-                kept.unflatten(0, (-1, samples))[:, begin:end] = part.unflatten(0, (-1, end - begin))
-    if not wanted:
-        return (weighted_sum(values, weights), *values)
-    total, _ = _Kept.apply(pred, kept, weights, *values)
-    return (total, *values)
 
 
 def check_chunk(chunk: int | None) -> int | None:
@@ -230,13 +199,34 @@ def weighted_terms(
 
     Streamed (`chunk` of the N samples at a time), only the total is differentiable, and in `pred` alone.
     """
-    if chunk is not None:
-        _checks.check_streamed(pred)
-        return _streamed(trunk, terms, weights, inputs, pred, samples, chunk)
-    images, truth = inputs(pred, 0, samples)
-    features = trunk(images)
-    values = [term(features, truth) for term in terms]
-    return (weighted_sum(values, weights), *values)
+    if chunk is None:
+        images, truth = inputs(pred, 0, samples)
+        features = trunk(images)
+        values = [term(features, truth) for term in terms]
+        return (weighted_sum(values, weights), *values)
+    _checks.check_streamed(pred)
+    # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
+    wanted = pred.requires_grad and torch.is_grad_enabled()
+    step = functools.partial(_chunk_of, trunk, terms, weights, inputs, wanted)
+    kept: Tensor | None = None
+    values = []
+    if chunk >= samples:
+        values, kept = step(pred, 0, samples, 1.0)
+    else:
+        for begin in range(0, samples, chunk):
+            end = min(begin + chunk, samples)
+            pieces = [prediction[begin:end] for prediction in pred.split(samples)]
+            rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            added, gradient = step(rows, begin, end, (end - begin) / samples)
+            values = [old + new for old, new in zip(values, added, strict=True)] if values else added
+            if gradient is not None:
+                kept = torch.empty_like(pred, dtype=gradient.dtype) if kept is None else kept
+                kept_rows = kept.unflatten(0, (len(pieces), samples))[:, begin:end]
+                kept_rows.copy_(gradient.unflatten(0, (len(pieces), end - begin)))
+    if not wanted:
+        return (weighted_sum(values, weights), *values)
+    total, _ = _Kept.apply(pred, kept, weights, *values)
+    return (total, *values)
 
 
 def trunk_terms(

@@ -46,6 +46,11 @@ class PixelTerms:
         self.whole = next(((n, t) for n, t in pixels.items() if t.region == "image"), None)
         self.variation = next(((n, t) for n, t in terms.items() if isinstance(t, TotalVariation)), None)
         self.normalize = next((pixels[name].normalize for name in self.split.values()), "image")
+        self.fused: dict[str, Any] = {"normalize": self.normalize, "hole_weight": 0.0, "valid_weight": 0.0}
+        self.fused |= {f"{region}_weight": self.weights[name] for region, name in self.split.items()}
+        if self.variation is not None:
+            tv = self.variation[1]
+            self.fused |= {"tv_weight": tv.weight, "tv_region": tv.region, "tv_normalize": tv.normalize}
 
     def __call__(
         self, pred: Tensor, target: Tensor, composited: Tensor, mask: Tensor | None
@@ -63,23 +68,10 @@ class PixelTerms:
             elif (
                 self.variation is not None and self.variation[1].image == "composite" and composited is target
             ):
-                name, tv = self.variation
-                weight = {region: self.weights[name] for region, name in self.split.items()}
-                values = inpainting_pixel_loss(
-                    pred,
-                    target,
-                    mask,
-                    hole_weight=weight.get("hole", 0.0),
-                    valid_weight=weight.get("valid", 0.0),
-                    tv_weight=tv.weight,
-                    normalize=self.normalize,
-                    tv_region=tv.region,
-                    tv_normalize=tv.normalize,
-                    mask_is=mask_is,
-                    **where,
-                )._asdict()
-                total = values["total"]
-                found[name] = values["tv"]
+                fused = inpainting_pixel_loss(pred, target, mask, mask_is=mask_is, **self.fused, **where)
+                values = fused._asdict()
+                total = fused.total
+                found[self.variation[0]] = fused.tv
             else:
                 values = hole_valid_loss(
                     pred, target, mask, normalize=self.normalize, mask_is=mask_is, **where
