@@ -26,17 +26,17 @@ def not_floating(name: str, value: Any) -> TypeError:
     return TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
-def check_images(pred: Tensor, target: Tensor, name: str = "pred") -> None:
-    """pred, called `name`, and target: floating (N, C, H, W) tensors of one shape on one device."""
-    for argument, value in ((name, pred), ("target", target)):
+def check_images(pred: Tensor, target: Tensor, name: str = "pred", other: str = "target") -> None:
+    """pred, called `name`, and target, called `other`: floating (N, C, H, W) tensors of one shape on one device."""
+    for argument, value in ((name, pred), (other, target)):
         if not isinstance(value, Tensor) or value.dtype not in FLOATS:
             raise not_floating(argument, value)
     if pred.ndim != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(pred.shape)}")
     if target.shape != pred.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, {name} has {tuple(pred.shape)}")
+        raise ValueError(f"{other} has shape {tuple(target.shape)}, {name} has {tuple(pred.shape)}")
     if target.device != pred.device:
-        raise ValueError(f"target is on {target.device}, {name} is on {pred.device}")
+        raise ValueError(f"{other} is on {target.device}, {name} is on {pred.device}")
 
 
 def binary(mask: Tensor) -> Tensor:

@@ -169,12 +169,7 @@ def gradient_penalty(
     """
     if not callable(discriminator):
         raise TypeError(f"discriminator must be callable, got {type(discriminator).__name__}")
-    for name, images in (("real", real), ("fake", fake)):
-        _checks.check_features(name, images)
-    if fake.shape != real.shape:
-        raise ValueError(f"fake has shape {tuple(fake.shape)}, real has {tuple(real.shape)}")
-    if fake.device != real.device:
-        raise ValueError(f"fake is on {fake.device}, real is on {real.device}")
+    _checks.check_images(real, fake, "real", "fake")
     if mask is not None:
         mask = _checks.check_mask(mask, real, "real")
     _checks.check_choice("norm", norm, ("sample", "pixel"))
