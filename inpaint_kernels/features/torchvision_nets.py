@@ -106,21 +106,21 @@ def _mismatch(net: str, content: dict[str, Any]) -> str | None:
     for key, value in values.items():
         if not isinstance(value, Tensor):
             return f"holds a {type(value).__name__} under {key!r}, expected a Tensor"
-    found = {key: tuple(value.shape) for key, value in values.items()}
+    shapes = {key: tuple(value.shape) for key, value in values.items()}
     want = _shapes(net)
-    if found == want:
+    if shapes == want:
         return None
     for other in _FILES:
-        if found == _shapes(other):
+        if shapes == _shapes(other):
             return f"holds {other} weights, not {net}'s; {other}() takes them"
-    if any(key.endswith(".running_mean") for key in found):
+    if any(key.endswith(".running_mean") for key in shapes):
         return f"holds a network with batch normalisation, {net} has none"
     for key, shape in want.items():
-        if key not in found:
+        if key not in shapes:
             return f"has no {key!r}, it does not hold the whole {net}"
-        if found[key] != shape:
-            return f"has {key!r} of shape {found[key]}, {net} needs {shape}"
-    return f"has {next(key for key in found if key not in want)!r}, which {net} has not"
+        if shapes[key] != shape:
+            return f"has {key!r} of shape {shapes[key]}, {net} needs {shape}"
+    return f"has {next(key for key in shapes if key not in want)!r}, which {net} has not"
 
 
 def _load(net: str, features: nn.Sequential, weights: Weights) -> None:

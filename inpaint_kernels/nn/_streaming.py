@@ -108,9 +108,9 @@ def _image_gradient(
         # At least 2^-4: the gradient of an absolute value does not vanish with the loss.
         scale = 2.0 ** (numel.bit_length() - 1) / _power_of_two(total, 2.0**-4, 2.0**60)
         upstream = scale.to(total.dtype)
-    found = torch.autograd.grad(total, leaves, upstream, allow_unused=True)
-    used = [feature for feature, grad in zip(features, found, strict=True) if grad is not None]
-    grads = [grad for grad in found if grad is not None]
+    tap_grads = torch.autograd.grad(total, leaves, upstream, allow_unused=True)
+    used = [feature for feature, grad in zip(features, tap_grads, strict=True) if grad is not None]
+    grads = [grad for grad in tap_grads if grad is not None]
     if scale is not None:
         norms = [torch.linalg.vector_norm(grad, float("inf")).to(torch.float32) for grad in grads]
         # Within what float16 holds, as the factor is read in the dtype of the gradients.

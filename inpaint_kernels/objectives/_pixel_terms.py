@@ -59,7 +59,7 @@ class PixelTerms:
 
         `composited` stands for the target in composites. Without a mask every pixel is known.
         """
-        found: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         total: Tensor | None = None
         where, mask_is = self.where, self.mask_is
         if self.split:
@@ -71,26 +71,26 @@ class PixelTerms:
                 fused = inpainting_pixel_loss(pred, target, mask, mask_is=mask_is, **self.fused, **where)
                 values = fused._asdict()
                 total = fused.total
-                found[self.variation[0]] = fused.tv
+                terms[self.variation[0]] = fused.tv
             else:
                 values = hole_valid_loss(
                     pred, target, mask, normalize=self.normalize, mask_is=mask_is, **where
                 )._asdict()
-            found |= {name: values[region] for region, name in self.split.items() if region in values}
-        left = list(found) if total is None else []
+            terms |= {name: values[region] for region, name in self.split.items() if region in values}
+        left = list(terms) if total is None else []
         if self.whole is not None:
             name, term = self.whole
             if term.by_hole_share:
                 assert mask is not None
                 hole = region_weights(pred, target, mask, mask_is)[0]
-                found[name] = _by_hole_share(pred, target, hole, **where)
+                terms[name] = _by_hole_share(pred, target, hole, **where)
             else:
-                found[name] = masked_l1_loss(pred, target, normalize="image", **where)
+                terms[name] = masked_l1_loss(pred, target, normalize="image", **where)
             left.append(name)
-        if self.variation is not None and self.variation[0] not in found:
+        if self.variation is not None and self.variation[0] not in terms:
             name, tv = self.variation
             composite = tv.image == "composite"
-            found[name] = total_variation_loss(
+            terms[name] = total_variation_loss(
                 pred,
                 mask if composite or tv.region != "image" else None,
                 target=composited if composite else None,
@@ -101,11 +101,11 @@ class PixelTerms:
             )
             left.append(name)
         if left:
-            rest = weighted_sum([found[name] for name in left], [self.weights[name] for name in left])
+            rest = weighted_sum([terms[name] for name in left], [self.weights[name] for name in left])
             total = rest if total is None else total + rest
         if total is not None:
-            found["total"] = total
-        return found
+            terms["total"] = total
+        return terms
 
 
 def _by_hole_share(

@@ -20,7 +20,7 @@ def _as_discriminators(name: str, features: Features) -> dict[str, list[Tensor]]
     layers = _checks.as_layers(name, features)  # type: ignore[arg-type]
     if isinstance(layers[0], Tensor):
         return {name: layers}
-    return {f"{name}[{i}]": _checks.as_layers(f"{name}[{i}]", found) for i, found in enumerate(layers)}
+    return {f"{name}[{i}]": _checks.as_layers(f"{name}[{i}]", own) for i, own in enumerate(layers)}
 
 
 def feature_matching_loss(

@@ -32,10 +32,10 @@ def pairs(image: Tensor, region: Tensor | None) -> tuple[Tensor | None, Tensor |
         count = image[..., 1:, :].numel() + image[..., 1:].numel()
         return None, None, torch.full((), count, dtype=image.dtype, device=image.device)
     down, across, _ = pair_weights(region, "hole")
-    copies = image.numel() // region.numel() if region.numel() else 0
+    repeats = image.numel() // region.numel() if region.numel() else 0
     # Row by row: the bits of a single sum over all would depend on the number of threads.
     by_down, by_across = (weight.sum(-1).sum(-1).sum() for weight in (down, across))
-    return down, across, (by_down + by_across) * copies
+    return down, across, (by_down + by_across) * repeats
 
 
 def gradient_loss(
