@@ -1,6 +1,6 @@
 """Training losses of image inpainting as fused kernels for PyTorch."""
 
-from . import _kernels, features, nn, objectives
+from . import _library, features, nn, objectives
 from .ops.adversarial import DiscriminatorLoss, discriminator_loss, generator_loss
 from .ops.composite import composite
 from .ops.feature_distance import feature_distance
@@ -25,7 +25,7 @@ from .ops.total_variation import total_variation_loss
 __version__ = "0.1.0"
 
 # Here, for here all ops are defined.
-_kernels.check()
+_library.check_libraries()
 
 __all__ = [
     "DiscriminatorLoss",

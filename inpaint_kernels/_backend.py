@@ -15,6 +15,10 @@ from . import _extension
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DOCTOR = "`python -m inpaint_kernels doctor` tells what to do"
+NO_TRITON = _extension.Problem(
+    "triton is not installed", "`pip install triton`, in the version your torch asks for", "absent"
+)
 _log = logging.getLogger("inpaint_kernels")
 _chosen: dict[tuple[object, ...], str] = {}
 _told: set[tuple[str, str]] = set()
@@ -51,10 +55,15 @@ def unavailable(
             return f"the {backend} kernels read CUDA tensors, not {on}"
         if torch.float64 in dtypes:
             return f"the {backend} kernels do not compute in float64"
-    if backend == "triton":
-        return None if _HAS_TRITON else "triton is not installed"
-    problem = _extension.problem(backend, device)
+    problem = _problem(backend, device)
     return None if problem is None else problem.reason
+
+
+def _problem(backend: str, device: torch.device) -> _extension.Problem | None:
+    """Why the kernels of a backend cannot run, whatever tensors they are called with."""
+    if backend == "triton":
+        return None if _HAS_TRITON else NO_TRITON
+    return _extension.problem(backend, device)
 
 
 def _warn_once(message: str, key: tuple[str, str]) -> None:
@@ -79,11 +88,10 @@ def _tell(op: str, chosen: str, device: torch.device, reasons: tuple[tuple[str, 
         return
     if chosen == "reference" and device.type == "cuda":
         because = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-        remedy = "`python -m inpaint_kernels doctor` tells what to do"
-        _warn_once(f"{op} runs on {chosen!r} because {because}. {remedy}.", (op, because))
+        _warn_once(f"{op} runs on {chosen!r} because {because}. {_DOCTOR}.", (op, because))
         return
     for name, reason in reasons:
-        problem = _extension.problem(name, device) if name in ("cpu", "cuda") else None
+        problem = _problem(name, device)
         # Of another reason, such as float64, the library is not guilty.
         if problem is None or problem.reason != reason:
             continue
@@ -113,11 +121,11 @@ def _resolve(
             raise ValueError(f"backend: got {backend!r}, allowed: {', '.join(BACKENDS)}")
         reason = unavailable(backend, available, device, dtypes)
         if reason is not None:
-            problem = _extension.problem(backend, device) if backend in ("cpu", "cuda") else None
-            remedy = (
-                f". To mend it: {problem.remedy}" if problem is not None and problem.reason == reason else ""
-            )
-            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}{remedy}")
+            problem = _problem(backend, device) if backend in available else None
+            if problem is not None and problem.reason != reason:
+                reason += f"; moreover {problem.reason}"
+            remedy = "" if problem is None else f" To mend it: {problem.remedy}."
+            raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}.{remedy} {_DOCTOR}.")
         return backend
     reasons: tuple[tuple[str, str], ...] = ()
     for candidate in AUTOMATIC.get(device.type, ("reference",)):
@@ -140,7 +148,7 @@ def choose(
     if torch.compiler.is_compiling():
         return _resolve(op, available, backend, device, dtypes)
     key = (op, backend, device, dtypes)
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _resolve(op, available, backend, device, dtypes)
-    return found
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _resolve(op, available, backend, device, dtypes)
+    return chosen

@@ -28,10 +28,10 @@ class Problem(NamedTuple):
 def build_info() -> dict[str, Any]:
     """What the build compiled and what it left out; empty when nothing was recorded."""
     try:
-        found = json.loads((library_path("cpu").parent / "_build_info.json").read_text())
+        record = json.loads((library_path("cpu").parent / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def library_path(name: str) -> Path:
@@ -55,11 +55,11 @@ def rebuild(name: str, settings: str = "") -> str:
 def _load(name: str) -> Problem | None:
     path = library_path(name)
     if not path.exists():
-        reason = build_info().get("left_out", {}).get(name, "")
-        first = {"cpu": "install a C++17 compiler, then ", "cuda": "install the CUDA toolkit, then "}[name]
-        first = first if {"cpu": "compiler", "cuda": "nvcc"}[name] in reason else ""
-        said = f"{path.name} is not installed" + (f" ({reason})" if reason else "")
-        return Problem(said, first + rebuild(name), "absent")
+        left_out = build_info().get("left_out", {}).get(name, "")
+        tool, wanted = {"cpu": ("compiler", "a C++17 compiler"), "cuda": ("nvcc", "the CUDA toolkit")}[name]
+        first = f"install {wanted}, then " if tool in left_out else ""
+        why = f" ({left_out})" if left_out else ""
+        return Problem(f"{path.name} is not installed{why}", first + rebuild(name), "absent")
     if name == "cuda" and torch.version.cuda is None:
         return Problem("this torch has no CUDA support", "install a CUDA build of torch", "absent")
     if name == "cuda" and _built is not None:
@@ -94,11 +94,10 @@ def _device_problem(built: _cuda_support.Built, device: torch.device) -> Problem
 
 def problem(name: str, device: torch.device) -> Problem | None:
     """Why library `name` cannot run on this device; None when it can."""
-    found = _problems[name]
+    problem = _problems[name]
     # torch.compile comes here only if it ignores the mark in `_backend`; it cannot trace a question to the driver.
-    if found is None and name == "cuda" and _built is not None and not torch.compiler.is_dynamo_compiling():
-        return _device_problem(_built, device)
-    return found
+    asks = name == device.type == "cuda" and not torch.compiler.is_dynamo_compiling()
+    return _device_problem(_built, device) if problem is None and asks and _built is not None else problem
 
 
 def problems() -> dict[str, Problem | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _backend, _torch_private
+from . import _backend, _extension, _torch_private
 from ._torch_private import below_autograd as below_autograd
 
 NAMESPACE = "inpaint_kernels"
@@ -64,9 +65,9 @@ class _Route:
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             needs = ctx.needs_input_grad
-            found = gradients(ctx, needs, grads)
-            rest = needs[len(found) :]
-            return found + tuple([None] * len(n) if isinstance(n, list) else None for n in rest)
+            leading = gradients(ctx, needs, grads)
+            rest = needs[len(leading) :]
+            return leading + tuple([None] * len(n) if isinstance(n, list) else None for n in rest)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             output = _as_tuple(output)
@@ -80,7 +81,7 @@ class _Route:
             name,
             {"autograd": backward, "setup": setup},
             lambda f: torch.library.register_autograd(
-                _qualified(name), f["autograd"], setup_context=f["setup"], lib=_library
+                f"{NAMESPACE}::{name}", f["autograd"], setup_context=f["setup"], lib=_library
             ),
         )
 
@@ -165,9 +166,9 @@ def unserved(tensors: Sequence[Any]) -> str | None:
         for registry in _torch_private.flop_registries():
             for operator, formula in _FLOPS.items():
                 registry.setdefault(operator, formula)
-    found = transform_of(tensors)
-    if found is not None:
-        return found
+    transform = transform_of(tensors)
+    if transform is not None:
+        return transform
     for tensor in tensors:
         kind = type(tensor)
         if kind not in _PLAIN and not _torch_private.is_of_a_tracer(kind):
@@ -180,6 +181,7 @@ def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
 
 
+@dataclasses.dataclass(eq=False)
 class Op:
     """An op with compiled backends.
 
@@ -203,36 +205,32 @@ class Op:
             `out_val`, its output. Nothing is counted without them.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        schema: str,
-        backward_schema: str,
-        outputs: int,
-        fake: Callable[..., Any],
-        backward_fake: Callable[..., Any],
-        save: Callable[..., None],
-        backward: Callable[..., tuple[Tensor | None, ...]],
-        backends: tuple[str, ...] = BACKENDS,
-        inputs: int = 2,
-        lists: bool = False,
-        implement: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
-        flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
-    ) -> None:
-        self.name, self.schema, self.backward_schema, self.outputs = name, schema, backward_schema, outputs
-        self.fake, self.backward_fake, self.save, self.backward = fake, backward_fake, save, backward
-        self.backends = backends
-        self.inputs, self.lists, self.implement, self.flops = inputs, lists, implement, flops
-        self.routes = {backend: _Route(self, backend) for backend in backends}
-        if implement is not None:
-            for backend in backends:
-                for suffix, composed in zip(("", "_backward"), implement, strict=True):
-                    _implement(f"{name}{suffix}_{backend}", functools.partial(composed, backend))
-        elif "triton" in backends:
-            for suffix, function in (("", "forward"), ("_backward", "backward")):
-                _implement(f"{name}{suffix}_triton", _lazy_triton(name, function))
-        OPS[name] = self
+    name: str
+    _: dataclasses.KW_ONLY
+    schema: str
+    backward_schema: str
+    outputs: int
+    fake: Callable[..., Any]
+    backward_fake: Callable[..., Any]
+    save: Callable[..., None]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    backends: tuple[str, ...] = BACKENDS
+    inputs: int = 2
+    lists: bool = False
+    implement: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    flops: tuple[Callable[..., int], Callable[..., int]] | None = None
+
+    def __post_init__(self) -> None:
+        self.routes = {backend: _Route(self, backend) for backend in self.backends}
+        for i, suffix in enumerate(("", "_backward")):
+            if self.implement is not None:
+                for backend in self.backends:
+                    composed = functools.partial(self.implement[i], backend)
+                    _implement(f"{self.name}{suffix}_{backend}", composed)
+            elif "triton" in self.backends:
+                launcher = _lazy_triton(self.name, ("forward", "backward")[i])
+                _implement(f"{self.name}{suffix}_triton", launcher)
+        OPS[self.name] = self
 
     def choose(
         self,
@@ -292,29 +290,21 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
-def _qualified(name: str) -> str:
-    return f"{NAMESPACE}::{name}"
-
-
-def _packet(name: str) -> Any:
-    return getattr(_namespace, name)
-
-
 def _define(name: str, schema: str, fake: Callable[..., Any] | None) -> Any:
     if name not in _functions:
         _library.define(name + schema)
         _functions[name] = {"schema": schema}
     elif _functions[name]["schema"] != schema:
         raise ImportError(
-            f"{_qualified(name)} was registered with another schema by an earlier import; start Python anew"
+            f"{NAMESPACE}::{name} was registered with another schema by an earlier import; start Python anew"
         )
     if fake is not None:
         _register(
             name,
             {"fake": fake},
-            lambda f: torch.library.register_fake(_qualified(name), f["fake"], lib=_library),
+            lambda f: torch.library.register_fake(f"{NAMESPACE}::{name}", f["fake"], lib=_library),
         )
-    return _packet(name).default
+    return getattr(_namespace, name).default
 
 
 def _register(
@@ -333,11 +323,12 @@ def _call(noted: dict[str, Any], part: str, /, *args: Any, **options: Any) -> An
 
 
 def _count_flops(name: str, formula: Callable[..., int]) -> None:
-    _FLOPS[_packet(name)] = formula
+    operator = getattr(_namespace, name)
+    _FLOPS[operator] = formula
     if not _torch_private.FINDS_COUNTERS:
         from torch.utils.flop_counter import register_flop_formula
 
-        add = register_flop_formula(_packet(name), get_raw=True)
+        add = register_flop_formula(operator, get_raw=True)
         _register(name, {"flops": formula}, lambda f: add(f["flops"]))
 
 
@@ -363,11 +354,11 @@ def define_kernel(
 
     No autograd of its own. `fake` is needed where a graph holds the kernel itself instead of the op around it.
     """
-    found = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in backends}
+    operators = {backend: _define(f"{op}_{part}_{backend}", schema, fake) for backend in backends}
     if "triton" in backends:
         _implement(f"{op}_{part}_triton", _lazy_triton(op, part))
-    KERNELS.setdefault(op, []).append(found)
-    return found
+    KERNELS.setdefault(op, []).append(operators)
+    return operators
 
 
 def define_setting(name: str, read: Callable[[], bool]) -> None:
@@ -378,11 +369,32 @@ def define_setting(name: str, read: Callable[[], bool]) -> None:
 
 def _lazy_triton(module: str, function: str) -> Callable[..., Any]:
     """The Triton launcher, imported on its first call: importing this package must not import Triton."""
-    found: list[Callable[..., Any]] = []
+    launchers: list[Callable[..., Any]] = []
 
     def kernel(*args: Any) -> Any:
-        if not found:
-            found.append(getattr(importlib.import_module(f"{__package__}.triton_kernels.{module}"), function))
-        return found[0](*args)
+        if not launchers:
+            imported = importlib.import_module(f"{__package__}.triton_kernels.{module}")
+            launchers.append(getattr(imported, function))
+        return launchers[0](*args)
 
     return kernel
+
+
+def check_libraries() -> None:
+    """Once all ops are defined: takes a loaded library out of use that lacks kernels, being of other sources."""
+    for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        if _extension.problems()[name] is not None:
+            continue
+        operators = [each[name] for kernels in KERNELS.values() for each in kernels if name in each]
+        for op in OPS.values():
+            if name in op.routes:
+                operators += [op.routes[name].forward, op.routes[name].backward]
+        # A torch that does not tell is trusted, and so is the library.
+        missing = [
+            operator.name().partition("::")[2]
+            for operator in operators
+            if hasattr(operator, "has_kernel_for_dispatch_key")
+            and not operator.has_kernel_for_dispatch_key(key)
+        ]
+        if missing:
+            _extension.refuse_incomplete(name, missing)

@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 
 def _find(path: str) -> Any:
     """What torch has under this name, or None."""
-    found: Any = torch
+    value: Any = torch
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value
 
 
 # An operator with a registered autograd rule costs about 7 us a call even without a gradient; below autograd it does
@@ -37,8 +37,8 @@ FINDS_COUNTERS = _mode_stack is not None or current_mode() is not True
 def flop_registries() -> list[dict[Any, Any]]:
     """Of every active FlopCounterMode, which took torch's registry when it was made: its formulas by operator."""
     modes = _mode_stack() if _mode_stack is not None else [current_mode()]
-    found = [getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes]
-    return [registry for registry in found if isinstance(registry, dict)]
+    registries = [getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes]
+    return [registry for registry in registries if isinstance(registry, dict)]
 
 
 # Not None, or True, under torch.jit.trace; the public name takes 40 ns more. Torch.jit as a whole may go.

@@ -34,9 +34,9 @@ class LPIPSHeads:
 
     def check(self, channels: Sequence[int]) -> None:
         """One weight for each channel of each layer."""
-        found = [len(value) for value in self.values]
-        if found != list(channels):
-            raise ValueError(f"heads have {found} weights for layers of {list(channels)} channels")
+        counts = [len(value) for value in self.values]
+        if counts != list(channels):
+            raise ValueError(f"heads have {counts} weights for layers of {list(channels)} channels")
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Goes where `fn` takes a tensor; the numbers stay as exact as they are."""

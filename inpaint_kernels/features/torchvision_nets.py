@@ -14,11 +14,16 @@ from .trunk import FrozenTrunk
 
 Weights = str | os.PathLike[str] | Mapping[str, Tensor]
 
-_VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
-_VGG19 = (
-    *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
-    *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
-)
+# A number is a 3 x 3 convolution of so many channels, a tuple (channels, kernel, stride, padding) another one, "M" a
+# pooling. A ReLU follows every convolution.
+_CONFIGS: dict[str, tuple[Any, ...]] = {
+    "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+    "vgg19": (
+        *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
+        *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
+    ),
+    "alexnet": ((64, 11, 4, 2), "M", (192, 5, 1, 2), "M", 384, 256, 256, "M"),
+}
 # The hash in each name is the start of the file's SHA-256, which torch's loader verifies.
 _URL = "https://download.pytorch.org/models/"
 _FILES = {
@@ -28,50 +33,27 @@ _FILES = {
 }
 
 
-def _vgg_layers(config: Sequence[int | str]) -> tuple[list[nn.Module], dict[str, str]]:
-    """Children and {layer name: child name}, with names as in the papers: conv1_1, relu1_1, pool1."""
+def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
+    """Children and {layer name: child name}, with names as in the papers: conv1_1, relu1_1, pool1 of a VGG, which
+    counts by blocks that end with a pooling, and conv1, relu1, pool1, conv2, ..., pool5 of AlexNet."""
     layers: list[nn.Module] = []
     names: dict[str, str] = {}
-    channels, block, index = 3, 1, 1
-    for item in config:
-        if isinstance(item, str):
-            names[f"pool{block}"] = str(len(layers))
-            layers.append(nn.MaxPool2d(2, 2))
-            block, index = block + 1, 1
+    is_vgg = net != "alexnet"
+    channels, number, block, index = 3, 0, 1, 0
+    for item in _CONFIGS[net]:
+        if item == "M":
+            names[f"pool{block if is_vgg else number}"] = str(len(layers))
+            layers.append(nn.MaxPool2d(2 if is_vgg else 3, 2))
+            block, index = block + 1, 0
             continue
-        names[f"conv{block}_{index}"] = str(len(layers))
-        names[f"relu{block}_{index}"] = str(len(layers) + 1)
-        layers += [nn.Conv2d(channels, item, 3, padding=1), nn.ReLU(inplace=True)]
-        channels, index = item, index + 1
+        width, kernel, stride, padding = (item, 3, 1, 1) if isinstance(item, int) else item
+        number, index = number + 1, index + 1
+        name = f"{block}_{index}" if is_vgg else str(number)
+        names[f"conv{name}"] = str(len(layers))
+        names[f"relu{name}"] = str(len(layers) + 1)
+        layers += [nn.Conv2d(channels, width, kernel, stride, padding), nn.ReLU(inplace=True)]
+        channels = width
     return layers, names
-
-
-def _alexnet_layers() -> tuple[list[nn.Module], dict[str, str]]:
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 11, stride=4, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2),
-    ]
-    places = {"pool1": 2, "pool2": 5, "pool5": 12}
-    for layer, place in zip((1, 2, 3, 4, 5), (0, 3, 6, 8, 10), strict=True):
-        places |= {f"conv{layer}": place, f"relu{layer}": place + 1}
-    return layers, {name: str(place) for name, place in places.items()}
-
-
-def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
-    if net == "alexnet":
-        return _alexnet_layers()
-    return _vgg_layers(_VGG16 if net == "vgg16" else _VGG19)
 
 
 def _shapes(net: str) -> dict[str, tuple[int, ...]]:
@@ -124,21 +106,21 @@ def _mismatch(net: str, content: dict[str, Any]) -> str | None:
     for key, value in values.items():
         if not isinstance(value, Tensor):
             return f"holds a {type(value).__name__} under {key!r}, expected a Tensor"
-    found = {key: tuple(value.shape) for key, value in values.items()}
+    shapes = {key: tuple(value.shape) for key, value in values.items()}
     want = _shapes(net)
-    if found == want:
+    if shapes == want:
         return None
     for other in _FILES:
-        if found == _shapes(other):
+        if shapes == _shapes(other):
             return f"holds {other} weights, not {net}'s; {other}() takes them"
-    if any(key.endswith(".running_mean") for key in found):
+    if any(key.endswith(".running_mean") for key in shapes):
         return f"holds a network with batch normalisation, {net} has none"
     for key, shape in want.items():
-        if key not in found:
+        if key not in shapes:
             return f"has no {key!r}, it does not hold the whole {net}"
-        if found[key] != shape:
-            return f"has {key!r} of shape {found[key]}, {net} needs {shape}"
-    return f"has {next(key for key in found if key not in want)!r}, which {net} has not"
+        if shapes[key] != shape:
+            return f"has {key!r} of shape {shapes[key]}, {net} needs {shape}"
+    return f"has {next(key for key in shapes if key not in want)!r}, which {net} has not"
 
 
 def _load(net: str, features: nn.Sequential, weights: Weights) -> None:
@@ -153,12 +135,7 @@ def _load(net: str, features: nn.Sequential, weights: Weights) -> None:
 
 
 def _trunk(
-    net: str,
-    taps: Sequence[str],
-    weights: Weights | None,
-    preprocess: str,
-    channels_last: bool | None,
-    autocast: torch.dtype | None,
+    net: str, taps: Sequence[str], weights: Weights | None, preprocess: str, **options: Any
 ) -> FrozenTrunk:
     layers, names = _layers(net)
     if isinstance(taps, str):
@@ -173,7 +150,7 @@ def _trunk(
     features = nn.Sequential(*layers[: max(map(int, children)) + 1])
     if weights is not None:
         _load(net, features, weights)
-    trunk = FrozenTrunk(features, children, preprocess, channels_last=channels_last, autocast=autocast)
+    trunk = FrozenTrunk(features, children, preprocess, **options)
     trunk.names = list(taps)
     return trunk
 
@@ -211,7 +188,7 @@ def vgg16(
         >>> [tuple(f.shape) for f in trunk(torch.rand(1, 3, 32, 32))]
         [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4)]
     """
-    return _trunk("vgg16", taps, weights, preprocess, channels_last, autocast)
+    return _trunk("vgg16", taps, weights, preprocess, channels_last=channels_last, autocast=autocast)
 
 
 def vgg19(
@@ -240,7 +217,7 @@ def vgg19(
         >>> trunk(torch.rand(1, 3, 16, 16))[0].shape
         torch.Size([1, 128, 8, 8])
     """
-    return _trunk("vgg19", taps, weights, preprocess, channels_last, autocast)
+    return _trunk("vgg19", taps, weights, preprocess, channels_last=channels_last, autocast=autocast)
 
 
 def alexnet(
@@ -270,4 +247,4 @@ def alexnet(
         >>> [tuple(f.shape) for f in ik.features.alexnet(weights=None)(torch.rand(1, 3, 64, 64))]
         [(1, 64, 15, 15), (1, 192, 7, 7), (1, 384, 3, 3), (1, 256, 3, 3), (1, 256, 3, 3)]
     """
-    return _trunk("alexnet", taps, weights, preprocess, channels_last, autocast)
+    return _trunk("alexnet", taps, weights, preprocess, channels_last=channels_last, autocast=autocast)

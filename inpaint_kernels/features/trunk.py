@@ -184,32 +184,32 @@ class FrozenTrunk(nn.Module):
         return torch.cat([(x - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
     def _run(self, images: Tensor, taps: Sequence[str]) -> list[Tensor]:
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         wanted = set(taps)
         if self.sequential:
             value = images
             for step in self._steps:
                 value = self.features.get_submodule(step.path)(value)
                 for tap in wanted.intersection(step.taps):
-                    found[tap] = _checked(tap, value).clone() if step.copied else _checked(tap, value)
-                if len(found) == len(wanted):
+                    outputs[tap] = _checked(tap, value).clone() if step.copied else _checked(tap, value)
+                if len(outputs) == len(wanted):
                     break
         else:
-            self._run_hooked(images, found, wanted)
-        return [found[tap] for tap in taps]
+            self._run_hooked(images, outputs, wanted)
+        return [outputs[tap] for tap in taps]
 
-    def _run_hooked(self, images: Tensor, found: dict[str, Tensor], wanted: set[str]) -> None:
+    def _run_hooked(self, images: Tensor, outputs: dict[str, Tensor], wanted: set[str]) -> None:
         pending: dict[nn.Module, list[str]] = {}
         for name, module in self.features.named_modules(remove_duplicate=False):
             pending.setdefault(module, []).append(name)
 
         def store(module: nn.Module, _inputs: Any, output: Tensor) -> None:
             name = pending[module].pop(0) if pending[module] else None
-            if name not in wanted or name in found:
+            if name not in wanted or name in outputs:
                 return
-            last = len(found) + 1 == len(wanted)
+            last = len(outputs) + 1 == len(wanted)
             # The network goes on with its own tensor, in place if it likes.
-            found[name] = _checked(name, output) if last else _checked(name, output).clone()
+            outputs[name] = _checked(name, output) if last else _checked(name, output).clone()
             if last:
                 raise _LastTap
 
@@ -323,11 +323,11 @@ def _child_by_child(module: nn.Module, taps: Sequence[str]) -> tuple[nn.Sequenti
     An in-place activation right behind a tap, or in front, is replaced by its twin.
     """
     calls = _calls(module, taps)
-    last = max(index for index, (_, found, _) in enumerate(calls) if found)
+    last = max(index for index, (_, tapped, _) in enumerate(calls) if tapped)
     features = nn.Sequential()
     steps: list[_Step] = []
     copies_images = False
-    for index, (path, found, child) in enumerate(calls[: last + 1]):
+    for index, (path, tapped, child) in enumerate(calls[: last + 1]):
         if index == 0 or steps[-1].taps:
             if type(child).__module__ == "torch.nn.modules.activation" and getattr(child, "inplace", False):
                 child = copy.copy(child)
@@ -337,7 +337,7 @@ def _child_by_child(module: nn.Module, taps: Sequence[str]) -> tuple[nn.Sequenti
                 copies_images = copied
             else:
                 steps[-1] = steps[-1]._replace(copied=copied)
-        steps.append(_Step(path, tuple(found), False))
+        steps.append(_Step(path, tuple(tapped), False))
         parent: nn.Module = features
         *around, name = path.split(".")
         for container in around:

@@ -7,6 +7,7 @@ trunk passes as there are chunks, each over as many images as in the plain path;
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,9 +108,9 @@ def _image_gradient(
         # At least 2^-4: the gradient of an absolute value does not vanish with the loss.
         scale = 2.0 ** (numel.bit_length() - 1) / _power_of_two(total, 2.0**-4, 2.0**60)
         upstream = scale.to(total.dtype)
-    found = torch.autograd.grad(total, leaves, upstream, allow_unused=True)
-    used = [feature for feature, grad in zip(features, found, strict=True) if grad is not None]
-    grads = [grad for grad in found if grad is not None]
+    tap_grads = torch.autograd.grad(total, leaves, upstream, allow_unused=True)
+    used = [feature for feature, grad in zip(features, tap_grads, strict=True) if grad is not None]
+    grads = [grad for grad in tap_grads if grad is not None]
     if scale is not None:
         norms = [torch.linalg.vector_norm(grad, float("inf")).to(torch.float32) for grad in grads]
         # Within what float16 holds, as the factor is read in the dtype of the gradients.
@@ -125,11 +126,11 @@ def _chunk_of(
     terms: Sequence[Term],
     weights: Sequence[float],
     inputs: Inputs,
+    wanted: bool,
     rows: Tensor,  # of pred [k * n, C, H, W]
     begin: int,
     end: int,
     share: float,
-    wanted: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(terms times `share`, gradient of their weighted sum by the rows of pred: float32 for half images)."""
     rows = rows.detach()
@@ -137,10 +138,10 @@ def _chunk_of(
         rows = rows.to(torch.float32)
     with torch.set_grad_enabled(wanted):
         leaf = rows.requires_grad_() if wanted else rows
-        images, goal = inputs(leaf, begin, end)
+        images, truth = inputs(leaf, begin, end)
         features = trunk(images)
         leaves = [feature.detach().requires_grad_(wanted) for feature in features]
-        values = [term(leaves, goal) for term in terms]
+        values = [term(leaves, truth) for term in terms]
         if share != 1:
             values = [value * share for value in values]
         total = weighted_sum(values, weights)
@@ -151,39 +152,6 @@ def _chunk_of(
         with torch.autocast(rows.device.type, enabled=False):
             gradient = _image_gradient(leaf, features, leaves, total, half)
     return [value.detach() for value in values], gradient
-
-
-def _streamed(
-    trunk: Trunk,
-    terms: Sequence[Term],
-    weights: Sequence[float],
-    inputs: Inputs,
-    pred: Tensor,  # [k * N, C, H, W]
-    samples: int,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
-    wanted = pred.requires_grad and torch.is_grad_enabled()
-    kept: Tensor | None = None
-    values: list[Tensor] = []
-    if chunk >= samples:
-        values, kept = _chunk_of(trunk, terms, weights, inputs, pred, 0, samples, 1.0, wanted)
-    else:
-        copies = pred.shape[0] // samples
-        for begin in range(0, samples, chunk):
-            end = min(begin + chunk, samples)
-            pieces = [pred[copy * samples + begin : copy * samples + end] for copy in range(copies)]
-            rows = pieces[0] if copies == 1 else torch.cat(pieces)
-            share = (end - begin) / samples
-            found, part = _chunk_of(trunk, terms, weights, inputs, rows, begin, end, share, wanted)
-            values = [old + new for old, new in zip(values, found, strict=True)] if values else found
-            if part is not None:
-                kept = torch.empty_like(pred, dtype=part.dtype) if kept is None else kept
-                kept.unflatten(0, (copies, samples))[:, begin:end] = part.unflatten(0, (copies, end - begin))
-    if not wanted:
-        return (weighted_sum(values, weights), *values)
-    total, _ = _Kept.apply(pred, kept, weights, *values)
-    return (total, *values)
 
 
 def check_chunk(chunk: int | None) -> int | None:
@@ -231,13 +199,34 @@ def weighted_terms(
 
     Streamed (`chunk` of the N samples at a time), only the total is differentiable, and in `pred` alone.
     """
-    if chunk is not None:
-        _checks.check_streamed(pred)
-        return _streamed(trunk, terms, weights, inputs, pred, samples, chunk)
-    images, goal = inputs(pred, 0, samples)
-    features = trunk(images)
-    found = [term(features, goal) for term in terms]
-    return (weighted_sum(found, weights), *found)
+    if chunk is None:
+        images, truth = inputs(pred, 0, samples)
+        features = trunk(images)
+        values = [term(features, truth) for term in terms]
+        return (weighted_sum(values, weights), *values)
+    _checks.check_streamed(pred)
+    # Decided here: inside an autograd.Function an input needs a gradient even under no_grad.
+    wanted = pred.requires_grad and torch.is_grad_enabled()
+    step = functools.partial(_chunk_of, trunk, terms, weights, inputs, wanted)
+    kept: Tensor | None = None
+    values = []
+    if chunk >= samples:
+        values, kept = step(pred, 0, samples, 1.0)
+    else:
+        for begin in range(0, samples, chunk):
+            end = min(begin + chunk, samples)
+            pieces = [prediction[begin:end] for prediction in pred.split(samples)]
+            rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            added, gradient = step(rows, begin, end, (end - begin) / samples)
+            values = [old + new for old, new in zip(values, added, strict=True)] if values else added
+            if gradient is not None:
+                kept = torch.empty_like(pred, dtype=gradient.dtype) if kept is None else kept
+                kept_rows = kept.unflatten(0, (len(pieces), samples))[:, begin:end]
+                kept_rows.copy_(gradient.unflatten(0, (len(pieces), end - begin)))
+    if not wanted:
+        return (weighted_sum(values, weights), *values)
+    total, _ = _Kept.apply(pred, kept, weights, *values)
+    return (total, *values)
 
 
 def trunk_terms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,17 +25,28 @@ class PerceptualStyle(NamedTuple):
     style: Tensor
 
 
-class _Picked:
-    """A term on some of the trunk's taps."""
-
-    def __init__(self, term: Term, places: Sequence[int]) -> None:
-        self.term, self.places = term, list(places)
-
-    def __call__(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
-        return self.term([input[i] for i in self.places], [target[i] for i in self.places])
+def _on_some_taps(places: list[int], term: Term, input: list[Tensor], target: list[Tensor]) -> Tensor:
+    return term([input[i] for i in places], [target[i] for i in places])
 
 
-class PerceptualLoss(nn.Module):
+class _TrunkLoss(nn.Module):
+    """A loss of one term on all taps of a trunk."""
+
+    def __init__(self, trunk: FrozenTrunk, weights: LayerWeights, chunk: int | None) -> None:
+        super().__init__()
+        self.trunk, self.weights, self.chunk = check_trunk(trunk), weights, check_chunk(chunk)
+
+    def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
+        """The loss on features."""
+        raise NotImplementedError
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        if self.chunk is not None:
+            check_learned(weights=self.weights)
+        return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
+
+
+class PerceptualLoss(_TrunkLoss):
     """Distance of two images' features in a frozen trunk: `feature_distance` over its taps.
 
     Args:
@@ -72,23 +84,16 @@ class PerceptualLoss(nn.Module):
         layer_reduction: str = "sum",
         chunk: int | None = None,
     ) -> None:
-        super().__init__()
-        self.trunk, self.weights, self.penalty = check_trunk(trunk), weights, penalty
-        self.layer_reduction, self.chunk = layer_reduction, check_chunk(chunk)
+        super().__init__(trunk, weights, chunk)
+        self.penalty, self.layer_reduction = penalty, layer_reduction
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
-        """The loss on features."""
         return feature_distance(
             input, target, weights=self.weights, penalty=self.penalty, layer_reduction=self.layer_reduction
         )
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        if self.chunk is not None:
-            check_learned(weights=self.weights)
-        return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
 
-
-class StyleLoss(nn.Module):
+class StyleLoss(_TrunkLoss):
     """Distance of two images' Gram matrices in a frozen trunk: `style_loss` over its taps.
 
     Args:
@@ -119,18 +124,11 @@ class StyleLoss(nn.Module):
         normalize: str = "chw",
         chunk: int | None = None,
     ) -> None:
-        super().__init__()
-        self.trunk, self.weights, self.penalty = check_trunk(trunk), weights, penalty
-        self.normalize, self.chunk = normalize, check_chunk(chunk)
+        super().__init__(trunk, weights, chunk)
+        self.penalty, self.normalize = penalty, normalize
 
     def term(self, input: list[Tensor], target: list[Tensor]) -> Tensor:
-        """The loss on features."""
         return style_loss(input, target, weights=self.weights, penalty=self.penalty, normalize=self.normalize)
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        if self.chunk is not None:
-            check_learned(weights=self.weights)
-        return trunk_terms(self.trunk, [self.term], [1.0], pred, target, self.chunk)[0]
 
 
 class PerceptualStyleLoss(nn.Module):
@@ -185,8 +183,10 @@ class PerceptualStyleLoss(nn.Module):
         )
         style = StyleLoss(trunk, weights=style_weights, normalize=normalize)
         self.terms: list[Term] = [
-            _Picked(perceptual.term, _places("perceptual_taps", trunk, perceptual_taps)),
-            _Picked(style.term, _places("style_taps", trunk, style_taps)),
+            functools.partial(
+                _on_some_taps, _places("perceptual_taps", trunk, perceptual_taps), perceptual.term
+            ),
+            functools.partial(_on_some_taps, _places("style_taps", trunk, style_taps), style.term),
         ]
 
     def forward(self, pred: Tensor, target: Tensor) -> PerceptualStyle:

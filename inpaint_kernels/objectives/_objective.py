@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -39,8 +40,8 @@ from ._trunk_passes import TrunkPass, Truth, check_trunk, trunk_passes
 _ARGUMENTS = """
     Args:
         preset: a key of `presets`; the first by default.
-        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' layers; None builds the one named
-            above, and none at all when the terms on features weigh 0.
+        trunk: a `FrozenTrunk` with ``preprocess="none"`` that taps the settings' layers.
+            {none} when the terms on features weigh 0.
         weights, channels_last, autocast: of the trunk that is built, see `ik.features.vgg16`.
         chunk: None keeps the trunk's activations for the backward. A number streams: trunk forward and backward run
             for so many samples at a time inside the forward, and of the terms on features only their gradient by
@@ -50,16 +51,18 @@ _ARGUMENTS = """
             over samples, right under DDP with equal batches.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda", for every op; with "cuda" the images of the
             trunk and the discriminator, which have no CUDA kernels, are made by the automatic backend.
-        {settings}: what is to differ from the preset; see the settings' class. A term that weighs 0 is not computed
-            and returned as 0.
+{settings}
+            What is to differ from the preset; see the settings' class. A term that weighs 0 is not computed and
+            returned as 0.
 
     ``forward(pred, target, mask=None, *, fake=None, real=None, truth=None)`` takes images (N, C, H, W), C = 3 or 1
     (replicated for the trunk), a mask as `hole_valid_loss`, and for terms with a discriminator what it returns for
     the prediction (`fake`) and for the truth (`real`): logits, a list of them, or ``DiscriminatorOutput(logits,
-    features)``. It returns ``{result}({terms})``, unweighted but for the total. ``truth = objective.prepare(target,
-    mask)`` spares the trunk's pass over a target that is used again. ``discriminator_input(image, target, mask)``
-    is what the discriminator is shown of a prediction, or of the target itself, ``discriminator_loss(real=, fake=,
-    mask=)`` its loss.
+    features)``. It returns, unweighted but for the total,
+    ``{result}({terms})``.
+    ``truth = objective.prepare(target, mask)`` spares the trunk's pass over a target that is used again.
+    ``discriminator_input(image, target, mask)`` is what the discriminator is shown of a prediction, or of the target
+    itself, ``discriminator_loss(real=, fake=, mask=)`` its loss.
 
     Differentiable in `pred`, and in `fake` and, through it, the discriminator; `target` and `mask` get no gradient.
     `settings` shows every number. The trunk follows ``.to(...)`` but is no submodule: neither `parameters()` nor
@@ -112,9 +115,13 @@ class Objective(DiscriminatorSide):
         first = first.replace(default=next(iter(cls.presets)))
         cls.__signature__ = inspect.Signature([first, *others, *settings])  # type: ignore[attr-defined]
         if cls.__doc__:
-            names = ", ".join(field.name for field in fields)
-            terms = ", ".join(cls.result._fields)
-            arguments = _ARGUMENTS.format(settings=names, result=cls.result.__name__, terms=terms)
+            names = ", ".join(field.name for field in fields) + ":"
+            arguments = _ARGUMENTS.format(
+                none="None builds the one named above, and none at all" if cls.net else "Leave it out only",
+                settings=textwrap.fill(names, 116, initial_indent=" " * 8, subsequent_indent=" " * 12),
+                result=cls.result.__name__,
+                terms=", ".join(cls.result._fields),
+            )
             cls.__doc__ = cls.__doc__.replace("{arguments}", arguments.strip())
 
     def __init__(

@@ -46,6 +46,11 @@ class PixelTerms:
         self.whole = next(((n, t) for n, t in pixels.items() if t.region == "image"), None)
         self.variation = next(((n, t) for n, t in terms.items() if isinstance(t, TotalVariation)), None)
         self.normalize = next((pixels[name].normalize for name in self.split.values()), "image")
+        self.fused: dict[str, Any] = {"normalize": self.normalize, "hole_weight": 0.0, "valid_weight": 0.0}
+        self.fused |= {f"{region}_weight": self.weights[name] for region, name in self.split.items()}
+        if self.variation is not None:
+            tv = self.variation[1]
+            self.fused |= {"tv_weight": tv.weight, "tv_region": tv.region, "tv_normalize": tv.normalize}
 
     def __call__(
         self, pred: Tensor, target: Tensor, composited: Tensor, mask: Tensor | None
@@ -54,7 +59,7 @@ class PixelTerms:
 
         `composited` stands for the target in composites. Without a mask every pixel is known.
         """
-        found: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         total: Tensor | None = None
         where, mask_is = self.where, self.mask_is
         if self.split:
@@ -63,42 +68,29 @@ class PixelTerms:
             elif (
                 self.variation is not None and self.variation[1].image == "composite" and composited is target
             ):
-                name, tv = self.variation
-                weight = {region: self.weights[name] for region, name in self.split.items()}
-                values = inpainting_pixel_loss(
-                    pred,
-                    target,
-                    mask,
-                    hole_weight=weight.get("hole", 0.0),
-                    valid_weight=weight.get("valid", 0.0),
-                    tv_weight=tv.weight,
-                    normalize=self.normalize,
-                    tv_region=tv.region,
-                    tv_normalize=tv.normalize,
-                    mask_is=mask_is,
-                    **where,
-                )._asdict()
-                total = values["total"]
-                found[name] = values["tv"]
+                fused = inpainting_pixel_loss(pred, target, mask, mask_is=mask_is, **self.fused, **where)
+                values = fused._asdict()
+                total = fused.total
+                terms[self.variation[0]] = fused.tv
             else:
                 values = hole_valid_loss(
                     pred, target, mask, normalize=self.normalize, mask_is=mask_is, **where
                 )._asdict()
-            found |= {name: values[region] for region, name in self.split.items() if region in values}
-        left = list(found) if total is None else []
+            terms |= {name: values[region] for region, name in self.split.items() if region in values}
+        left = list(terms) if total is None else []
         if self.whole is not None:
             name, term = self.whole
             if term.by_hole_share:
                 assert mask is not None
                 hole = region_weights(pred, target, mask, mask_is)[0]
-                found[name] = _by_hole_share(pred, target, hole, **where)
+                terms[name] = _by_hole_share(pred, target, hole, **where)
             else:
-                found[name] = masked_l1_loss(pred, target, normalize="image", **where)
+                terms[name] = masked_l1_loss(pred, target, normalize="image", **where)
             left.append(name)
-        if self.variation is not None and self.variation[0] not in found:
+        if self.variation is not None and self.variation[0] not in terms:
             name, tv = self.variation
             composite = tv.image == "composite"
-            found[name] = total_variation_loss(
+            terms[name] = total_variation_loss(
                 pred,
                 mask if composite or tv.region != "image" else None,
                 target=composited if composite else None,
@@ -109,11 +101,11 @@ class PixelTerms:
             )
             left.append(name)
         if left:
-            rest = weighted_sum([found[name] for name in left], [self.weights[name] for name in left])
+            rest = weighted_sum([terms[name] for name in left], [self.weights[name] for name in left])
             total = rest if total is None else total + rest
         if total is not None:
-            found["total"] = total
-        return found
+            terms["total"] = total
+        return terms
 
 
 def _by_hole_share(

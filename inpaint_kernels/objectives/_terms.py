@@ -39,13 +39,19 @@ class DiscriminatorOutput(NamedTuple):
     features: Any
 
 
+Maps = list[Tensor]  # of features, one tensor for each layer
 Judged = Tensor | Sequence[Tensor] | DiscriminatorOutput
+
+
+def _given(name: str, output: Judged | None) -> Judged:
+    if output is None:
+        raise ValueError(f"{name} is missing: pass what the discriminator returns as {name}=")
+    return output
 
 
 def logits_of(name: str, output: Judged | None) -> Any:
     """The logits of what a discriminator returned, which an argument called `name` holds."""
-    if output is None:
-        raise ValueError(f"{name} is missing: pass what the discriminator returns as {name}=")
+    output = _given(name, output)
     logits = output.logits if isinstance(output, DiscriminatorOutput) else output
     as_entries(name, logits)  # whose errors call them as the caller does
     return logits
@@ -120,13 +126,11 @@ class FeatureTerm(Term):
         """Of the layers; the ops take the mean over predictions, of which a term is the sum."""
         return [weight * len(self.images) for weight in self.layer_weights or (1.0,) * len(self.layers)]
 
-    def prepared(self, maps: list[Tensor], backend: str | None) -> list[Tensor]:
+    def prepared(self, maps: Maps, backend: str | None) -> Maps:
         """What is worth keeping of the maps of a target that is used again."""
         return maps
 
-    def distance(
-        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         """Of the predictions' maps from those of the target, prepared or not, a mean over samples.
 
         `known` is the mask for those that are `known_only`.
@@ -140,9 +144,7 @@ class Perceptual(FeatureTerm):
 
     penalty: str = "l1"
 
-    def distance(
-        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         return feature_distance(maps, target, weights=self.factors, penalty=self.penalty, backend=backend)
 
 
@@ -153,15 +155,12 @@ class KnownPerceptual(Perceptual):
     known_only = True
     batch_sum = True
 
-    def distance(
-        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         assert known is not None
         known = _checks.check_plane(known).to(accumulate_dtype(known))
+        sizes = [truth.shape[-2:] for truth in target]
         samples = target[0].shape[0]
-        masks = [
-            resize_mask(known, m.shape[-2:], "bilinear").expand(samples, 1, *m.shape[-2:]) for m in target
-        ]
+        masks = [resize_mask(known, size, "bilinear").expand(samples, 1, *size) for size in sizes]
         return feature_distance(
             maps,
             target,
@@ -177,12 +176,10 @@ class KnownPerceptual(Perceptual):
 class Style(FeatureTerm):
     """Mean absolute difference of the Gram matrices, which are divided by C H W."""
 
-    def prepared(self, maps: list[Tensor], backend: str | None) -> list[Tensor]:
+    def prepared(self, maps: Maps, backend: str | None) -> Maps:
         return [gram_matrix(features, backend=backend) for features in maps]
 
-    def distance(
-        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         is_gram = target[0].ndim == 3
         return style_loss(maps, target, weights=self.factors, target_is_gram=is_gram, backend=backend)
 
@@ -193,9 +190,7 @@ class LPIPS(FeatureTerm):
 
     heads: LPIPSHeads = dataclasses.field(default_factory=lambda: LPIPSHeads("alex"))
 
-    def distance(
-        self, maps: list[Tensor], target: list[Tensor], known: Tensor | None, backend: str | None
-    ) -> Tensor:
+    def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         self.heads.check([m.shape[1] for m in maps])
         return mean(lpips_distance(maps, target, self.heads.values)) * len(self.images)
 
@@ -218,10 +213,10 @@ class Adversarial(Term):
         return generator_loss(fake, mode=self.mode)
 
     def discriminator(self, real: Any, fake: Any, known: Tensor | None) -> DiscriminatorLoss:
-        found = discriminator_loss(real, fake, mode=self.mode, half=self.half)
+        loss = discriminator_loss(real, fake, mode=self.mode, half=self.half)
         if self.heads == "sum" and not isinstance(real, Tensor):
-            return DiscriminatorLoss(*(value * len(real) for value in found))
-        return found
+            return DiscriminatorLoss(*(value * len(real) for value in loss))
+        return loss
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..features.trunk import FrozenTrunk
 from ..ops._named_tuples import serializable
-from ._terms import TRUTH_OF, FeatureTerm, Term
+from ._terms import TRUTH_OF, FeatureTerm, Maps, Term
 
 
 @serializable
@@ -33,15 +33,13 @@ class TrunkPass:
     truths: list[str]
     layers: list[str]
 
-    def picked(
-        self, term: FeatureTerm, maps: list[Tensor], parts: list[str], wanted: list[str]
-    ) -> list[Tensor]:
+    def picked(self, term: FeatureTerm, maps: Maps, parts: list[str], wanted: list[str]) -> Maps:
         """The maps of a term's layers, and of the parts of the batch that it reads."""
-        found = [maps[self.layers.index(layer)] for layer in term.layers]
+        own = [maps[self.layers.index(layer)] for layer in term.layers]
         if wanted == parts:
-            return found
+            return own
         rows = [parts.index(part) for part in wanted]
-        return [torch.cat([m.chunk(len(parts))[row] for row in rows]) for m in found]
+        return [torch.cat([m.chunk(len(parts))[row] for row in rows]) for m in own]
 
 
 def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:
@@ -70,18 +68,18 @@ def check_trunk(trunk: FrozenTrunk, layers: Sequence[str]) -> FrozenTrunk:
 def trunk_passes(terms: Mapping[str, Term]) -> list[TrunkPass]:
     """Terms that share an image share a pass. One over images that have no term in common would carry gradients that
     are zero, and run some of the images further than their own terms read."""
-    found: list[TrunkPass] = []
+    passes: list[TrunkPass] = []
     for name, term in terms.items():
         if not isinstance(term, FeatureTerm):
             continue
         merged = TrunkPass({}, [], [], [])
-        for other in [p for p in found if set(p.images) & set(term.images)]:
-            found.remove(other)
+        for other in [p for p in passes if set(p.images) & set(term.images)]:
+            passes.remove(other)
             merged.terms |= other.terms
         merged.terms[name] = term
         for each in merged.terms.values():
             merged.images += [image for image in each.images if image not in merged.images]
             merged.layers += [layer for layer in each.layers if layer not in merged.layers]
         merged.truths = list(dict.fromkeys(TRUTH_OF[image] for image in merged.images))
-        found.append(merged)
-    return found
+        passes.append(merged)
+    return passes

@@ -52,9 +52,9 @@ class AOTGANSettings(CTNSettings):
 
 def _blur(size: int, like: Tensor) -> Tensor:
     """(size, size): what multiplies a line of pixels to blur it."""
-    place = torch.arange(max(size, 71), dtype=torch.float32, device=like.device)
-    distance = place[:size, None] - place[:size]
-    total = torch.exp(-(place[:71] - 35).square() / 200).sum()
+    position = torch.arange(max(size, 71), dtype=torch.float32, device=like.device)
+    distance = position[:size, None] - position[:size]
+    total = torch.exp(-(position[:71] - 35).square() / 200).sum()
     weights = torch.exp(-distance.square() / 200) / total
     return torch.where(distance.abs() <= 35, weights, 0.0).to(like.dtype)
 

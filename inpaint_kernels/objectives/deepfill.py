@@ -140,15 +140,15 @@ class DeepFillObjective(Objective):
     def discriminator_loss(
         self, *, real: Judged, fake: Judged, mask: Tensor | None = None
     ) -> DiscriminatorLoss:
-        found = super().discriminator_loss(real=real, fake=fake, mask=mask)
+        loss = super().discriminator_loss(real=real, fake=fake, mask=mask)
         if not self.settings.drift_weight:
-            return found
-        drift = found.total.new_zeros(())
+            return loss
+        drift = loss.total.new_zeros(())
         for name, logits in (("real", logits_of("real", real)), ("fake", logits_of("fake", fake))):
             for head in [logits] if isinstance(logits, Tensor) else logits:
                 one = getattr(discriminator_loss(head, head, mode=self.settings.gan_mode), name)
                 drift = drift + one.square() / 2
-        return found._replace(total=weighted_sum([found.total, drift], [1.0, self.settings.drift_weight]))
+        return loss._replace(total=weighted_sum([loss.total, drift], [1.0, self.settings.drift_weight]))
 
     def gradient_penalty(
         self,

@@ -29,17 +29,11 @@ class PartialConvTerms(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PartialConvSettings(Settings):
-    """Weights, denominators and images of `PartialConvObjective`; the defaults are the paper's.
+    """Settings of `PartialConvObjective`, beside those of `Settings`; the defaults are the paper's.
 
     Args:
         layers: the trunk's taps that perceptual and style term read.
         predictions: what they compare with the truth: "raw", "composite" or both.
-        preprocess: "imagenet" for images in [0, 1], "imagenet_tanh" for [-1, 1], "none" for normalised ones.
-        swap_channels: the trunk reads the channels in reverse order.
-        mask_is: "valid" (1 = known) or "hole".
-        composite_from: with v = 1 where a pixel is known, composites are ``v * y + (1 - v) * x`` ("target"), or made
-            of the image that the network is given, ``v * (v * y) + (1 - v) * x`` ("masked_target"). They differ where
-            a mask has fractions.
         hole_weight, valid_weight, tv_weight, perceptual_weight, style_weight: factors of the terms.
         normalize: denominator of hole and valid, as `hole_valid_loss`.
         tv_image: total variation of the "composite" or of the "raw" prediction.

@@ -19,19 +19,24 @@ REDUCTIONS = ("mean", "sum", "none")
 LayerWeights = float | Tensor | Sequence[float] | Sequence[Tensor] | None
 
 
-def check_images(pred: Tensor, target: Tensor, name: str = "pred") -> None:
-    """pred, called `name`, and target: floating (N, C, H, W) tensors of one shape on one device."""
-    for argument, value in ((name, pred), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument} must be a Tensor, got {type(value).__name__}")
-        if value.dtype not in FLOATS:
-            raise TypeError(f"{argument} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+def not_floating(name: str, value: Any) -> TypeError:
+    """The error for an argument that is no floating tensor."""
+    if not isinstance(value, Tensor):
+        return TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    return TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def check_images(pred: Tensor, target: Tensor, name: str = "pred", other: str = "target") -> None:
+    """pred, called `name`, and target, called `other`: floating (N, C, H, W) tensors of one shape on one device."""
+    for argument, value in ((name, pred), (other, target)):
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            raise not_floating(argument, value)
     if pred.ndim != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(pred.shape)}")
     if target.shape != pred.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, {name} has {tuple(pred.shape)}")
+        raise ValueError(f"{other} has shape {tuple(target.shape)}, {name} has {tuple(pred.shape)}")
     if target.device != pred.device:
-        raise ValueError(f"target is on {target.device}, {name} is on {pred.device}")
+        raise ValueError(f"{other} is on {target.device}, {name} is on {pred.device}")
 
 
 def binary(mask: Tensor) -> Tensor:
@@ -149,10 +154,8 @@ def check_count(name: str, value: int, least: int) -> None:
 
 def check_features(name: str, value: Tensor) -> None:
     """A floating (N, C, H, W) tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        raise not_floating(name, value)
     if value.ndim != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(value.shape)}")
 
@@ -174,14 +177,14 @@ def layer_weights(weights: LayerWeights, layers: int) -> list[Any]:
     single = isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and weights.ndim == 0)
     given: Any = [weights] if single else weights
     try:
-        found = [_number_or_scalar(weight) for weight in given]
+        factors = [_number_or_scalar(weight) for weight in given]
     except (TypeError, ValueError):
         raise TypeError(
             f"weights must be a number, a sequence of numbers or of tensors of one element, got {weights!r}"
         ) from None
-    if len(found) != layers:
-        raise ValueError(f"weights has {len(found)} entries for {layers} layers")
-    return found
+    if len(factors) != layers:
+        raise ValueError(f"weights has {len(factors)} entries for {layers} layers")
+    return factors
 
 
 def _number_or_scalar(weight: Any) -> Any:

@@ -62,6 +62,6 @@ def fake_signs(image: Tensor, planes: int, save_signs: bool, backend: str, mask:
     if backend == "cuda":
         size = n * c * ((h + 3) // 4) * (planes // 2) * ((w + 3) // 4) * 4
     if backend == "cpu" and mask is not None:
-        copies = mask.shape[0] * mask.shape[1] if mask.ndim == 4 else 1
-        size += 1 + copies * h * groups
+        planes_of_mask = mask.shape[0] * mask.shape[1] if mask.ndim == 4 else 1
+        size += 1 + planes_of_mask * h * groups
     return image.new_empty(size if save_signs else 0, dtype=torch.uint8)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _library
 from ..reference._common import accumulate_dtype
 
+accumulate = accumulate_dtype
 # Of the images, as their gradients have to be written.
 IMAGE = "SymInt[] size, bool channels_last, ScalarType pred_dtype, ScalarType target_dtype"
 
@@ -25,6 +26,11 @@ def empty_image(like: Tensor, size: Any, channels_last: bool, dtype: torch.dtype
     """An image in NCHW or channels_last strides on `like`'s device."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def empties(like: Tensor, dtype: torch.dtype, *sizes: tuple[Any, ...]) -> list[Tensor]:
+    """Metadata of small outputs of an op: terms, and the factors that its backward needs."""
+    return [like.new_empty(size, dtype=dtype) for size in sizes]
 
 
 def fake_signs(
@@ -71,26 +77,21 @@ def call(
     op: _library.Op,
     formula: Callable[[], Any],
     backend: str | None,
-    pred: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    *options: Any,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
+    *,
     l1: bool,
-    form: str = "",
-    backends: tuple[str, ...] | None = None,
+    **form: Any,
 ) -> Any:
-    """Runs an op on two images: a kernel, which keeps signs for the gradient of `l1`, or the reference.
-
-    `form`, `backends`: see `_library.Op.choose`.
-    """
+    """Runs an op on `tensors`, pred, target and mask: a kernel, which keeps signs for the gradient of `l1`, or the
+    reference's `formula`. For `form` see `_library.Op.choose`."""
+    pred, target, mask = tensors
     other = pred if target is None else target
-    chosen = op.choose(
-        backend, (pred, target, mask), pred.dtype, other.dtype, form=form, backends=backends, mask=mask
-    )
+    chosen = op.choose(backend, tensors, pred.dtype, other.dtype, mask=mask, **form)
     if chosen == "reference":
         return formula()
     grad = needs_grad(pred, other)
-    return op(chosen, grad, pred, target, mask, *options, grad and l1)
+    return op(chosen, grad, *tensors, *options, grad and l1)
 
 
 def save(
@@ -104,20 +105,12 @@ def save(
 
 
 def save_differences(
-    ctx: Any,
-    pred: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    penalty: str,
-    options: tuple[Any, ...],
-    scale: Tensor,
-    signs: Tensor,
+    ctx: Any, tensors: tuple[Any, ...], penalty: str, options: tuple[Any, ...], scale: Tensor, signs: Tensor
 ) -> None:
-    """As `save`; l1 keeps 2 bits a difference, the other penalties references to pred and target."""
-    if penalty == "l1":
-        save(ctx, pred, target, options, scale, signs, mask, None, None)
-    else:
-        save(ctx, pred, target, options, scale, None, mask, pred, target)
+    """As `save` of pred, target and mask; l1 keeps 2 bits a difference, the other penalties references to both."""
+    pred, target, mask = tensors
+    kept = (signs, mask, None, None) if penalty == "l1" else (None, mask, pred, target)
+    save(ctx, pred, target, options, scale, *kept)
 
 
 def backward(
@@ -140,8 +133,8 @@ def backward(
     # Once: under a checkpoint a second look finds nothing.
     saved = ctx.saved_tensors
     if kernel is not None:
-        found = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
-        return found[0] if needs[0] else None, found[1] if needs[1] else None
+        pred, target = kernel(*grads, *saved, *ctx.image, *ctx.options, *needs)
+        return pred if needs[0] else None, target if needs[1] else None
     size, channels_last, *dtypes = ctx.image
     if formula is not None:
         terms: list[Sequence[Tensor]] = [formula(ctx, *grads, *saved)]
@@ -211,8 +204,3 @@ def check_group(process_group: Any, mask: Tensor | None = None) -> None:
             "process_group must be a torch.distributed.ProcessGroup that this process is in, such as "
             f"torch.distributed.group.WORLD, got {process_group!r}"
         )
-
-
-def accumulate(pred: Tensor, target: Tensor) -> torch.dtype:
-    """dtype of losses and sums."""
-    return accumulate_dtype(pred, target)

@@ -46,17 +46,15 @@ def check_options(
 
 def as_entries(name: str, logits: Logits) -> dict[str, Tensor]:
     """The logits of every critic, scale or head, by the name an error gives them."""
-    found = _checks.as_layers(name, logits)
+    given = _checks.as_layers(name, logits)
     entries = (
-        {name: found[0]} if isinstance(logits, Tensor) else {f"{name}[{i}]": x for i, x in enumerate(found)}
+        {name: given[0]} if isinstance(logits, Tensor) else {f"{name}[{i}]": x for i, x in enumerate(given)}
     )
     for entry, x in entries.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{entry} must be a Tensor, got {type(x).__name__}")
-        if x.dtype not in _checks.FLOATS:
-            raise TypeError(f"{entry} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.device != found[0].device:
-            raise ValueError(f"{entry} is on {x.device}, {name}[0] is on {found[0].device}")
+        if not isinstance(x, Tensor) or x.dtype not in _checks.FLOATS:
+            raise _checks.not_floating(entry, x)
+        if x.device != given[0].device:
+            raise ValueError(f"{entry} is on {x.device}, {name}[0] is on {given[0].device}")
     return entries
 
 
@@ -88,35 +86,20 @@ def _clamped_bce(x: Tensor, label: float, reduction: str) -> Tensor:
         return F.binary_cross_entropy(probability, labels, reduction=reduction)
 
 
-def _as_real(x: Tensor, mode: str, smoothing: float = 0.0, *, reduction: str = "none") -> Tensor:
-    """The loss of logits that should be real: of every one, or its mean, 0 of nothing."""
+def _loss(x: Tensor, mode: str, *, real: bool, smoothing: float = 0.0, reduction: str = "none") -> Tensor:
+    """The loss of logits that should be real, or fake: of every one, or its mean, 0 of nothing."""
     if mode == "clamped_bce" and x.numel():
-        return _clamped_bce(x, 1 - smoothing, reduction)
+        return _clamped_bce(x, 1 - smoothing if real else 0.0, reduction)
     if mode == "hinge":
-        value = F.relu(1 - x)
+        value = F.relu(1 - x if real else 1 + x)
     elif mode == "lsgan":
-        value = (x - (1 - smoothing)).square()
+        value = (x - (1 - smoothing) if real else x).square()
     elif mode in ("wgan", "clamped_bce"):
-        value = -x
-    elif smoothing:
-        value = (1 - smoothing) * _softplus(-x) + smoothing * _softplus(x)
+        value = -x if real else x
     else:
-        value = _softplus(-x)
-    return mean(value) if reduction == "mean" else value
-
-
-def _as_fake(x: Tensor, mode: str, *, reduction: str = "none") -> Tensor:
-    """The loss of logits that should be fake: of every one, or its mean, 0 of nothing."""
-    if mode == "clamped_bce" and x.numel():
-        return _clamped_bce(x, 0.0, reduction)
-    if mode == "hinge":
-        value = F.relu(1 + x)
-    elif mode == "lsgan":
-        value = x.square()
-    elif mode in ("wgan", "clamped_bce"):
-        value = x
-    else:
-        value = _softplus(x)
+        value = _softplus(-x if real else x)
+        if smoothing:
+            value = (1 - smoothing) * value + smoothing * _softplus(x)
     return mean(value) if reduction == "mean" else value
 
 
@@ -186,9 +169,9 @@ def generator_loss(
         weighted = known is not None and extra_hole_weight != 0
         reduction = "none" if weighted else "mean"
         if mode == "minimax":
-            value = -_as_fake(x, mode, reduction=reduction)
+            value = -_loss(x, mode, real=False, reduction=reduction)
         else:
-            value = _as_real(x, "wgan" if mode == "hinge" else mode, reduction=reduction)
+            value = _loss(x, "wgan" if mode == "hinge" else mode, real=True, reduction=reduction)
         if known is not None and weighted:
             value = mean(value * (1 + extra_hole_weight * (1 - known)))
         values.append(value)
@@ -258,17 +241,19 @@ def discriminator_loss(
     devices = [next(iter(entries.values())).device for entries in (reals, fakes)]
     if devices[0] != devices[1]:
         raise ValueError(f"fake_logits is on {devices[1]}, real_logits is on {devices[0]}")
-    real = mean_of_entries(
-        [_as_real(_accumulated(x), mode, label_smoothing, reduction="mean") for x in reals.values()]
-    )
+    values = [
+        _loss(_accumulated(x), mode, real=True, smoothing=label_smoothing, reduction="mean")
+        for x in reals.values()
+    ]
+    real = mean_of_entries(values)
     values = []
     for name, entry in fakes.items():
         x = _accumulated(entry)
         if mask is None:
-            values.append(_as_fake(x, mode, reduction="mean"))
+            values.append(_loss(x, mode, real=False, reduction="mean"))
         else:
             known = _known(mask, name, entry)
-            values.append(mean((1 - known) * _as_fake(x, mode) + known * _as_real(x, mode)))
+            values.append(mean((1 - known) * _loss(x, mode, real=False) + known * _loss(x, mode, real=True)))
     fake = mean_of_entries(values)
     total = real + fake
     return DiscriminatorLoss(0.5 * total if half else total, real, fake)

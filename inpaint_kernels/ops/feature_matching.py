@@ -15,10 +15,12 @@ Features = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
 
 def _as_discriminators(name: str, features: Features) -> dict[str, list[Tensor]]:
     """The layers of every discriminator, by the name an error gives them."""
+    if isinstance(features, tuple) and hasattr(features, "features"):
+        raise TypeError(f"{name} must be activations, got a {type(features).__name__}: pass its .features")
     layers = _checks.as_layers(name, features)  # type: ignore[arg-type]
     if isinstance(layers[0], Tensor):
         return {name: layers}
-    return {f"{name}[{i}]": _checks.as_layers(f"{name}[{i}]", found) for i, found in enumerate(layers)}
+    return {f"{name}[{i}]": _checks.as_layers(f"{name}[{i}]", own) for i, own in enumerate(layers)}
 
 
 def feature_matching_loss(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import gradient_loss as reference
+from ..reference._common import accumulate_dtype
 from ..reference.hole_valid import region_weights
 from . import _checks, _pairs, _pixel
 from .stacked_images import serving, stacked_images
@@ -18,37 +19,26 @@ REGIONS = ("image", "hole", "dilated_hole", "ring")
 
 
 def _from_kernels(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    region: str,
-    ring: int,
-    penalty: str,
-    mask_is: str,
-    backend: str,
+    pred: Tensor, target: Tensor, mask: Tensor | None, region: str, ring: int, mask_is: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, from the total variation of d = h * (pred - target)."""
-    difference = pred.to(_pixel.accumulate(pred, target)) - target
-    options: dict[str, Any] = {"penalty": penalty, "normalize": "image", "backend": backend}
+    """As the reference, from the total variation of d = h * (pred - target) with `options`."""
+    difference = pred.to(accumulate_dtype(pred, target)) - target
     weights: Tensor | None = None
     if mask is not None and region != "image":
-        hole, _ = region_weights(difference, difference, mask, mask_is)
-        weights = reference.region_map(hole, region, ring)
+        weights = reference.region_map(region_weights(difference, difference, mask, mask_is)[0], region, ring)
     if mask is None:
         value = total_variation_loss(difference, region="image", **options)
     elif region == "ring":
         # Detached, for it is not read, and a gradient to it would be a whole image of zeros.
         unread = difference.detach()
-        d = stacked_images(
-            difference, unread, mask, parts=("hole_raw",), mask_is=mask_is, backend=serving(backend)
-        )
+        serves = serving(options["backend"])
+        d = stacked_images(difference, unread, mask, parts=("hole_raw",), mask_is=mask_is, backend=serves)
         value = total_variation_loss(d, weights, region="hole", mask_is="hole", **options)
     else:
         # d is the composite of the difference and zeros, which the kernel need not write; few bytes of zeros will do.
         zeros = torch.zeros_like(difference, dtype=torch.float16)
-        value = total_variation_loss(
-            difference, mask, target=zeros, region=region, mask_is=mask_is, **options
-        )
+        options |= {"target": zeros, "mask_is": mask_is}
+        value = total_variation_loss(difference, mask, region=region, **options)
     summed = reference.pairs(difference, weights)[2]
     return value * torch.where(summed == 0, 0.0, difference.numel() / summed), summed
 
@@ -124,11 +114,10 @@ def gradient_loss(
         _pixel.check_group(process_group, mask)
     chosen = kernels.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
     if chosen == "reference":
-        loss, summed = reference.gradient_loss(
-            pred, target, mask, region=region, ring=ring, penalty=penalty, mask_is=mask_is
-        )
+        loss, summed = reference.gradient_loss(pred, target, mask, region, ring, penalty, mask_is)
     else:
-        loss, summed = _from_kernels(pred, target, mask, region, ring, penalty, mask_is, chosen)
+        options = {"penalty": penalty, "normalize": "image", "backend": chosen}
+        loss, summed = _from_kernels(pred, target, mask, region, ring, mask_is, **options)
     if process_group is not None:
         (loss,) = _pixel.global_means((loss,), (summed,), process_group)
     return loss

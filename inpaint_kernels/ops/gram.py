@@ -43,13 +43,8 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tenso
     return (product.reshape(n, c, h, w).to(features.dtype),)
 
 
-def _allows_tf32() -> bool:
-    # As Triton's launcher reads it, see `triton_kernels/product.py`.
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# Of the CUDA kernels of gram and style.
-_library.define_setting("allows_tf32", _allows_tf32)
+# Of the CUDA kernels of gram and style. Triton's launcher reads the same, see `triton_kernels/product.py`.
+_library.define_setting("allows_tf32", lambda: torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def product_flops(features: Tensor) -> int:
@@ -117,5 +112,5 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", backend: str | None
     if chosen == "reference":
         return reference.gram_matrix(features, normalize=normalize)
     needs = features.requires_grad and torch.is_grad_enabled()
-    out: Tensor = _op(chosen, needs, features, normalize)
-    return out
+    gram: Tensor = _op(chosen, needs, features, normalize)
+    return gram

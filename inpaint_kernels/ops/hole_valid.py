@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import hole_valid as reference
+from ..reference._common import accumulate_dtype
 from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pixel
 from ._named_tuples import serializable
@@ -21,30 +22,14 @@ class HoleValid(NamedTuple):
     valid: Tensor
 
 
-def _fake(
-    backend: str,
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    penalty: str,
-    param: float,
-    normalize: str,
-    mask_is_hole: bool,
-    save_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _pixel.accumulate(pred, target)
-    return (
-        pred.new_empty((), dtype=dtype),
-        pred.new_empty((), dtype=dtype),
-        pred.new_empty((pred.shape[0], 2), dtype=dtype),
-        _pixel.fake_signs(pred, save_signs, backend, mask, regions=2),
-    )
+def _fake(backend: str, pred: Tensor, target: Tensor, mask: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    empties = _pixel.empties(pred, accumulate_dtype(pred, target), (), (), (pred.shape[0], 2))
+    return *empties, _pixel.fake_signs(pred, options[-1], backend, mask, regions=2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param, _, mask_is_hole, _ = inputs
-    options = penalty, param, mask_is_hole
-    _pixel.save_differences(ctx, pred, target, mask, penalty, options, *output[2:])
+    penalty, param, _, mask_is_hole, _ = inputs[3:]
+    _pixel.save_differences(ctx, inputs[:3], penalty, (penalty, param, mask_is_hole), *output[2:])
 
 
 def _formula(
@@ -164,33 +149,15 @@ def hole_valid_loss(
         param = _checks.check_positive("delta", delta)
     if process_group is not None:
         _pixel.check_group(process_group, mask)
-        local = hole_valid_loss(
-            pred,
-            target,
-            mask,
-            penalty=penalty,
-            normalize=normalize,
-            mask_is=mask_is,
-            eps=eps,
-            delta=delta,
-            backend=backend,
-        )
-        counts = region_counts(pred, target, mask, normalize, mask_is)
-        return HoleValid(*_pixel.global_means(local, counts, process_group))
-    return HoleValid(
-        *_pixel.call(
-            _op,
-            lambda: reference.hole_valid(
-                pred, target, mask, penalty=penalty, param=param, normalize=normalize, mask_is=mask_is
-            ),
-            backend,
-            pred,
-            target,
-            mask,
-            penalty,
-            param,
-            normalize,
-            mask_is == "hole",
-            l1=penalty == "l1",
-        )
+    terms = _pixel.call(
+        _op,
+        lambda: reference.hole_valid(pred, target, mask, penalty, param, normalize, mask_is),
+        backend,
+        (pred, target, mask),
+        (penalty, param, normalize, mask_is == "hole"),
+        l1=penalty == "l1",
     )
+    if process_group is not None:
+        counts = region_counts(pred, target, mask, normalize, mask_is)
+        terms = _pixel.global_means(terms, counts, process_group)
+    return HoleValid(*terms)

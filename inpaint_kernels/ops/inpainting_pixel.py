@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import _library
 from ..reference import inpainting_pixel as reference
+from ..reference._common import accumulate_dtype
 from . import _checks, _pairs, _pixel
 from ._named_tuples import serializable
 from .hole_valid import hole_valid_loss, region_counts
@@ -24,28 +26,10 @@ class InpaintingPixel(NamedTuple):
     tv: Tensor
 
 
-def _fake(
-    backend: str,
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    hole_weight: float,
-    valid_weight: float,
-    tv_weight: float,
-    normalize: str,
-    tv_region: str,
-    tv_normalize: str,
-    mask_is_hole: bool,
-    save_signs: bool,
-) -> tuple[Tensor, ...]:
-    dtype = _pixel.accumulate(pred, target)
-    terms = [pred.new_empty((), dtype=dtype) for _ in range(4)]
-    return (
-        *terms,
-        pred.new_empty((pred.shape[0], 2), dtype=dtype),
-        pred.new_empty(2, dtype=dtype),
-        _pairs.fake_signs(pred, 6, save_signs, backend, mask),
-    )
+def _fake(backend: str, pred: Tensor, target: Tensor, mask: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    sizes: list[tuple[Any, ...]] = [(), (), (), (), (pred.shape[0], 2), (2,)]
+    empties = _pixel.empties(pred, accumulate_dtype(pred, target), *sizes)
+    return *empties, _pairs.fake_signs(pred, 6, options[-1], backend, mask)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -137,81 +121,40 @@ def inpainting_pixel_loss(
     """
     _checks.check_images(pred, target)
     mask = _checks.check_mask(mask, pred)
-    weights = tuple(
-        _checks.check_number(name, value)
-        for name, value in (
-            ("hole_weight", hole_weight),
-            ("valid_weight", valid_weight),
-            ("tv_weight", tv_weight),
-        )
+    weights = (
+        _checks.check_number("hole_weight", hole_weight),
+        _checks.check_number("valid_weight", valid_weight),
+        _checks.check_number("tv_weight", tv_weight),
     )
     _checks.check_choice("normalize", normalize, _checks.NORMALIZATIONS)
     _checks.check_choice("mask_is", mask_is, ("valid", "hole"))
     tv_norm = _pairs.check_options("tv_", tv_region, tv_penalty, tv_normalize)
     if process_group is not None:
         _pixel.check_group(process_group, mask)
-        _, *local = inpainting_pixel_loss(
-            pred,
-            target,
-            mask,
-            normalize=normalize,
-            tv_region=tv_region,
-            tv_penalty=tv_penalty,
-            tv_normalize=tv_norm,
-            mask_is=mask_is,
-            backend=backend,
+    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
+    terms: Sequence[Tensor]
+    if chosen == "reference":
+        terms = reference.inpainting_pixel(
+            pred, target, mask, normalize, tv_region, tv_penalty, tv_norm, mask_is
         )
+    elif tv_penalty == "l2":
+        where: dict[str, Any] = {"mask_is": mask_is, "backend": chosen}
+        hole, valid = hole_valid_loss(pred, target, mask, normalize=normalize, **where)
+        tv = total_variation_loss(
+            pred, mask, target=target, region=tv_region, penalty="l2", normalize=tv_norm, **where
+        )
+        terms = hole, valid, tv
+    else:
+        grad = _pixel.needs_grad(pred, target)
+        options = (*weights, normalize, tv_region, tv_norm, mask_is == "hole", grad)
+        total, *terms = _op(chosen, grad, pred, target, mask, *options)
+        if process_group is None:
+            return InpaintingPixel(total, *terms)
+    if process_group is not None:
         counts = (
             *region_counts(pred, target, mask, normalize, mask_is),
             _pairs.pair_count(pred, mask, tv_region, tv_norm, mask_is),
         )
-        hole, valid, tv = _pixel.global_means(local, counts, process_group)
-        return InpaintingPixel(_weighted(weights, (hole, valid, tv)), hole, valid, tv)
-    chosen = _op.choose(backend, (pred, target, mask), pred.dtype, target.dtype, mask=mask)
-    if chosen == "reference":
-        terms = reference.inpainting_pixel(
-            pred,
-            target,
-            mask,
-            normalize=normalize,
-            tv_region=tv_region,
-            tv_penalty=tv_penalty,
-            tv_normalize=tv_norm,
-            mask_is=mask_is,
-        )
-        return InpaintingPixel(_weighted(weights, terms), *terms)
-    if tv_penalty == "l2":
-        hole, valid = hole_valid_loss(
-            pred, target, mask, normalize=normalize, mask_is=mask_is, backend=chosen
-        )
-        tv = total_variation_loss(
-            pred,
-            mask,
-            target=target,
-            region=tv_region,
-            penalty="l2",
-            normalize=tv_norm,
-            mask_is=mask_is,
-            backend=chosen,
-        )
-        return InpaintingPixel(_weighted(weights, (hole, valid, tv)), hole, valid, tv)
-    grad = _pixel.needs_grad(pred, target)
-    return InpaintingPixel(
-        *_op(
-            chosen,
-            grad,
-            pred,
-            target,
-            mask,
-            *weights,
-            normalize,
-            tv_region,
-            tv_norm,
-            mask_is == "hole",
-            grad,
-        )
-    )
-
-
-def _weighted(weights: tuple[float, ...], terms: tuple[Tensor, ...]) -> Tensor:
-    return weights[0] * terms[0] + weights[1] * terms[1] + weights[2] * terms[2]
+        terms = _pixel.global_means(terms, counts, process_group)
+    hole, valid, tv = terms
+    return InpaintingPixel(weights[0] * hole + weights[1] * valid + weights[2] * tv, hole, valid, tv)

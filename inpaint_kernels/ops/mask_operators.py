@@ -50,26 +50,24 @@ def dilate_mask(mask: Tensor, radius: int = 1) -> Tensor:
         >>> ik.dilate_mask(torch.tensor([[0, 0, 0, 1]], dtype=torch.bool))
         tensor([[False, False,  True,  True]])
     """
-    found = _checked(mask)
+    checked = _checked(mask)
     _checks.check_count("radius", radius, 0)
-    return reference.dilate(_floating(found), radius).to(mask.dtype, copy=True)
+    return reference.dilate(_floating(checked), radius).to(mask.dtype, copy=True)
 
 
 def resized(mask: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """`resize_mask` of arguments that were checked, with the mask's graph, in the dtype it is computed in."""
-    height, width = size
     planes = _floating(mask).reshape(-1, 1, *mask.shape[-2:])
+    sides = size[0], size[1]
     if mode == "adaptive_max":
-        planes = F.adaptive_max_pool2d(planes, (height, width))
+        planes = F.adaptive_max_pool2d(planes, sides)
     elif mode == "area":
-        planes = F.adaptive_avg_pool2d(planes, (height, width))
+        planes = F.adaptive_avg_pool2d(planes, sides)
     elif mode == "nearest":
-        planes = F.interpolate(planes, (height, width), mode="nearest")
+        planes = F.interpolate(planes, sides, mode=mode)
     else:
-        planes = F.interpolate(
-            planes, (height, width), mode="bilinear", align_corners=mode == "bilinear_aligned"
-        )
-    return planes.reshape(*mask.shape[:-2], height, width)
+        planes = F.interpolate(planes, sides, mode="bilinear", align_corners=mode == "bilinear_aligned")
+    return planes.reshape(*mask.shape[:-2], *sides)
 
 
 def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") -> Tensor:
@@ -98,20 +96,19 @@ def resize_mask(mask: Tensor, size: int | Sequence[int], mode: str = "nearest") 
         >>> ik.resize_mask(mask, (1, 2), "area")
         tensor([[0.0000, 0.5000]])
     """
-    found = _checked(mask)
+    checked = _checked(mask)
     _checks.check_choice("mode", mode, RESIZE_MODES)
-    given = size if isinstance(size, Sequence) else (size, size)
-    if len(given) != 2:
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2:
         raise ValueError(f"size must be a number or (H, W), got {size!r}")
-    for side in given:
+    for side in sides:
         _checks.check_count("size", side, 1)
-    height, width = given
     if mask.shape[-1] == 0 or mask.shape[-2] == 0:
         raise ValueError(f"mask has no pixel to resize, got shape {tuple(mask.shape)}")
     dtype = mask.dtype
     if not dtype.is_floating_point and mode not in ("nearest", "adaptive_max"):
         dtype = torch.float32
-    return resized(found, (height, width), mode).to(dtype)
+    return resized(checked, sides, mode).to(dtype)
 
 
 def binarize_mask(mask: Tensor, threshold: float = 0.5) -> Tensor:
@@ -133,8 +130,8 @@ def binarize_mask(mask: Tensor, threshold: float = 0.5) -> Tensor:
         >>> ik.binarize_mask(torch.tensor([[0.2, 0.5, 0.8]]))
         tensor([[0., 0., 1.]])
     """
-    found = _checked(mask)
-    return (found > _checks.check_number("threshold", threshold)).to(mask.dtype)
+    checked = _checked(mask)
+    return (checked > _checks.check_number("threshold", threshold)).to(mask.dtype)
 
 
 def invert_mask(mask: Tensor) -> Tensor:
@@ -155,5 +152,5 @@ def invert_mask(mask: Tensor) -> Tensor:
         >>> ik.invert_mask(torch.tensor([[0.0, 0.25, 1.0]]))
         tensor([[1.0000, 0.7500, 0.0000]])
     """
-    found = _checked(mask)
-    return 1 - found if found.dtype.is_floating_point else (found == 0).to(mask.dtype)
+    checked = _checked(mask)
+    return 1 - checked if checked.dtype.is_floating_point else (checked == 0).to(mask.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import masked_l1 as reference
+from ..reference._common import accumulate_dtype
 from . import _checks, _pixel
 
 # The map of reduction "none" has no CUDA kernels: Triton writes it as fast.
@@ -15,27 +16,20 @@ MAP: dict[str, Any] = {"form": " with reduction='none'", "backends": ("cpu", "tr
 
 
 def _fake(
-    backend: str,
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    penalty: str,
-    param: float,
-    reduction: str,
-    normalize: str,
-    save_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _pixel.accumulate(pred, target)
+    backend: str, pred: Tensor, target: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    _, _, reduction, _, save_signs = options
+    dtype = accumulate_dtype(pred, target)
     signs = _pixel.fake_signs(pred, save_signs, backend, mask)
     if reduction == "none":
-        out = _pixel.empty_image(pred, pred.shape, _pixel.is_channels_last(pred), dtype)
-        return out, pred.new_empty(0, dtype=dtype), signs
-    return pred.new_empty((), dtype=dtype), pred.new_empty((pred.shape[0], 1), dtype=dtype), signs
+        loss_map = _pixel.empty_image(pred, pred.shape, _pixel.is_channels_last(pred), dtype)
+        return loss_map, pred.new_empty(0, dtype=dtype), signs
+    return *_pixel.empties(pred, dtype, (), (pred.shape[0], 1)), signs
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pred, target, mask, penalty, param, *_ = inputs
-    _pixel.save_differences(ctx, pred, target, mask, penalty, (penalty, param), *output[1:])
+    penalty, param, *_ = inputs[3:]
+    _pixel.save_differences(ctx, inputs[:3], penalty, (penalty, param), *output[1:])
 
 
 def _formula(
@@ -84,26 +78,20 @@ def _masked_loss(
         if reduction != "mean":
             raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
         _pixel.check_group(process_group, mask)
-        local = _masked_loss(pred, target, mask, penalty, param, "mean", normalize, None, backend)
-        count = _pixel.mean_count(pred, mask, normalize)
-        return _pixel.global_means((local,), (count,), process_group)[0]
-    out: Tensor = _pixel.call(
+    options = penalty, param, reduction, normalize
+    loss: Tensor = _pixel.call(
         _op,
-        lambda: reference.masked_loss(
-            pred, target, mask, penalty=penalty, param=param, reduction=reduction, normalize=normalize
-        ),
+        lambda: reference.masked_loss(pred, target, mask, *options),
         backend,
-        pred,
-        target,
-        mask,
-        penalty,
-        param,
-        reduction,
-        normalize,
+        (pred, target, mask),
+        options,
         l1=penalty == "l1",
         **(MAP if reduction == "none" else {}),
     )
-    return out
+    if process_group is not None:
+        count = _pixel.mean_count(pred, mask, normalize)
+        (loss,) = _pixel.global_means((loss,), (count,), process_group)
+    return loss
 
 
 def masked_l1_loss(

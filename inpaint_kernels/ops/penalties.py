@@ -104,7 +104,7 @@ def _mix(real: Tensor, fake: Tensor, alpha: float | Tensor | None) -> Tensor:
         alpha = torch.rand(shape, dtype=dtype, device=real.device)
     elif isinstance(alpha, Tensor):
         if alpha.dtype not in _checks.FLOATS:
-            raise TypeError(f"alpha must be float16, bfloat16, float32 or float64, got {alpha.dtype}")
+            raise _checks.not_floating("alpha", alpha)
         if alpha.shape != shape:
             raise ValueError(f"alpha must be a number or have shape {shape}, got {tuple(alpha.shape)}")
         if alpha.device != real.device:
@@ -169,12 +169,7 @@ def gradient_penalty(
     """
     if not callable(discriminator):
         raise TypeError(f"discriminator must be callable, got {type(discriminator).__name__}")
-    for name, images in (("real", real), ("fake", fake)):
-        _checks.check_features(name, images)
-    if fake.shape != real.shape:
-        raise ValueError(f"fake has shape {tuple(fake.shape)}, real has {tuple(real.shape)}")
-    if fake.device != real.device:
-        raise ValueError(f"fake is on {fake.device}, real is on {real.device}")
+    _checks.check_images(real, fake, "real", "fake")
     if mask is not None:
         mask = _checks.check_mask(mask, real, "real")
     _checks.check_choice("norm", norm, ("sample", "pixel"))

@@ -19,19 +19,11 @@ NORMALIZATIONS = ("chw", "hw", "none", "gatys")
 
 
 def _fake(
-    backend: str,
-    input: list[Tensor],
-    target: list[Tensor],
-    weights: list[float],
-    penalty: str,
-    normalize: str,
-    target_is_gram: bool,
-    save: bool,
+    backend: str, input: list[Tensor], target: list[Tensor], *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     dtype = accumulate_dtype(*input, *target)
-    factors = [
-        x.new_empty((x.shape[0], x.shape[1], x.shape[1]) if save else (0,), dtype=dtype) for x in input
-    ]
+    sizes = [(x.shape[0], x.shape[1], x.shape[1]) if options[-1] else (0,) for x in input]
+    factors = [x.new_empty(size, dtype=dtype) for x, size in zip(input, sizes, strict=True)]
     return input[0].new_empty((), dtype=dtype), factors
 
 
@@ -50,14 +42,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _graph_factor(factor: Tensor, x: Tensor, target: Tensor | None, weight: float, normalize: str) -> Tensor:
     """The factor of an l2 layer as a function of the features: its value is `factor`, its derivative exact."""
     n, c, h, w = x.shape
-    gram_normalize = "none" if normalize == "gatys" else normalize
-    scale = gram_scale(gram_normalize, c, h * w)
-    constant = 4 * weight * scale * reference.style_coefficient(normalize, c, h * w, n)
-    gram = gram_matrix(x.to(factor.dtype), normalize=gram_normalize)
+    constant = 4 * weight * _gram_scale(normalize, x) * reference.style_coefficient(normalize, c, h * w, n)
+    gram = gram_matrix(x.to(factor.dtype), normalize=normalize)
     factor = factor + constant * (gram - gram.detach())
     if target is not None:
-        goal = gram_matrix(target.to(factor.dtype), normalize=gram_normalize)
-        factor = factor - constant * (goal - goal.detach()).repeat(n // goal.shape[0], 1, 1)
+        gram = gram_matrix(target.to(factor.dtype), normalize=normalize)
+        factor = factor - constant * (gram - gram.detach()).repeat(n // gram.shape[0], 1, 1)
     return factor
 
 
@@ -68,7 +58,7 @@ def _product(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def _gram_scale(normalize: str, x: Tensor) -> float:
-    return gram_scale("none" if normalize == "gatys" else normalize, x.shape[1], x.shape[2] * x.shape[3])
+    return gram_scale(normalize, x.shape[1], x.shape[2] * x.shape[3])
 
 
 def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -87,31 +77,23 @@ def _backward(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Any, 
         ratios = [_gram_scale(normalize, maps[i]) / _gram_scale(normalize, features[i]) for i in wanted]
         if op is not None:
             scaled = [factors[i] if r == 1 else factors[i] * r for i, r in zip(wanted, ratios, strict=True)]
-            found = op(grad, scaled, [maps[i] for i in wanted], sign)
+            values = op(grad, scaled, [maps[i] for i in wanted], sign)
         else:
-            found = []
+            values = []
             for i, ratio in zip(wanted, ratios, strict=True):
                 factor = factors[i]
                 if penalty == "l2":
                     factor = _graph_factor(factor, features[i], targets[i], weights[i], normalize)
                 if side == 1:
                     factor = _pixel.sum_copies(factor, batches[i])
-                found.append((sign * ratio * grad * _product(factor, maps[i])).to(maps[i].dtype))
-        for i, value in zip(wanted, found, strict=True):
+                values.append((sign * ratio * grad * _product(factor, maps[i])).to(maps[i].dtype))
+        for i, value in zip(wanted, values, strict=True):
             grads[side][i] = value
     return grads
 
 
-def _flops(
-    input: list[Tensor],
-    target: list[Tensor],
-    weights: list[float],
-    penalty: str,
-    normalize: str,
-    target_is_gram: bool,
-    save: bool,
-    out_val: Any,
-) -> int:
+def _flops(input: list[Tensor], target: list[Tensor], *options: Any, out_val: Any) -> int:
+    _, _, _, target_is_gram, _ = options
     return sum(map(product_flops, input if target_is_gram else [*input, *target]))
 
 
@@ -201,11 +183,9 @@ def style_loss(
         target=targets if target_is_gram else None,
     )
     if chosen == "reference":
-        return reference.style_loss(
-            inputs, targets, factors, penalty=penalty, normalize=normalize, target_is_gram=target_is_gram
-        )
-    out: Tensor = _op(chosen, needs, inputs, targets, factors, penalty, normalize, target_is_gram, needs)
-    return out
+        return reference.style_loss(inputs, targets, factors, penalty, normalize, target_is_gram)
+    loss: Tensor = _op(chosen, needs, inputs, targets, factors, penalty, normalize, target_is_gram, needs)
+    return loss
 
 
 def _check_layer(layer: int, x: Tensor, y: Tensor, device: torch.device, target_is_gram: bool) -> None:

@@ -10,35 +10,24 @@ from torch import Tensor
 from .. import _library
 from ..reference import hole_valid
 from ..reference import total_variation as reference
-from ..reference._common import masked_input
+from ..reference._common import accumulate_dtype, masked_input
 from ..reference.composite import composite
 from ..reference.masked_l1 import masked_loss_grad
 from . import _checks, _pairs, _pixel
 
 
 def _fake(
-    backend: str,
-    image: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    region: str,
-    penalty: str,
-    normalize: str,
-    mask_is_hole: bool,
-    save_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _pixel.accumulate(image, image if target is None else target)
-    return (
-        image.new_empty((), dtype=dtype),
-        image.new_empty(2, dtype=dtype),
-        _pairs.fake_signs(image, 4, save_signs, backend, mask),
-    )
+    backend: str, image: Tensor, target: Tensor | None, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(image, image if target is None else target)
+    empties = _pixel.empties(image, dtype, (), (2,))
+    return *empties, _pairs.fake_signs(image, 4, options[-1], backend, mask)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, target, mask, region, penalty, _, mask_is_hole, _ = inputs
-    options = target is not None, region, penalty, mask_is_hole
-    _pixel.save_differences(ctx, image, target, mask, penalty, options, *output[1:])
+    region, penalty, _, mask_is_hole, _ = inputs[3:]
+    options = inputs[1] is not None, region, penalty, mask_is_hole
+    _pixel.save_differences(ctx, inputs[:3], penalty, options, *output[1:])
 
 
 def _formula(
@@ -158,32 +147,15 @@ def total_variation_loss(
         mask = _checks.check_mask(mask, image, "image")
     if process_group is not None:
         _pixel.check_group(process_group, mask)
-        local = total_variation_loss(
-            image,
-            mask,
-            target=target,
-            region=region,
-            penalty=penalty,
-            normalize=normalize,
-            mask_is=mask_is,
-            backend=backend,
-        )
-        count = _pairs.pair_count(image, mask, region, normalize, mask_is)
-        (value,) = _pixel.global_means((local,), (count,), process_group)
-        return value
-    found: Tensor = _pixel.call(
+    loss: Tensor = _pixel.call(
         _op,
-        lambda: reference.total_variation(
-            image, mask, target=target, region=region, penalty=penalty, normalize=normalize, mask_is=mask_is
-        ),
+        lambda: reference.total_variation(image, mask, region, penalty, normalize, mask_is, target),
         backend,
-        image,
-        target,
-        mask,
-        region,
-        penalty,
-        normalize,
-        mask_is == "hole",
+        (image, target, mask),
+        (region, penalty, normalize, mask_is == "hole"),
         l1=penalty == "l1",
     )
-    return found
+    if process_group is not None:
+        count = _pairs.pair_count(image, mask, region, normalize, mask_is)
+        (loss,) = _pixel.global_means((loss,), (count,), process_group)
+    return loss

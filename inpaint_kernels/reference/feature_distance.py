@@ -24,12 +24,12 @@ def feature_distance(
     """Weighted sum over layers of mean distances; arguments as `ops/feature_distance.py`."""
     total = torch.zeros((), dtype=accumulate_dtype(*inputs, *targets), device=inputs[0].device)
     for layer, (x, y, weight) in enumerate(zip(inputs, targets, weights, strict=True)):
-        copies = x.shape[0] // y.shape[0] if y.shape[0] else 0
+        predictions = x.shape[0] // y.shape[0] if y.shape[0] else 0
         # Converted first: the gradient of a repeated target is a sum, which a half type would round term by term.
-        x, goal = x.to(total.dtype), y.to(total.dtype).repeat(copies, 1, 1, 1)
+        x, target = x.to(total.dtype), y.to(total.dtype).repeat(predictions, 1, 1, 1)
         mask = masks[layer].to(total.dtype) if masks is not None else None
         if mask is not None and mask.ndim == 4 and mask.shape[0] not in (1, x.shape[0]):
-            mask = mask.repeat(copies, 1, 1, 1)
-        value = weighted_map(x, goal, mask, penalty, param)
+            mask = mask.repeat(predictions, 1, 1, 1)
+        value = weighted_map(x, target, mask, penalty, param)
         total = total + as_factor(weight, total) * reduce_map(value, mask, normalize)
     return total

@@ -32,21 +32,14 @@ def pairs(image: Tensor, region: Tensor | None) -> tuple[Tensor | None, Tensor |
         count = image[..., 1:, :].numel() + image[..., 1:].numel()
         return None, None, torch.full((), count, dtype=image.dtype, device=image.device)
     down, across, _ = pair_weights(region, "hole")
-    copies = image.numel() // region.numel() if region.numel() else 0
+    repeats = image.numel() // region.numel() if region.numel() else 0
     # Row by row: the bits of a single sum over all would depend on the number of threads.
     by_down, by_across = (weight.sum(-1).sum(-1).sum() for weight in (down, across))
-    return down, across, (by_down + by_across) * copies
+    return down, across, (by_down + by_across) * repeats
 
 
 def gradient_loss(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    *,
-    region: str,
-    ring: int,
-    penalty: str,
-    mask_is: str,
+    pred: Tensor, target: Tensor, mask: Tensor | None, region: str, ring: int, penalty: str, mask_is: str
 ) -> tuple[Tensor, Tensor]:
     """(loss, summed weights of the pairs); arguments as `ops/gradient_loss.py`."""
     dtype = accumulate_dtype(pred, target)

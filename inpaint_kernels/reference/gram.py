@@ -11,8 +11,8 @@ from ._common import accumulate_dtype
 
 
 def gram_scale(normalize: str, channels: int, pixels: int) -> float:
-    """Factor of F F^T: 1/(C H W) for "chw", 1/(H W) for "hw", 1 for "none"; 1 where that would divide by zero."""
-    count = {"chw": channels * pixels, "hw": pixels, "none": 1}[normalize]
+    """Factor of F F^T: 1/(C H W) for "chw", 1/(H W) for "hw", else 1; 1 where that would divide by zero."""
+    count = {"chw": channels * pixels, "hw": pixels}.get(normalize, 1)
     return 1.0 / count if count else 1.0
 
 

@@ -15,18 +15,11 @@ def region_weights(pred: Tensor, target: Tensor, mask: Tensor, mask_is: str) -> 
 
 
 def hole_valid(
-    pred: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    *,
-    penalty: str,
-    param: float,
-    normalize: str,
-    mask_is: str,
+    pred: Tensor, target: Tensor, mask: Tensor, penalty: str, param: float, normalize: str, mask_is: str
 ) -> tuple[Tensor, Tensor]:
     """(hole, valid) losses; arguments as `ops/hole_valid.py`."""
-    hole, valid = region_weights(pred, target, mask, mask_is)
-    return (
-        reduce_map(weighted_map(pred, target, hole, penalty, param), hole, normalize),
-        reduce_map(weighted_map(pred, target, valid, penalty, param), valid, normalize),
+    hole, valid = (
+        reduce_map(weighted_map(pred, target, weight, penalty, param), weight, normalize)
+        for weight in region_weights(pred, target, mask, mask_is)
     )
+    return hole, valid

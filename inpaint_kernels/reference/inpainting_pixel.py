@@ -12,7 +12,6 @@ def inpainting_pixel(
     pred: Tensor,
     target: Tensor,
     mask: Tensor,
-    *,
     normalize: str,
     tv_region: str,
     tv_penalty: str,
@@ -20,16 +19,6 @@ def inpainting_pixel(
     mask_is: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(hole, valid, tv), unweighted; tv is that of the composite."""
-    hole, valid = hole_valid(
-        pred, target, mask, penalty="l1", param=0.0, normalize=normalize, mask_is=mask_is
-    )
-    tv = total_variation(
-        pred,
-        mask,
-        target=target,
-        region=tv_region,
-        penalty=tv_penalty,
-        normalize=tv_normalize,
-        mask_is=mask_is,
-    )
+    hole, valid = hole_valid(pred, target, mask, "l1", 0.0, normalize, mask_is)
+    tv = total_variation(pred, mask, tv_region, tv_penalty, tv_normalize, mask_is, target)
     return hole, valid, tv

@@ -26,14 +26,14 @@ def lpips_distance(
 
     Of k predictions against one target; `weights` holds one of (C,) for each layer.
     """
-    found = None
+    total = None
     with without_autocast(input[0]):
         for x, y, weight in zip(input, target, weights, strict=True):
             dtype = accumulate_dtype(x, y)
             u, v = (unit_vectors(features.to(dtype), eps) for features in (x, y))
-            copies = x.shape[0] // y.shape[0] if y.shape[0] else 1
-            difference = (u.unflatten(0, (copies, y.shape[0])) - v).square().flatten(0, 1)
+            predictions = x.shape[0] // y.shape[0] if y.shape[0] else 1
+            difference = (u.unflatten(0, (predictions, y.shape[0])) - v).square().flatten(0, 1)
             layer = torch.einsum("nchw,c->nhw", difference, weight.to(dtype)).mean((1, 2))
-            found = layer if found is None else found + layer
-    assert found is not None
-    return found
+            total = layer if total is None else total + layer
+    assert total is not None
+    return total

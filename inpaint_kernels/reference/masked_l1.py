@@ -83,7 +83,6 @@ def masked_loss(
     pred: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    *,
     penalty: str,
     param: float,
     reduction: str,

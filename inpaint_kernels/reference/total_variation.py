@@ -31,15 +31,15 @@ def dilate(hole: Tensor, radius: int = 1) -> Tensor:
 def _dilate_doubling(hole: Tensor, radius: int) -> Tensor:
     """`dilate` by maxima of neighbours, then of pairs, of fours and so on: 2 log2(2 r + 1) comparisons a pixel, which
     the CPU makes of many pixels at once, where pooling takes them one by one. A gradient would be split at ties."""
-    found = F.pad(hole, (radius,) * 4, value=-torch.inf)
+    largest = F.pad(hole, (radius,) * 4, value=-torch.inf)
     for _ in range(2):  # down, then across
         size = 1
         while size < 2 * radius + 1:
             step = min(size, 2 * radius + 1 - size)
-            found = torch.maximum(found[..., :-step, :], found[..., step:, :])
+            largest = torch.maximum(largest[..., :-step, :], largest[..., step:, :])
             size += step
-        found = found.mT
-    return found
+        largest = largest.mT
+    return largest
 
 
 def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,12 +55,11 @@ def pair_weights(hole: Tensor, region: str) -> tuple[Tensor, Tensor, Tensor]:
 def total_variation(
     image: Tensor,
     mask: Tensor | None,
-    *,
-    target: Tensor | None = None,
     region: str,
     penalty: str,
     normalize: str | None,
     mask_is: str,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Scalar: penalty of the differences of neighbours, summed down and across with the weights of `region`.
 
