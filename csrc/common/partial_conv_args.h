@@ -11,10 +11,7 @@
 namespace ik {
 
 static inline MaskUpdate parse_update(const std::string& name) {
-  if (name == "clamp") return MaskUpdate::clamp;
-  if (name == "binary") return MaskUpdate::binary;
-  STD_TORCH_CHECK(name == "proportional", "mask_update: unknown value '", name, "'");
-  return MaskUpdate::proportional;
+  return parse_name<MaskUpdate>("mask_update", name, {"clamp", "binary", "proportional"});
 }
 
 // As reference/partial_conv.py packs it.

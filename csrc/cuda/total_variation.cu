@@ -38,10 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> total_variation(
   final.tv = float_output(loss);
   final.tv_scale = float_output(scale);
   final.pair_normalize = parse_pair_normalize(normalize);
-  const PairForwardCall call{image,        pointer(target), pointer(mask), parse_region(region),
-                             mask_is_hole, square,          save_signs,    final};
-  Tensor signs = target.has_value() ? run_pairs_forward<Terms::composite>(device, call)
-                                    : run_pairs_forward<Terms::image>(device, call);
+  const PairCall call{&image, pointer(target), pointer(mask), parse_region(region), mask_is_hole, square};
+  Tensor signs = target.has_value() ? run_pairs_forward<Terms::composite>(device, call, save_signs, final)
+                                    : run_pairs_forward<Terms::image>(device, call, save_signs, final);
   return {loss, scale, signs};
 }
 
@@ -59,12 +58,11 @@ std::tuple<Tensor, Tensor> total_variation_backward(
   PairBackwardArgs args{};
   args.grad[3] = float_data(grad, "grad");
   args.tv_scale = float_data(scale, "scale");
-  const PairBackwardCall call{
-      scale,        pointer(signs),     pointer(mask), pointer(image), pointer(target),
-      size,         channels_last,      image_dtype,   target_dtype,   parse_region(region),
-      mask_is_hole, is_square(penalty), need_image,    need_target};
-  return composite ? run_pairs_backward<Terms::composite>(device, call, args)
-                   : run_pairs_backward<Terms::image>(device, call, args);
+  const PairCall call{pointer(image),       pointer(target), pointer(mask),
+                      parse_region(region), mask_is_hole,    is_square(penalty)};
+  const PairGradients wanted{size, channels_last, image_dtype, target_dtype, need_image, need_target};
+  const auto run = composite ? run_pairs_backward<Terms::composite> : run_pairs_backward<Terms::image>;
+  return run(device, call, wanted, pointer(signs), scale, args);
 }
 
 }  // namespace
