@@ -145,28 +145,30 @@ def test_record_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "number", "version"), [(0, 12090, (12, 9)), (0, 13000, (13, 0)), (3, 13000, None)]
+    ("answer", "version"),
+    [
+        ((0, 12090), (12, 9)),
+        ((0, 13000), (13, 0)),
+        ((3, 13000), None),
+        (AttributeError("a library without the function"), None),
+        (OSError("no library"), None),
+    ],
 )
 def test_driver_version(
-    status: int, number: int, version: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    answer: tuple[int, int] | Exception, version: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def query(pointer: Any) -> int:
-        pointer._obj.value = number
-        return status
+    def load(name: str) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuDriverGetVersion=query))
+        def query(pointer: Any) -> int:
+            status, pointer._obj.value = answer
+            return status
+
+        return types.SimpleNamespace(cuDriverGetVersion=query)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
     assert _cuda_support.driver_version() == version
-
-
-@pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_no_driver(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No library, or one without the function."""
-
-    def fail(name: str) -> None:
-        raise error(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", fail)
-    assert _cuda_support.driver_version() is None
 
 
 OTHER_BUILD = 'To mend it: run `TORCH_CUDA_ARCH_LIST="8.0 9.0" make build`'
@@ -191,7 +193,8 @@ MACHINES: dict[str, tuple[Built, list[tuple[int, int]], list[str], tuple[str, ..
         ("install an NVIDIA driver for CUDA 13.2 or later, or run `TORCH_CUDA_ARCH",),
     ),
     # Fake tensors name devices of another machine.
-    "a GPU that is not there": (HOPPER, [], ["cuda"], ()),
+    "no GPU": (HOPPER, [], ["cuda"], ()),
+    "a GPU that is not there": (HOPPER, [(9, 0)], ["cuda", "cuda"], ()),
 }
 
 

@@ -7,9 +7,8 @@
 //             d / d target = - (g_hole scale_n0 h + g_valid scale_n1 v) sign(d) + v G
 //             with G = the weighted signs of the pairs that end at a pixel minus those that begin there
 //
-// Saved for backward: the scales and 6 bits of signs an element. Work split: pairs.cuh. Two launches forward,
-// one backward. Bytes per element, fp32 images and mask [N, 1, H, W]: forward 8 + 4/C + 3/4 (signs), backward
-// 3/4 + 4/C + 4 a gradient.
+// Saved for backward: the scales and 6 bits of signs an element. Work split: pairs.cuh; bytes:
+// pairs_forward.cuh, pairs_backward.cuh. Two launches forward, one backward.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pairs_launch.cuh"

@@ -6,10 +6,7 @@
 //             target times the rest
 //
 // Saved for backward: the scales and for l1 4 bits of signs an element; l2 needs the images. Work split:
-// pairs.cuh. Two launches forward, one backward. Bytes per element, fp32:
-//   forward   4 + 1/2 (signs)
-//   backward  1/2 (l1) or 4, + 4 (gradient)
-// A mask [N, 1, H, W] adds 4/C to both, a composite another image.
+// pairs.cuh; bytes: pairs_forward.cuh, pairs_backward.cuh. Two launches forward, one backward.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pairs_launch.cuh"
