@@ -49,7 +49,8 @@ inline ElementType image_type(const char* argument, ScalarType dtype) {
   return mask_type(dtype);
 }
 
-// The value of any byte but 0 in a bool tensor, which another tensor's bytes may back.
+// The largest value of an 8-bit mask: 1 for bool, as a bool tensor viewed from other bytes is true for all
+// but 0.
 inline float mask_cap(const Tensor& mask) { return mask.scalar_type() == ScalarType::Bool ? 1.0f : 255.0f; }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {

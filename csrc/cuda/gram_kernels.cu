@@ -26,7 +26,8 @@ Products products_of(ScalarType dtype) {
   return torch::stable::detail::to<bool>(stack[0]) ? Products::big : Products::all;
 }
 
-// Calls run(indices, type, channels_last) for each launch: of `maps` of one dtype and layout, among `waiting`.
+// Calls run(indices, type, channels_last) for each launch of the maps in `waiting`: of those of one dtype and
+// layout.
 template <typename Run>
 void for_kinds(const std::vector<const Features*>& maps, const std::vector<size_t>& waiting, size_t most,
                const Run& run) {

@@ -6,7 +6,8 @@
 //
 // Saved for backward: scale and, for l1, the signs of d (2 bits an element, 0 where w_i = 0); the other
 // penalties need pred and target. The kernels are those of pixel.cuh, with one layer, one prediction and one
-// region. Two launches forward, one backward. The map of reduction "none" is left to Triton and the reference.
+// region. Two launches forward, one backward. The map of reduction "none" is left to Triton and the
+// reference.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pixel_launch.cuh"

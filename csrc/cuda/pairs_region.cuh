@@ -18,7 +18,7 @@ struct MaskPlanes {
   int32_t row;
   int32_t pixel;
   ElementType type;
-  float cap;     // of u8: 1 for bool, as a bool tensor viewed from other bytes is true for all but 0
+  float cap;     // of u8: mask_cap in arguments.cuh
   bool vectors;  // whole vec4s, each aligned to its size
   Region region;
   // The hole is (is_hole ? mask : 1 - mask) = bias + sign * mask, and so is its maximum, of sign * mask.

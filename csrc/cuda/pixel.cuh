@@ -108,7 +108,7 @@ struct MaskView {
   int64_t stride_c;
   int32_t repeat;
   ElementType type;
-  float cap;     // of u8: 1 for bool, as a bool tensor viewed from other bytes is true for all but 0
+  float cap;     // of u8: mask_cap in arguments.cuh
   bool aligned;  // whole vectors, each aligned to its size or 16 bytes, of at most 4 bytes an element
   bool shared;   // one plane for all segments of a sample
 };

@@ -93,8 +93,8 @@ IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add&
   }
 }
 
-// The loss of one of kRegions regions where all samples have one scale, which is stored for each of them. Each
-// thread of the last stage brings the sums over its samples.
+// The loss of one of kRegions regions where all samples have one scale, which is stored for each of them.
+// Each thread of the last stage brings the sums over its samples.
 template <int kRegions>
 IK_DEVICE double loss_of_one_scale(Normalize normalize, double sum, double weight, double numel,
                                    int64_t samples, float* scales) {
