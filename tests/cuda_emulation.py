@@ -26,10 +26,6 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hid
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
-def _sources() -> list[Path]:
-    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
-
-
 def build() -> Path:
     """The library, compiled if the sources changed: about a minute on one core."""
     compiler = shutil.which("g++")
@@ -51,20 +47,19 @@ def build() -> Path:
 
 def _compile(compiler: str, folder: Path, library: Path) -> None:
     includes = [f"-I{ROOT}/tests/csrc/emulation", f"-I{ROOT}/csrc", "-isystem", f"{TORCH}/include"]
-    objects = [folder / f"{source.stem}.o" for source in _sources()]
-    runs = [
-        subprocess.Popen(
-            [compiler, *FLAGS, STABLE_ABI, *includes, "-x", "c++", "-c", str(source), "-o", str(obj)]
-        )
-        for source, obj in zip(_sources(), objects, strict=True)
-    ]
+    command = [compiler, *FLAGS, STABLE_ABI, *includes, "-x", "c++", "-c"]
+    sources = (ROOT / "csrc/cuda").glob("*.cu")
+    objects = {source: folder / f"{source.stem}.o" for source in sources}
+    runs = [subprocess.Popen([*command, str(source), "-o", str(obj)]) for source, obj in objects.items()]
     codes = [run.wait() for run in runs]
     if any(codes):
         raise RuntimeError("the CUDA sources do not compile as C++")
     built = library.with_suffix(".new")
     libraries = [f"-L{TORCH}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
-    subprocess.run([compiler, "-shared", "-o", str(built), *map(str, objects), *libraries], check=True)
-    for obj in objects:
+    subprocess.run(
+        [compiler, "-shared", "-o", str(built), *map(str, objects.values()), *libraries], check=True
+    )
+    for obj in objects.values():
         obj.unlink()
     built.replace(library)
 
@@ -88,3 +83,10 @@ def install() -> Iterator[None]:
         yield
     finally:
         _backend.unavailable, _backend._chosen = unavailable, chosen
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulation() -> Iterator[None]:
+    """Imported by a module of tests, which then run with the emulated kernels."""
+    with install():
+        yield

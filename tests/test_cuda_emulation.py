@@ -7,12 +7,11 @@ Speed, races and the device's own rounding are for a GPU to show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
-import cuda_emulation
 import pytest
 import torch
+from cuda_emulation import emulation  # noqa: F401
 from feature_cases import (
     check,
     check_distance,
@@ -60,12 +59,6 @@ pytestmark = pytest.mark.skipif(INTERPRETING or EMULATING, reason="runs with the
 
 BOTH = ("contiguous", "channels_last")
 HALF_AND_FULL = ("f32", "f16", "bf16")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def emulation() -> Iterator[None]:
-    with cuda_emulation.install():
-        yield
 
 
 # By op: its call and its formula, of (pred, target, mask).

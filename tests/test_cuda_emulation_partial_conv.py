@@ -5,16 +5,17 @@ What any backend has to do, the tests of the op and of its kernels ask of the em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_emulation import emulation  # noqa: F401
 from harness import (
     DTYPES,
+    EMULATED,
     EMULATING,
     INTERPRETING,
     assert_within_budget,
@@ -23,6 +24,7 @@ from harness import (
     poisoned_allocations,
     same_bits,
 )
+from partial_conv_cases import Case, check, make_mask, make_tensors
 from pixel_cases import MASK_DTYPES
 from torch import Tensor
 
@@ -31,16 +33,13 @@ from inpaint_kernels.reference import partial_conv as reference
 pytestmark = pytest.mark.skipif(INTERPRETING or EMULATING, reason="runs with the compiled backends")
 
 OPS = torch.ops.inpaint_kernels
-FORMS = {"weighed": (True, False), "plain": (False, False), "scaled": (False, True)}
-SLOPE = 0.3
 ODD, VECTORS = (2, 6, 5, 7), (2, 16, 4, 6)
 LAYOUTS = ("nchw", "nhwc", "nchw+1", "nhwc+1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def emulation() -> Iterator[None]:
-    with cuda_emulation.install():
-        yield
+# `how` and `slope` of the operators.
+WEIGHED, PLAIN, RELU = (
+    (reference.Finish(weigh, False, activation).packed(), 0.0)
+    for weigh, activation in ((True, "none"), (False, "none"), (True, "relu"))
+)
 
 
 def dense(x: Tensor, layout: str) -> Tensor:
@@ -60,17 +59,13 @@ def image(size: tuple[int, ...], dtype: str, layout: str = "nchw", seed: int = 0
     return dense(torch.randn(size, generator=generator(seed)).to(DTYPES[dtype]), layout)
 
 
-def planes_for(size: tuple[int, ...], groups: int = 1, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """A third of the windows empty."""
-    shape = (size[0] if batch is None else batch, groups, *size[2:])
+def planes_for(batch: int, *size: int) -> tuple[Tensor, Tensor]:
+    """Ratio and new mask; a third of the windows empty."""
+    shape = (batch, 1, *size)
     rng = generator(3)
     new_mask = (torch.rand(shape, generator=rng) * 1.5 - 0.5).clamp(min=0)
     ratio = torch.where(new_mask == 0, 0.0, torch.rand(shape, generator=rng) * 8 + 0.5)
     return ratio, new_mask
-
-
-def within(actual: Tensor, plain: Tensor, truth: Tensor, what: str, magnitude: Tensor | None = None) -> None:
-    assert_within_budget(actual, plain, truth, acc=torch.float32, what=what, magnitude=magnitude)
 
 
 def mask_of(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
@@ -80,99 +75,18 @@ def mask_of(shape: tuple[int, ...], dtype: str, layout: str = "nchw") -> Tensor:
     return dense(torch.where(holes, 0.0, values).to(MASK_DTYPES[dtype]), layout)
 
 
-def packed(form: tuple[bool, bool], activation: str) -> tuple[int, float]:
-    """`how` and `slope` of the operators."""
-    return reference.Finish(*form, activation).packed(), 0.0 if activation == "relu" else SLOPE
-
-
-def check_finish(
-    raw: Tensor,
-    planes: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-    out: Tensor,
-    activation: str = "none",
-    how: tuple[bool, bool] = (True, False),
-) -> None:
-    keep = raw.clone()
-
-    def formula(dtype: torch.dtype, act: str = activation, size: bool = False) -> Tensor:
-        values = [t if t is None else t.to(dtype) for t in (keep, *planes, bias)]
-        if size:
-            values = [t if t is None else t.abs() for t in values]
-        return reference.finish(*values, *packed(how, act))  # type: ignore[arg-type]
-
-    OPS.partial_conv_finish_cuda(raw, *planes, bias, *packed(how, activation), out)
-    terms = formula(torch.float64, "none", True)
-    within(out, formula(torch.float32), formula(torch.float64), "finish", terms)
-
-
-def check_backward(
-    grad: Tensor,
-    planes: tuple[Tensor, Tensor],
-    out: Tensor,
-    activation: str = "none",
-    how: tuple[bool, bool] = (True, False),
-    output_layout: str = "nchw",
-    output_dtype: str = "f32",
-    need_bias: bool = True,
-) -> Tensor:
-    raw = torch.randn(grad.shape, generator=generator(9))
-    bias = torch.randn(grad.shape[1], generator=generator(10))
-    output = None
-    if activation != "none":
-        output = reference.finish(raw, *planes, bias, *packed(how, activation))
-        output = dense(output.to(DTYPES[output_dtype]), output_layout)
-    keep = grad.clone()
-
-    def formula(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in (raw, bias)]
-        planes_there = [t.to(dtype) for t in planes]
-        value = reference.finish(leaves[0], *planes_there, leaves[1], *packed(how, activation))
-        by_raw, by_bias = torch.autograd.grad(value, leaves, keep.to(dtype))
-        return by_raw, by_bias
-
-    with poisoned_allocations():
-        bias_grad = OPS.partial_conv_finish_backward_cuda(
-            grad, output, *planes, *packed(how, activation), need_bias, out
-        )
-    plain, truth = formula(torch.float32), formula(torch.float64)
-    within(out, plain[0], truth[0], "gradient by the convolution")
-    if not need_bias:
-        assert bias_grad.shape == (0,)
-        return bias_grad
-    assert bias_grad.dtype == torch.float32
-    others = [0, *range(2, grad.ndim)]
-    scale = reference.channel_planes(planes[0 if how[1] else 1], grad.shape[1]).double()
-    terms = (keep.double().nan_to_num(0, 0, 0) * scale.clamp(min=1)).abs().sum(others)
-    within(bias_grad, plain[1], truth[1], "gradient by the bias", terms)
-    return bias_grad
-
-
-def check_both(
-    size: tuple[int, ...],
-    planes: tuple[Tensor, Tensor],
-    dtype: str,
-    layout: str,
-    activation: str = "none",
-    how: str = "weighed",
-) -> None:
-    source = image(size, dtype, layout)
-    bias = torch.randn(size[1], generator=generator(1)).to(DTYPES[dtype])
-    check_finish(source, planes, bias, empty(source, layout, dtype), activation, FORMS[how])
-    to = empty(source, layout, dtype)
-    check_backward(source, planes, to, activation, FORMS[how], layout, dtype)
-
-
-def test_many_channels() -> None:
-    """Interleaved: more vectors than a block has threads."""
-    size = (1, 1056, 1, 3)
-    check_both(size, planes_for(size), "f32", "nhwc")
-
-
-@covering(groups=(1, 2, 4, 8, 16), batch=(1, 2), layout=("nchw", "nhwc", "nhwc+1"), dtype=("f32", "bf16"))
-def test_groups(groups: int, batch: int, layout: str, dtype: str) -> None:
-    for size in ((2, 16, 4, 6), (2, 16, 3, 5), (2, 48, 2, 2, 2)):
-        check_both(size, planes_for(size, groups, batch), dtype, layout)
+@covering(
+    groups=(1, 2, 4, 8, 16),
+    size=((2, 16, 4, 6), (2, 16, 3, 5), (2, 48, 2, 2, 2)),
+    mask=("nc", "1c"),
+    layout=("contiguous", "channels_last"),
+    dtype=("f32", "bf16"),
+)
+def test_groups(groups: int, size: tuple[int, ...], mask: str, layout: str, dtype: str) -> None:
+    """A plane may have fewer channels than a vector."""
+    case = Case(size=size, outputs=size[1], groups=groups, options={"multi_channel": True})
+    known = make_mask(mask, size)
+    check(EMULATED, case, make_tensors(case, dtype, mask=known, layouts=f"{layout}/contiguous"))
 
 
 # More than 2048 tiles, so that a block goes over its share in several rounds.
@@ -185,10 +99,10 @@ def test_groups(groups: int, batch: int, layout: str, dtype: str) -> None:
 )
 def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
     layout, size = case
-    ratio, new_mask = planes_for(size, batch=1)
+    ratio, new_mask = planes_for(1, *size[2:])
     grad = image(size, "f32", layout)
     out = empty(grad, layout, "f32")
-    settings = (ratio, new_mask, *packed((True, False), "none"))
+    settings = (ratio, new_mask, *WEIGHED)
     bias_grad = OPS.partial_conv_finish_backward_cuda(grad, None, *settings, True, out)
     terms = grad * new_mask
     torch.testing.assert_close(out, terms * ratio, rtol=1e-6, atol=0)
@@ -198,41 +112,37 @@ def test_rounds(case: tuple[str, tuple[int, ...]]) -> None:
     if size[1] == 9:
         raw = image((size[0], 17, *size[2:]), "f32", layout)
         out = empty(raw, layout, "f32")
-        OPS.partial_conv_finish_cuda(raw, ratio, new_mask, None, *packed((False, False), "none"), out)
+        OPS.partial_conv_finish_cuda(raw, ratio, new_mask, None, *PLAIN, out)
         torch.testing.assert_close(out, raw * ratio, rtol=1e-6, atol=0)
 
 
-@covering(bias=("f64", "bf16", "strided"), layout=LAYOUTS)
-def test_biases(bias: str, layout: str) -> None:
-    size = VECTORS
-    values = torch.randn(32, generator=generator(5), dtype=DTYPES.get(bias, torch.float32))
-    source = image(size, "f16", layout)
-    given = values[::2] if bias == "strided" else values[:16]
-    check_finish(source, planes_for(size), given, empty(source, layout, "f16"))
-
-
 @covering(layout=LAYOUTS, dtype=("f32", "f16"), size=(ODD, VECTORS))
-def test_in_place(layout: str, dtype: str, size: tuple[int, ...]) -> None:
-    """The result may overwrite the source, bit for bit as elsewhere."""
-    planes = planes_for(size)
-    source = image(size, dtype, layout)
-    bias = torch.randn(source.shape[1])
-    masks = [planes[1], image(size, "f32", layout).clamp(min=0)]
+def test_place_in_memory(layout: str, dtype: str, size: tuple[int, ...]) -> None:
+    """Neither the layout, nor where a tensor starts, nor a result that overwrites its source changes a bit."""
+    batch, channels, *plane = size
+    planes = planes_for(batch, *plane)
+    bias = torch.randn(2 * channels, generator=generator(5))[::2]
 
-    def finish(x: Tensor, out: Tensor) -> None:
-        OPS.partial_conv_finish_cuda(x, *planes, bias, *packed((True, False), "relu"), out)
+    def run(layout: str, in_place: bool) -> list[Tensor]:
+        output, wide = image(size, dtype, layout, seed=1), image(size, "f32", layout).clamp(min=0)
+        results = []
+        for kernel in (
+            lambda x, out: OPS.partial_conv_mask_input_cuda(x, planes[1], out),
+            lambda x, out: OPS.partial_conv_mask_input_cuda(x, wide, out),
+            lambda x, out: OPS.partial_conv_finish_cuda(x, *planes, bias, *RELU, out),
+            lambda x, out: OPS.partial_conv_finish_backward_cuda(x, output, *planes, *RELU, True, out),
+        ):
+            source = image(size, dtype, layout)
+            out = source if in_place else empty(source, layout, dtype)
+            bias_grad = kernel(source, out)
+            results += [out.contiguous()] if bias_grad is None else [out.contiguous(), bias_grad]
+        return results
 
-    def backward(x: Tensor, out: Tensor) -> None:
-        OPS.partial_conv_finish_backward_cuda(x, source, *planes, *packed((True, False), "relu"), True, out)
-
-    def mask(x: Tensor, out: Tensor, k: int) -> None:
-        OPS.partial_conv_mask_input_cuda(x, masks[k], out)
-
-    for run in (finish, backward, lambda x, o: mask(x, o, 0), lambda x, o: mask(x, o, 1)):
-        out, same = empty(source, layout, dtype), dense(source.clone(), layout)
-        run(source, out)
-        run(same, same)
-        assert same_bits(out, same)
+    want = run("nchw", False)
+    for in_place in (False, True):
+        *got, bias_grad = run(layout, in_place)
+        assert all(map(same_bits, got, want))
+        torch.testing.assert_close(bias_grad, want[-1])
 
 
 def run_windows(
@@ -254,7 +164,8 @@ def check_windows(mask: Tensor, **settings: Any) -> None:
     truth = run_windows(mask, reference.window_planes, **{**settings, "dtype": torch.float64})
     for what, got, usual, want in zip(("ratio", "new mask"), actual, plain, truth, strict=True):
         assert got.is_contiguous() and got.dtype == torch.float32
-        within(got, usual, want.clamp(max=torch.finfo(torch.float32).max), what)
+        truth_in_range = want.clamp(max=torch.finfo(torch.float32).max)
+        assert_within_budget(got, usual, truth_in_range, acc=torch.float32, what=what)
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -301,27 +212,28 @@ def test_bool_from_bytes() -> None:
             bytes_ = dense((mask_of(kind, "bool").to(torch.uint8) * 255), layout)
             ones = dense(bytes_ != 0, layout)
             x = image(size, "f32", layout)
-            found = []
+            results = []
             for mask in (ones, bytes_.view(torch.bool)):
                 out = empty(x, layout, "f32")
                 OPS.partial_conv_mask_input_cuda(x, mask, out)
-                found.append((out, *run_windows(mask)))
-            assert all(map(same_bits, *found))
+                results.append((out, *run_windows(mask)))
+            assert all(map(same_bits, *results))
 
 
 def test_errors() -> None:
-    x, planes = image(VECTORS, "f32"), planes_for(VECTORS)
-    with pytest.raises(RuntimeError, match="float16, bfloat16 and float32"):
-        OPS.partial_conv_mask_input_cuda(x.double(), None, x.double())
-    with pytest.raises(RuntimeError, match="differ in shape"):
-        OPS.partial_conv_mask_input_cuda(x, None, x[:1].clone())
-    with pytest.raises(RuntimeError, match="does not fit"):
-        OPS.partial_conv_mask_input_cuda(x, torch.ones(2, 3, 4, 6), x)
-    with pytest.raises(RuntimeError, match="contiguous or channels_last"):
-        OPS.partial_conv_mask_input_cuda(x.transpose(2, 3), None, x.transpose(2, 3))
-    with pytest.raises(RuntimeError, match="output is needed"):
-        OPS.partial_conv_finish_backward_cuda(x, None, *planes, *packed((True, False), "relu"), True, x)
-    with pytest.raises(RuntimeError, match="bias must be"):
-        OPS.partial_conv_finish_cuda(x, *planes, torch.ones(3), *packed((True, False), "none"), x)
-    with pytest.raises(RuntimeError, match="float32"):
-        run_windows(planes[0], dtype=torch.float64)
+    x, planes = image(VECTORS, "f32"), planes_for(2, 4, 6)
+    sliced = x.transpose(2, 3)
+    for message, call in (
+        (
+            "float16, bfloat16 and float32",
+            lambda: OPS.partial_conv_mask_input_cuda(x.double(), None, x.double()),
+        ),
+        ("differ in shape", lambda: OPS.partial_conv_mask_input_cuda(x, None, x[:1].clone())),
+        ("does not fit", lambda: OPS.partial_conv_mask_input_cuda(x, torch.ones(2, 3, 4, 6), x)),
+        ("contiguous or channels_last", lambda: OPS.partial_conv_mask_input_cuda(sliced, None, sliced)),
+        ("output is needed", lambda: OPS.partial_conv_finish_backward_cuda(x, None, *planes, *RELU, True, x)),
+        ("bias must be", lambda: OPS.partial_conv_finish_cuda(x, *planes, torch.ones(3), *WEIGHED, x)),
+        ("float32", lambda: run_windows(planes[0], dtype=torch.float64)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -17,6 +17,7 @@ from inpaint_kernels._cuda_support import Built
 AVAILABLE = ("cpu", "triton", "cuda")
 HOPPER = Built((13, 0), ("9.0",), ("9.0",))
 RELEASE = Built((13, 0), ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0"), ("8.0",))
+NEWER_TOOLKIT = Built((13, 2), ("9.0",), ("9.0",))
 
 
 def choose(index: int, backend: str | None = None, dtype: torch.dtype = torch.float32) -> str:
@@ -30,26 +31,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def pretend(
         built: Built | None, capabilities: list[tuple[int, int]], driver: tuple[int, int] | None = (13, 0)
     ) -> None:
-        asked.clear()
-
         def capability(device: torch.device | int) -> tuple[int, int]:
-            asked.append(device)
             return capabilities[device if isinstance(device, int) else device.index]
 
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU of {capabilities[index]}")
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(_extension, "_problems", {"cpu": None, "cuda": None})
-        monkeypatch.setattr(_extension, "_built", built)
-        monkeypatch.setattr(_extension, "_driver", driver)
-        monkeypatch.setattr(_backend, "default_backend", None)
-        monkeypatch.setattr(_backend, "_HAS_TRITON", True)
-        monkeypatch.setattr(_backend, "_chosen", {})
-        monkeypatch.setattr(_backend, "_told", set())
+        for module, name, value in (
+            (torch.cuda, "device_count", lambda: len(capabilities)),
+            (torch.cuda, "get_device_capability", capability),
+            (torch.cuda, "get_device_name", lambda index: f"GPU of {capabilities[index]}"),
+            (torch.version, "cuda", "13.0"),
+            (_extension, "_problems", {"cpu": None, "cuda": None}),
+            (_extension, "_built", built),
+            (_extension, "_driver", driver),
+            (_backend, "default_backend", None),
+            (_backend, "_HAS_TRITON", True),
+            (_backend, "_chosen", {}),
+            (_backend, "_told", set()),
+        ):
+            monkeypatch.setattr(module, name, value)
 
-    asked: list[object] = []
-    pretend.asked = asked  # type: ignore[attr-defined]
     return pretend
 
 
@@ -145,51 +144,78 @@ def test_record_is_read() -> None:
     assert _cuda_support.read(record) == Built((13, 0), ("8.0", "9.0a"), ("8.0",))
 
 
-def test_driver_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answers(status: int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("answer", "version"),
+    [
+        ((0, 12090), (12, 9)),
+        ((0, 13000), (13, 0)),
+        ((3, 13000), None),
+        (AttributeError("a library without the function"), None),
+        (OSError("no library"), None),
+    ],
+)
+def test_driver_version(
+    answer: tuple[int, int] | Exception, version: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+
         def query(pointer: Any) -> int:
-            pointer._obj.value = number
+            status, pointer._obj.value = answer
             return status
 
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuDriverGetVersion=query))
+        return types.SimpleNamespace(cuDriverGetVersion=query)
 
-    answers(0, 12090)
-    assert _cuda_support.driver_version() == (12, 9)
-    answers(0, 13000)
-    assert _cuda_support.driver_version() == (13, 0)
-    answers(3, 13000)
-    assert _cuda_support.driver_version() is None
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
-    assert _cuda_support.driver_version() is None
-
-    def no_driver(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    assert _cuda_support.driver_version() is None
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert _cuda_support.driver_version() == version
 
 
-def test_each_gpu_gets_its_own_answer(machine: Any) -> None:
-    machine(HOPPER, [(9, 0), (8, 0), (12, 0)])
-    with pytest.warns(UserWarning, match="compute capability 9.0, and the GPU has 8.0"):
-        assert [choose(index) for index in range(3)] == ["cuda", "triton", "cuda"]
-    machine(RELEASE, [(8, 0), (8, 9), (9, 0), (12, 1)])
-    assert [choose(index) for index in range(4)] == ["cuda"] * 4
+OTHER_BUILD = 'To mend it: run `TORCH_CUDA_ARCH_LIST="8.0 9.0" make build`'
+# By machine: the build, its GPUs, what each of them gets, and what the only warning says.
+MACHINES: dict[str, tuple[Built, list[tuple[int, int]], list[str], tuple[str, ...]]] = {
+    "each GPU by itself": (
+        HOPPER,
+        [(9, 0), (8, 0), (12, 0)],
+        ["cuda", "triton", "cuda"],
+        (
+            "inpaint_kernels: cuda tensors run on 'triton' because _C_cuda.so was compiled for ",
+            "compute capability 9.0, and the GPU has 8.0",
+            OTHER_BUILD,
+        ),
+    ),
+    "a release": (RELEASE, [(8, 0), (8, 9), (9, 0), (12, 1)], ["cuda"] * 4, ()),
+    "a GPU older than the kernels": (RELEASE, [(7, 5)], ["triton"], ()),  # no other build would help
+    "PTX newer than the driver": (
+        NEWER_TOOLKIT,
+        [(12, 0)],
+        ["triton"],
+        ("install an NVIDIA driver for CUDA 13.2 or later, or run `TORCH_CUDA_ARCH",),
+    ),
+    # Fake tensors name devices of another machine.
+    "no GPU": (HOPPER, [], ["cuda"], ()),
+    "a GPU that is not there": (HOPPER, [(9, 0)], ["cuda", "cuda"], ()),
+}
 
 
-def test_the_device_is_asked_once(machine: Any) -> None:
-    machine(HOPPER, [(9, 0), (9, 0)])
-    for _ in range(3):
-        choose(1)
-    assert machine.asked == [torch.device("cuda", 1)]
+@pytest.mark.parametrize("case", MACHINES)
+def test_choice_and_its_only_warning(case: str, machine: Any) -> None:
+    built, capabilities, backends, sentences = MACHINES[case]
+    machine(built, capabilities)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert [choose(index, dtype=dtype) for index in range(len(backends))] == backends
+    assert len(caught) == bool(sentences)
+    for sentence in sentences:
+        assert sentence in str(caught[0].message)
 
 
-def test_a_gpu_that_is_not_there_refuses_nothing(machine: Any) -> None:
-    """Of fake tensors: they name devices of another machine."""
-    machine(HOPPER, [])
-    assert choose(0) == "cuda"
-    machine(HOPPER, [(9, 0)])
-    assert choose(7) == "cuda"
+def test_a_gpu_older_than_the_kernels_gets_no_advice_to_build(machine: Any) -> None:
+    machine(RELEASE, [(7, 5)])
+    problem = _extension.problem("cuda", torch.device("cuda", 0))
+    assert problem is not None
+    assert "TORCH_CUDA_ARCH_LIST" not in problem.remedy
 
 
 def test_forced_where_it_cannot_run(machine: Any) -> None:
@@ -201,39 +227,6 @@ def test_forced_where_it_cannot_run(machine: Any) -> None:
         choose(0, "cuda")
     assert choose(1, "cuda") == "cuda"
     assert choose(0, "triton") == "triton"
-
-
-def test_triton_takes_over_with_one_warning(machine: Any) -> None:
-    machine(HOPPER, [(8, 0)])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert choose(0, dtype=dtype) == "triton"
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert message.startswith(
-        "inpaint_kernels: cuda tensors run on 'triton' because _C_cuda.so was compiled for "
-    )
-    assert 'To mend it: run `TORCH_CUDA_ARCH_LIST="8.0 9.0" make build`' in message
-
-
-def test_ptx_that_the_driver_cannot_compile_asks_for_a_driver(machine: Any) -> None:
-    machine(Built((13, 2), ("9.0",), ("9.0",)), [(12, 0)], (13, 0))
-    with pytest.warns(
-        UserWarning, match="install an NVIDIA driver for CUDA 13.2 or later, or run `TORCH_CUDA_ARCH"
-    ):
-        assert choose(0) == "triton"
-
-
-def test_a_gpu_older_than_the_kernels_is_quiet(machine: Any) -> None:
-    """No other build would help."""
-    machine(RELEASE, [(7, 5)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert choose(0) == "triton"
-    problem = _extension.problem("cuda", torch.device("cuda", 0))
-    assert problem is not None
-    assert "TORCH_CUDA_ARCH_LIST" not in problem.remedy
 
 
 def test_compiled_code_gets_the_same_answer(machine: Any) -> None:

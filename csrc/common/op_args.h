@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,42 +24,32 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The value of an enum whose values are 0, 1, ... in the order of their names.
+template <typename Enum>
+Enum parse_name(const char* argument, const std::string& name, std::initializer_list<const char*> names) {
+  const auto position = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(position != names.end(), argument, ": unknown value '", name, "'");
+  return static_cast<Enum>(position - names.begin());
+}
+
 static inline Penalty parse_penalty(const std::string& name) {
-  if (name == "l1") return Penalty::l1;
-  if (name == "l2") return Penalty::l2;
-  if (name == "charbonnier") return Penalty::charbonnier;
-  STD_TORCH_CHECK(name == "huber", "penalty: unknown value '", name, "'");
-  return Penalty::huber;
+  return parse_name<Penalty>("penalty", name, {"l1", "l2", "charbonnier", "huber"});
 }
 
 static inline Normalize parse_normalize(const std::string& name) {
-  if (name == "mask") return Normalize::mask;
-  if (name == "image") return Normalize::image;
-  STD_TORCH_CHECK(name == "sample", "normalize: unknown value '", name, "'");
-  return Normalize::sample;
+  return parse_name<Normalize>("normalize", name, {"mask", "image", "sample"});
 }
 
 static inline Region parse_region(const std::string& name) {
-  if (name == "image") return Region::image;
-  if (name == "hole") return Region::hole;
-  if (name == "dilated_hole") return Region::dilated_hole;
-  STD_TORCH_CHECK(name == "first_pixel", "region: unknown value '", name, "'");
-  return Region::first_pixel;
+  return parse_name<Region>("region", name, {"image", "hole", "dilated_hole", "first_pixel"});
 }
 
 static inline PairNormalize parse_pair_normalize(const std::string& name) {
-  if (name == "pairs") return PairNormalize::pairs;
-  if (name == "image") return PairNormalize::image;
-  STD_TORCH_CHECK(name == "mask", "normalize: unknown value '", name, "'");
-  return PairNormalize::mask;
+  return parse_name<PairNormalize>("normalize", name, {"pairs", "image", "mask"});
 }
 
 static inline GramNormalize parse_gram_normalize(const std::string& name) {
-  if (name == "chw") return GramNormalize::chw;
-  if (name == "hw") return GramNormalize::hw;
-  if (name == "none") return GramNormalize::none;
-  STD_TORCH_CHECK(name == "gatys", "normalize: unknown value '", name, "'");
-  return GramNormalize::gatys;
+  return parse_name<GramNormalize>("normalize", name, {"chw", "hw", "none", "gatys"});
 }
 
 static inline ScalarType accumulate_type(ScalarType a, ScalarType b) {
@@ -179,9 +171,10 @@ static inline Tensor prepare_mask(const Tensor& mask, const std::vector<int64_t>
   const int64_t step = interleaved ? mask_c : 1;
   const bool dense = (W == 1 || ready.stride(dims - 1) == step) &&
                      (H == 1 || ready.stride(dims - 2) == W * step) && (!interleaved || ready.stride(1) == 1);
-  if (!dense)
-    ready =
-        torch::stable::contiguous(ready, interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (!dense) {
+    const auto format = interleaved ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    ready = torch::stable::contiguous(ready, format);
+  }
   shape.has_mask = true;
   shape.mask_stride_n = mask_n == 1 ? 0 : ready.stride(0);
   shape.mask_stride_c = mask_c == 1 || interleaved ? 0 : ready.stride(1);

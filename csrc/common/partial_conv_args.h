@@ -11,10 +11,7 @@
 namespace ik {
 
 static inline MaskUpdate parse_update(const std::string& name) {
-  if (name == "clamp") return MaskUpdate::clamp;
-  if (name == "binary") return MaskUpdate::binary;
-  STD_TORCH_CHECK(name == "proportional", "mask_update: unknown value '", name, "'");
-  return MaskUpdate::proportional;
+  return parse_name<MaskUpdate>("mask_update", name, {"clamp", "binary", "proportional"});
 }
 
 // As reference/partial_conv.py packs it.
@@ -105,7 +102,7 @@ static inline WindowShape window_shape(const Tensor& mask, const Windows& window
 // Planes [samples, groups, ...] of what the windows give, contiguous.
 static inline Tensor empty_planes(const Tensor& mask, const WindowShape& shape, ScalarType dtype) {
   Ints size{shape.samples, shape.groups};
-  size.insert(size.end(), shape.out_size + 5 - mask.dim(), shape.out_size + 3);
+  size.insert(size.end(), shape.out_size + (5 - mask.dim()), shape.out_size + 3);
   return empty_strided(mask, size, dense_strides(size, false), dtype);
 }
 

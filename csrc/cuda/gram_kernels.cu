@@ -1,7 +1,6 @@
 // Launches of the Gram kernels, shared by gram.cu and style.cu: compiled once for both.
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <type_traits>
 
 #include "cuda/gram_kernels.cuh"
@@ -11,26 +10,11 @@
 namespace ik::cuda {
 namespace {
 
-// Calls body(Type<T>(), bool_constant<channels_last>()).
-template <typename Body>
-void with_kind(ScalarType dtype, bool channels_last, const Body& body) {
-  with_dtype("features", dtype, [&](auto type) {
-    channels_last ? body(type, std::true_type()) : body(type, std::false_type());
-  });
-}
-
 bool aligned_lines(const Features& features) {
   const int64_t line = features.channels_last ? features.channels() : features.pixels();
   return is_aligned(features.ready.const_data_ptr(), 16) &&
          line * static_cast<int64_t>(features.ready.element_size()) % 16 == 0;
 }
-
-unsigned block_count(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "features: too many for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // The products that torch's setting for fp32 matrices asks for. Python answers, as LibTorch's stable ABI does
 // not reach the setting; asked at every launch, so that compiled graphs follow it.
@@ -42,7 +26,23 @@ Products products_of(ScalarType dtype) {
   return torch::stable::detail::to<bool>(stack[0]) ? Products::big : Products::all;
 }
 
-// Partial Gram matrices of several feature maps, as few launches as dtypes and layouts allow.
+// Calls run(indices, type, channels_last) for each launch of the maps in `waiting`: of those of one dtype and
+// layout.
+template <typename Run>
+void for_kinds(const std::vector<const Features*>& maps, const std::vector<size_t>& waiting, size_t most,
+               const Run& run) {
+  const auto agree = [&](size_t a, size_t b) {
+    return maps[a]->dtype() == maps[b]->dtype() && maps[a]->channels_last == maps[b]->channels_last;
+  };
+  for_launches(waiting, most, agree, [&](const std::vector<size_t>& chosen) {
+    const Features& first = *maps[chosen[0]];
+    with_dtype("features", first.dtype(), [&](auto type) {
+      first.channels_last ? run(chosen, type, std::true_type()) : run(chosen, type, std::false_type());
+    });
+  });
+}
+
+// Partial Gram matrices of several feature maps.
 std::vector<Tensor> all_partials(const std::vector<const Features*>& maps, const DeviceScope& device) {
   std::vector<Tensor> partials;
   std::vector<size_t> waiting;
@@ -52,35 +52,25 @@ std::vector<Tensor> all_partials(const std::vector<const Features*>& maps, const
     if (entries > 0) waiting.push_back(partials.size());
     partials.push_back(empty_1d(map->ready, entries, ScalarType::Float));
   }
-  while (!waiting.empty()) {
-    const Features& like = *maps[waiting.front()];
+  for_kinds(maps, waiting, kMaxGramJobs, [&](const auto& chosen, auto type, auto channels_last) {
     GramJobs jobs{};
     int64_t blocks = 0;
-    std::vector<size_t> later;
-    for (const size_t i : waiting) {
+    for (const size_t i : chosen) {
       const Features& map = *maps[i];
-      if (map.dtype() != like.dtype() || map.channels_last != like.channels_last ||
-          jobs.count == kMaxGramJobs) {
-        later.push_back(i);
-        continue;
-      }
       GramJob& job = jobs.job[jobs.count++];
       job.features = map.ready.const_data_ptr();
-      job.partials = floats(partials[i]);
+      job.partials = float_output(partials[i]);
       job.pixels = map.pixels();
       job.channels = static_cast<int32_t>(map.channels());
       job.split = gram_split(map.channels(), map.pixels());
-      job.first_block = block_count(blocks);
+      job.first_block = grid_size(blocks, "features");
       job.aligned = aligned_lines(map);
       blocks += map.samples() * job.split.tiles * job.split.parts;
     }
-    jobs.products = products_of(like.dtype());
-    with_kind(like.dtype(), like.channels_last, [&](auto type, auto channels_last) {
-      launch(gram_partials<typename decltype(type)::type, decltype(channels_last)::value>,
-             block_count(blocks), kGramThreads, device, jobs);
-    });
-    waiting.swap(later);
-  }
+    jobs.products = products_of(maps[chosen[0]]->dtype());
+    launch(gram_partials<typename decltype(type)::type, decltype(channels_last)::value>,
+           grid_size(blocks, "features"), kGramThreads, device, jobs);
+  });
   return partials;
 }
 
@@ -101,11 +91,11 @@ Tensor gram_matrices(const Features& features, double scale, const DeviceScope& 
   Tensor out = empty_strided(features.ready, {features.samples(), C, C}, {C * C, C, 1}, ScalarType::Float);
   GramTotalArgs args{};
   args.partials = static_cast<const float*>(partials[0].const_data_ptr());
-  args.gram = floats(out);
+  args.gram = float_output(out);
   args.scale = scale;
   args.channels = static_cast<int32_t>(C);
   args.split = gram_split(C, features.pixels());
-  const unsigned blocks = block_count(features.samples() * args.split.tiles * kStrips);
+  const unsigned blocks = grid_size(features.samples() * args.split.tiles * kStrips, "features");
   if (blocks > 0) launch(gram_total, blocks, kStripThreads, device, args);
   return out;
 }
@@ -133,7 +123,7 @@ Tensor style_loss(const std::vector<StyleLayer>& layers, bool l1, std::vector<Te
     } else {
       job.gram = static_cast<const float*>(layer.gram->const_data_ptr());
     }
-    if (factors != nullptr) job.factors = floats((*factors)[i]);
+    if (factors != nullptr) job.factors = float_output((*factors)[i]);
     job.input_scale = layer.input_scale;
     job.target_scale = layer.target_scale;
     job.weight = layer.weight;
@@ -156,42 +146,39 @@ Tensor style_loss(const std::vector<StyleLayer>& layers, bool l1, std::vector<Te
     jobs.losses = partial_losses + done;
     int64_t blocks = 0;
     for (size_t i = first; i < std::min(first + kMaxStyleJobs, all.size()); ++i) {
-      all[i].first_block = block_count(blocks);
+      all[i].first_block = grid_size(blocks, "features");
       blocks += static_cast<int64_t>(all[i].batch) * all[i].split.tiles * kStrips;
       jobs.job[jobs.count++] = all[i];
     }
-    if (blocks > 0) launch(style_total, block_count(blocks), kStripThreads, device, jobs);
+    if (blocks > 0) launch(style_total, grid_size(blocks, "features"), kStripThreads, device, jobs);
     done += blocks;
   }
   // Also for empty layers: it writes the zero.
-  launch(style_loss_total, 1, kTotalThreads, device, static_cast<const double*>(partial_losses), total,
-         floats(loss));
+  launch(total_of_parts<double>, 1, kTotalThreads, device, static_cast<const double*>(partial_losses), total,
+         float_output(loss));
   return loss;
 }
 
 std::vector<Tensor> symmetric_products(const std::vector<Product>& products, const DeviceScope& device) {
   std::vector<Tensor> outs;
   std::vector<Tensor> workspaces;
+  std::vector<const Features*> maps;
   std::vector<size_t> waiting;
   for (const Product& product : products) {
     const Features& map = product.features;
     if (map.ready.numel() > 0) waiting.push_back(outs.size());
+    maps.push_back(&map);
     outs.push_back(empty_image(map.ready, map.size, map.channels_last, map.dtype()));
   }
-  while (!waiting.empty()) {
-    const Features& like = products[waiting.front()].features;
+  for_kinds(maps, waiting, kMaxProductJobs, [&](const auto& chosen, auto type, auto channels_last) {
+    using T = typename decltype(type)::type;
+    constexpr bool kChannelsLast = decltype(channels_last)::value;
     ProductJobs jobs{};
     int64_t blocks = 0;
     int64_t tiles = 0;
-    std::vector<size_t> later;
-    for (const size_t i : waiting) {
+    for (const size_t i : chosen) {
       const Product& product = products[i];
       const Features& map = product.features;
-      if (map.dtype() != like.dtype() || map.channels_last != like.channels_last ||
-          jobs.count == kMaxProductJobs) {
-        later.push_back(i);
-        continue;
-      }
       ProductJob& job = jobs.job[jobs.count++];
       job.source = float_data(product.source, "factors");
       const auto strides = product.source.strides();
@@ -202,44 +189,39 @@ std::vector<Tensor> symmetric_products(const std::vector<Product>& products, con
       job.stride_n = strides[0];
       job.stride_row = strides[1];
       job.stride_column = strides[2];
-      job.stride_copy = strides[0] * map.samples();
-      job.copies = static_cast<int32_t>(sizes[0] / map.samples());
+      job.predictions = static_cast<int32_t>(sizes[0] / map.samples());
+      job.samples = static_cast<int32_t>(map.samples());
       job.add_transposed = product.add_transposed;
       job.multiplier = product.multiplier;
       if (product.grad != nullptr) job.grad = float_data(*product.grad, "grad");
       job.channels = static_cast<int32_t>(map.channels());
-      job.side = (job.channels + kFactorTile - 1) / kFactorTile;
+      job.side = static_cast<int32_t>(ceil_div(job.channels, kFactorTile));
       job.pixels = map.pixels();
-      const int64_t pixel_tiles = (job.pixels + kProductPixels - 1) / kProductPixels;
-      job.pixel_tiles = static_cast<int32_t>(block_count(pixel_tiles));
+      const int64_t pixel_tiles = ceil_div(job.pixels, kProductPixels);
+      job.pixel_tiles = static_cast<int32_t>(grid_size(pixel_tiles, "features"));
       const int64_t tile_count = map.samples() * job.side * job.side;
-      workspaces.push_back(empty_1d(map.ready, tile_count + map.samples(), ScalarType::Float));
-      job.maxima = floats(workspaces.back());
-      job.scale = job.maxima + tile_count;
-      workspaces.push_back(empty_1d(map.ready, tile_count, ScalarType::Byte));
-      job.low = static_cast<uint8_t*>(workspaces.back().mutable_data_ptr());
-      const int64_t parts = map.dtype() == ScalarType::BFloat16 ? kParts<BFloat16> : kParts<Half>;
-      workspaces.push_back(empty_1d(map.ready, parts * tile_count * kFactorTile * kFactorTile, map.dtype()));
-      job.factor = workspaces.back().mutable_data_ptr();
+      const auto workspace = [&](int64_t size, ScalarType dtype) {
+        workspaces.push_back(empty_1d(map.ready, size, dtype));
+        return workspaces.back().mutable_data_ptr();
+      };
+      job.maxima = static_cast<float*>(workspace(tile_count, ScalarType::Float));
+      job.scale = static_cast<float*>(workspace(map.samples(), ScalarType::Float));
+      job.low = static_cast<uint8_t*>(workspace(tile_count, ScalarType::Byte));
+      job.factor = workspace(kParts<T> * tile_count * kFactorTile * kFactorTile, map.dtype());
       job.features = map.ready.const_data_ptr();
       job.out = outs[i].mutable_data_ptr();
-      job.first_block = block_count(blocks);
-      job.first_tile = block_count(tiles);
+      job.first_block = grid_size(blocks, "features");
+      job.first_tile = grid_size(tiles, "features");
       job.aligned = aligned_lines(map) && is_aligned(job.out, 16);
       blocks += map.samples() * pixel_tiles * job.side;
       tiles += tile_count;
     }
-    jobs.products = products_of(like.dtype());
-    launch(factor_maxima, block_count(tiles), kFactorThreads, device, jobs);
-    with_kind(like.dtype(), like.channels_last, [&](auto type, auto channels_last) {
-      using T = typename decltype(type)::type;
-      constexpr bool kChannelsLast = decltype(channels_last)::value;
-      launch(split_factor<T>, block_count(tiles), kFactorThreads, device, jobs);
-      launch_shared(symmetric_product<T, kChannelsLast>, block_count(blocks), kProductThreads,
-                    ProductMemory<T, kChannelsLast>::kBytes, device, jobs);
-    });
-    waiting.swap(later);
-  }
+    jobs.products = products_of(maps[chosen[0]]->dtype());
+    launch(factor_maxima, grid_size(tiles, "features"), kFactorThreads, device, jobs);
+    launch(split_factor<T>, grid_size(tiles, "features"), kFactorThreads, device, jobs);
+    launch_shared(symmetric_product<T, kChannelsLast>, grid_size(blocks, "features"), kProductThreads,
+                  ProductMemory<T, kChannelsLast>::kBytes, device, jobs);
+  });
   return outs;
 }
 

@@ -25,7 +25,6 @@ constexpr int kGramStages = 4;
 constexpr int kStripRows = 16;
 constexpr int kStrips = kGramTile / kStripRows;
 constexpr int kStripThreads = 256;
-constexpr int kTotalThreads = 1024;
 constexpr int kMaxGramJobs = 16;
 constexpr int kMaxStyleJobs = 8;
 
@@ -37,27 +36,27 @@ struct GramSplit {
 };
 
 static inline GramSplit gram_split(int64_t channels, int64_t pixels) {
-  const int64_t side = (channels + kGramTile - 1) / kGramTile;
+  const int64_t side = ceil_div(channels, kGramTile);
   GramSplit split{static_cast<int32_t>(side * (side + 1) / 2), 0, 0};
   if (split.tiles == 0 || pixels == 0) return split;
   // 64 blocks a sample fill a GPU from two samples on. A part shorter than 512 pixels would write a sizeable
   // share of what it reads, one longer than 8192 would add up too many roundings.
   const int64_t wanted = split.tiles < 64 ? 64 / split.tiles : 1;
-  int64_t length = (pixels + wanted - 1) / wanted;
+  int64_t length = ceil_div(pixels, wanted);
   length = length < 512 ? 512 : (length < 8192 ? length : 8192);
-  length = (length + 63) / 64 * 64;
+  length = ceil_div(length, 64) * 64;
   split.part_pixels = static_cast<int32_t>(length);
-  split.parts = static_cast<int32_t>((pixels + length - 1) / length);
+  split.parts = static_cast<int32_t>(ceil_div(pixels, length));
   return split;
 }
 
 // Tile `index` of the lower triangle, row by row: (0,0) (1,0) (1,1) (2,0) ...
-struct TilePlace {
+struct TileCoord {
   int32_t row;
   int32_t column;
 };
 
-IK_HD TilePlace tile_place(int index) {
+IK_HD TileCoord tile_coord(int index) {
   int row = 0;
   while (index > row) index -= ++row;
   return {row, index};
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
   const uint32_t rest = block / static_cast<uint32_t>(job.split.tiles);
   const int part = static_cast<int>(rest % static_cast<uint32_t>(job.split.parts));
   const int64_t sample = rest / static_cast<uint32_t>(job.split.parts);
-  const TilePlace tile = tile_place(tile_index);
+  const TileCoord tile = tile_coord(tile_index);
   const bool diagonal = tile.row == tile.column;
   const int64_t begin = static_cast<int64_t>(part) * job.split.part_pixels;
   const int64_t left = job.pixels - begin;
@@ -107,9 +106,9 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
 #pragma unroll
       for (int operand = 0; operand < 2; ++operand) {
         if (operand == 1 && diagonal) break;
-        const int place = operand == 0 ? tile.row : tile.column;
-        const int rows = job.channels - place * kGramTile;
-        const T* source = first + place * row_step + static_cast<int64_t>(stage) * kDepth<T> * pixel_step;
+        const int index = operand == 0 ? tile.row : tile.column;
+        const int rows = job.channels - index * kGramTile;
+        const T* source = first + index * row_step + static_cast<int64_t>(stage) * kDepth<T> * pixel_step;
         load_tile<T, Shape, kGramThreads>(reinterpret_cast<char*>(memory[stage % kGramStages][operand]),
                                           source, line, kChannelsLast ? depth : rows,
                                           kChannelsLast ? rows : depth, job.aligned);
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
     commit_copies();
   };
 
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warp_row = warp / 2 * kWarpRows;
   const int warp_column = warp % 2 * kWarpRows;
   // Above the diagonal.
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_partials(const IK_GRID_C
 }
 
 // Where a thread of the second stage works: four neighbours of one row, in the tile and in the matrix.
-struct StripPlace {
+struct StripCoord {
   int64_t sample;
   int32_t tile;
   int32_t strip;
@@ -185,28 +184,28 @@ struct StripPlace {
   }
 };
 
-IK_DEVICE StripPlace strip_place(uint32_t block, const GramSplit& split) {
-  StripPlace place;
+IK_DEVICE StripCoord strip_coord(uint32_t block, const GramSplit& split) {
+  StripCoord coord;
   const uint32_t tiles = static_cast<uint32_t>(split.tiles);
-  place.strip = static_cast<int>(block % kStrips);
-  place.tile = static_cast<int>(block / kStrips % tiles);
-  place.sample = block / kStrips / tiles;
-  const TilePlace tile = tile_place(place.tile);
+  coord.strip = static_cast<int>(block % kStrips);
+  coord.tile = static_cast<int>(block / kStrips % tiles);
+  coord.sample = block / kStrips / tiles;
+  const TileCoord tile = tile_coord(coord.tile);
   const int thread = static_cast<int>(threadIdx.x);
-  const int row = place.strip * kStripRows + thread / (kGramTile / 4);
+  const int row = coord.strip * kStripRows + thread / (kGramTile / 4);
   const int column = thread % (kGramTile / 4) * 4;
-  place.row = tile.row * kGramTile + row;
-  place.column = tile.column * kGramTile + column;
-  place.offset = row * kGramTile + column;
-  return place;
+  coord.row = tile.row * kGramTile + row;
+  coord.column = tile.column * kGramTile + column;
+  coord.offset = row * kGramTile + column;
+  return coord;
 }
 
 // The four entries of sample `sample`, added over its parts and scaled. Entries above the diagonal are
 // undefined.
 IK_DEVICE void add_parts(const float* partials, const GramSplit& split, int64_t sample,
-                         const StripPlace& place, double scale, float (&gram)[4]) {
+                         const StripCoord& coord, double scale, float (&gram)[4]) {
   const float* data =
-      partials + (sample * split.tiles + place.tile) * split.parts * kGramEntries + place.offset;
+      partials + (sample * split.tiles + coord.tile) * split.parts * kGramEntries + coord.offset;
   double sum[4] = {};
 #pragma unroll 4
   for (int part = 0; part < split.parts; ++part) {
@@ -219,23 +218,24 @@ IK_DEVICE void add_parts(const float* partials, const GramSplit& split, int64_t 
 }
 
 // Stores a strip of a symmetric matrix [C, C] and its mirror image. Called by all threads.
-IK_DEVICE void store_symmetric(const StripPlace& place, const float (&value)[4], int channels, float* out) {
+IK_DEVICE void store_symmetric(const StripCoord& coord, const float (&value)[4], int channels, float* out) {
   __shared__ float strip[kStripRows][kGramTile + 1];
   const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     strip[thread / (kGramTile / 4)][thread % (kGramTile / 4) * 4 + q] = value[q];
-    if (place.counts(q, channels))
-      out[static_cast<int64_t>(place.row) * channels + place.column + q] = value[q];
+    if (coord.counts(q, channels)) {
+      out[static_cast<int64_t>(coord.row) * channels + coord.column + q] = value[q];
+    }
   }
   __syncthreads();
-  const TilePlace tile = tile_place(place.tile);
+  const TileCoord tile = tile_coord(coord.tile);
   const int column = tile.column * kGramTile + thread / 4;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const int r = thread % 4 * 4 + q;
-    const int row = tile.row * kGramTile + place.strip * kStripRows + r;
+    const int row = tile.row * kGramTile + coord.strip * kStripRows + r;
     if (row < channels && column < row)
       out[static_cast<int64_t>(column) * channels + row] = strip[r][thread / 4];
   }
@@ -250,10 +250,10 @@ struct GramTotalArgs {
 };
 
 static __global__ void __launch_bounds__(kStripThreads) gram_total(const GramTotalArgs args) {
-  const StripPlace place = strip_place(blockIdx.x, args.split);
+  const StripCoord coord = strip_coord(blockIdx.x, args.split);
   float value[4];
-  add_parts(args.partials, args.split, place.sample, place, args.scale, value);
-  store_symmetric(place, value, args.channels, args.gram + place.sample * args.channels * args.channels);
+  add_parts(args.partials, args.split, coord.sample, coord, args.scale, value);
+  store_symmetric(coord, value, args.channels, args.gram + coord.sample * args.channels * args.channels);
 }
 
 struct StyleJob {
@@ -282,55 +282,46 @@ struct StyleJobs {
 
 static __global__ void __launch_bounds__(kStripThreads) style_total(const IK_GRID_CONSTANT StyleJobs jobs) {
   const StyleJob& job = jobs.job[find_job(jobs.job, jobs.count)];
-  const StripPlace place = strip_place(blockIdx.x - job.first_block, job.split);
+  const StripCoord coord = strip_coord(blockIdx.x - job.first_block, job.split);
   const int64_t matrix = static_cast<int64_t>(job.channels) * job.channels;
-  // Goals of an entry and of its mirror image: a matrix the user gives need not be symmetric.
-  float goal[4];
+  // Targets of an entry and of its mirror image: a matrix the user gives need not be symmetric.
+  float target[4];
   float mirrored[4];
   // Not `target`, which is null for a target without pixels too.
   if (job.gram == nullptr) {
-    add_parts(job.target, job.target_split, place.sample, place, job.target_scale, goal);
+    add_parts(job.target, job.target_split, coord.sample, coord, job.target_scale, target);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) mirrored[q] = goal[q];
+    for (int q = 0; q < 4; ++q) mirrored[q] = target[q];
   } else {
-    const float* gram = job.gram + place.sample * matrix;
+    const float* gram = job.gram + coord.sample * matrix;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const bool counts = place.counts(q, job.channels);
-      const int64_t row = place.row;
-      const int64_t column = place.column + q;
-      goal[q] = counts ? gram[row * job.channels + column] : 0.0f;
+      const bool counts = coord.counts(q, job.channels);
+      const int64_t row = coord.row;
+      const int64_t column = coord.column + q;
+      target[q] = counts ? gram[row * job.channels + column] : 0.0f;
       mirrored[q] = counts ? gram[column * job.channels + row] : 0.0f;
     }
   }
   double loss = 0.0;
 #pragma unroll 1
   for (int prediction = 0; prediction < job.predictions; ++prediction) {
-    const int64_t sample = static_cast<int64_t>(prediction) * job.batch + place.sample;
+    const int64_t sample = static_cast<int64_t>(prediction) * job.batch + coord.sample;
     float gram[4];
     float factor[4];
-    add_parts(job.input, job.split, sample, place, job.input_scale, gram);
+    add_parts(job.input, job.split, sample, coord, job.input_scale, gram);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const double d = static_cast<double>(gram[q] - goal[q]);
+      const double d = static_cast<double>(gram[q] - target[q]);
       const double mirror = static_cast<double>(gram[q] - mirrored[q]);
-      const bool diagonal = place.row == place.column + q;
-      if (place.counts(q, job.channels)) loss += style_entry(jobs.l1, d, mirror, diagonal);
+      const bool diagonal = coord.row == coord.column + q;
+      if (coord.counts(q, job.channels)) loss += style_entry(jobs.l1, d, mirror, diagonal);
       factor[q] = job.factor * static_cast<float>(style_entry_grad(jobs.l1, d, mirror));
     }
-    if (job.factors != nullptr) store_symmetric(place, factor, job.channels, job.factors + sample * matrix);
+    if (job.factors != nullptr) store_symmetric(coord, factor, job.channels, job.factors + sample * matrix);
   }
-  loss = block_total<kStripThreads>(loss);
+  loss = sum_block<kStripThreads>(loss);
   if (threadIdx.x == 0) jobs.losses[blockIdx.x] = loss * job.weight;
-}
-
-static __global__ void __launch_bounds__(kTotalThreads)
-    style_loss_total(const double* losses, int64_t count, float* loss) {
-  double sum = 0.0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += kTotalThreads) sum += losses[i];
-  sum = block_total<kTotalThreads>(sum);
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
 }
 
 }  // namespace ik::cuda

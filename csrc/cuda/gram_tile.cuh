@@ -18,6 +18,7 @@
 // product would take 8 instructions for 3 of the tensor core.
 #pragma once
 
+#include "cuda/sums.cuh"
 #include "cuda/tensor_core.cuh"
 
 namespace ik::cuda {
@@ -26,7 +27,6 @@ constexpr int kStageBytes = 64;
 constexpr int kStepBytes = 32;  // of one mma
 constexpr int kSteps = kStageBytes / kStepBytes;
 constexpr int kWarpRows = 32;  // of the product, and as many columns
-constexpr int kWarpSize = 32;
 
 template <typename T>
 constexpr int kDepth = kStageBytes / static_cast<int>(sizeof(T));
@@ -74,7 +74,7 @@ IK_DEVICE void load_tile(char* tile, const T* source, int64_t stride, int lines,
 #pragma unroll 1
     for (int line = first; line < Shape::kLines; line += kHop) {
       Pack<T, kPiece<T>> pack;
-      load_pack_scalar(from, line < lines ? valid : 0, pack);
+      load_pack_each(from, line < lines ? valid : 0, pack);
       *reinterpret_cast<Words*>(to) = Words{{pack.words[0], pack.words[1], pack.words[2], pack.words[3]}};
       from += kHop * stride;
       to += kHop * Shape::kPitch;
@@ -87,7 +87,7 @@ IK_DEVICE void load_tile(char* tile, const T* source, int64_t stride, int lines,
 // columns, words {0, 2} and {1, 3}.
 template <typename T, typename Shape>
 IK_DEVICE void load_fragment(const char* tile, int row, int step, uint32_t (&words)[4]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if constexpr (!Shape::kTransposed) {
     load_matrices<false>(tile + (row + lane % 16) * Shape::kPitch + step * kStepBytes + lane / 16 * 16,
                          words);
@@ -142,10 +142,10 @@ constexpr int kParts = std::is_same_v<T, BFloat16> ? 3 : 2;
 using WarpSums = float[2][4][4];  // [rows / 16][columns / 8][mma accumulator]
 
 IK_DEVICE bool has_nan(const WarpSums& sums) {
-  bool found = false;
+  bool result = false;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) found = found || is_nan(sums[i / 16][i / 4 % 4][i % 4]);
-  return found;
+  for (int i = 0; i < 32; ++i) result = result || is_nan(sums[i / 16][i / 4 % 4][i % 4]);
+  return result;
 }
 
 // Adds one stage of A[a_row ..][k] B[b_row ..][k], 32 x 32, to the sums of this warp.
@@ -215,29 +215,8 @@ IK_DEVICE void multiply_stage(const char* a, int a_row, const char* b, int b_row
 // Row and column, within the warp's 32 x 32, of the first of the two neighbours in accumulators 2 `pair` and
 // the next.
 IK_DEVICE int sum_row(int m, int pair) {
-  return 16 * m + 8 * pair + static_cast<int>(threadIdx.x) % kWarpSize / 4;
+  return 16 * m + 8 * pair + static_cast<int>(threadIdx.x) % kWarp / 4;
 }
 IK_DEVICE int sum_column(int n) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2; }
-
-// Job of this block in a launch whose jobs own consecutive ranges of blocks, starting at `first_block`.
-template <typename Jobs>
-IK_DEVICE int find_job(const Jobs& jobs, int count) {
-  int i = 0;
-  while (i + 1 < count && blockIdx.x >= jobs[i + 1].first_block) ++i;
-  return i;
-}
-
-// Adds `value` over all threads of the block in a fixed order; thread 0 gets the result.
-template <int kThreadCount>
-IK_DEVICE double block_total(double value) {
-  __shared__ double warp_totals[kThreadCount / kWarpSize];
-#pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (threadIdx.x % kWarpSize == 0) warp_totals[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  value = 0.0;
-  for (int w = 0; w < kThreadCount / kWarpSize; ++w) value += warp_totals[w];
-  return value;
-}
 
 }  // namespace ik::cuda

@@ -7,9 +7,8 @@
 //             d / d target = - (g_hole scale_n0 h + g_valid scale_n1 v) sign(d) + v G
 //             with G = the weighted signs of the pairs that end at a pixel minus those that begin there
 //
-// Saved for backward: the scales and 6 bits of signs an element. Work split: pairs.cuh. Two launches forward,
-// one backward. Bytes per element, fp32 images and mask [N, 1, H, W]: forward 8 + 4/C + 3/4 (signs), backward
-// 3/4 + 4/C + 4 a gradient.
+// Saved for backward: the scales and 6 bits of signs an element. Work split: pairs.cuh; bytes:
+// pairs_forward.cuh, pairs_backward.cuh. Two launches forward, one backward.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pairs_launch.cuh"
@@ -40,9 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inpainting_pi
   final.weight[0] = hole_weight;
   final.weight[1] = valid_weight;
   final.weight[2] = tv_weight;
-  const PairForwardCall call{pred,         &target,          &mask,      parse_region(tv_region),
-                             mask_is_hole, /*square=*/false, save_signs, final};
-  Tensor signs = run_pairs_forward<Terms::losses>(device, call);
+  const PairCall call{&pred, &target, &mask, parse_region(tv_region), mask_is_hole, /*square=*/false};
+  Tensor signs = run_pairs_forward<Terms::losses>(device, call, save_signs, final);
   return {terms[0], terms[1], terms[2], terms[3], scale, tv_scale, signs};
 }
 
@@ -72,21 +70,9 @@ std::tuple<Tensor, Tensor> inpainting_pixel_backward(const std::optional<Tensor>
                   "scale: expected a contiguous [N, 2] tensor");
   args.scale = float_data(scale, "scale");
   args.tv_scale = float_data(tv_scale, "tv_scale");
-  const PairBackwardCall call{scale,
-                              &signs,
-                              &mask,
-                              nullptr,
-                              nullptr,
-                              size,
-                              channels_last,
-                              pred_dtype,
-                              target_dtype,
-                              parse_region(tv_region),
-                              mask_is_hole,
-                              /*square=*/false,
-                              need_pred,
-                              need_target};
-  return run_pairs_backward<Terms::losses>(device, call, args);
+  const PairCall call{nullptr, nullptr, &mask, parse_region(tv_region), mask_is_hole, /*square=*/false};
+  const PairGradients wanted{size, channels_last, pred_dtype, target_dtype, need_pred, need_target};
+  return run_pairs_backward<Terms::losses>(device, call, wanted, &signs, scale, args);
 }
 
 }  // namespace

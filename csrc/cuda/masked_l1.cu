@@ -6,10 +6,8 @@
 //
 // Saved for backward: scale and, for l1, the signs of d (2 bits an element, 0 where w_i = 0); the other
 // penalties need pred and target. The kernels are those of pixel.cuh, with one layer, one prediction and one
-// region. Two launches forward, one backward. Bytes per element, fp32 images and mask [N, 1, H, W]:
-//   forward   8 + 4/C + 1/4 (signs)
-//   backward  1/4 (l1) or 8, + 4/C + 4 a gradient
-// The map of reduction "none" is left to Triton and the reference.
+// region. Two launches forward, one backward. The map of reduction "none" is left to Triton and the
+// reference.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pixel_launch.cuh"

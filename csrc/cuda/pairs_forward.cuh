@@ -20,7 +20,7 @@ struct alignas(16) PairPartial {
 struct PairForwardArgs {
   Frame frame;
   MaskPlanes mask;
-  ImagePair<const char> images;
+  ImagePair images;
   bool sum_region;
   PairPartial* partials;  // [N, blocks]
   uint32_t* signs;        // [N, C, ceil(H / 4), kinds, ceil(W / 4)] or null
@@ -31,24 +31,14 @@ IK_DEVICE float pair_penalty(float d) {
   return kSquare ? d * d : fabsf(d);
 }
 
-// Adds up a block's sums, in a fixed order. `swap`: the mask's are those of the valid region.
+// Stores a block's sums. `swap`: the mask's are those of the valid region.
 IK_DEVICE void store_sums(float (&sum)[kSums], bool swap, PairPartial* partials) {
-  __shared__ float warp_sums[kThreads / kWarp][kSums];
+  sum_block<kThreads>(sum);
+  if (threadIdx.x != 0) return;
+  PairPartial partial{};
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-  }
-  if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) warp_sums[threadIdx.x / kWarp][i] = sum[i];
-  }
-  __syncthreads();
-  if (threadIdx.x >= kSums) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][threadIdx.x];
-  partials[blockIdx.x].sum[swap && threadIdx.x < kDown ? threadIdx.x ^ 1u : threadIdx.x] = total;
+  for (int i = 0; i < kSums; ++i) partial.sum[i] = swap && i < kDown ? sum[i ^ 1] : sum[i];
+  partials[blockIdx.x] = partial;
 }
 
 template <Terms kTerms, int kChannels, bool kSquare>
@@ -57,39 +47,39 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
   constexpr bool kLosses = kTerms == Terms::losses;
   constexpr int kKinds = kSignKinds<kTerms>;
   const Frame& frame = args.frame;
-  const Spot spot = locate_chunk<kChannels>(frame);
-  RegionRows regions(args.mask, frame, spot);
-  ImageRows<kTerms, kChannels> images(args.images, frame, spot, spot.begin);
-  images.load(spot.begin < spot.end);
-  regions.begin(spot.begin);
+  const PairCoord coord = locate_chunk<kChannels>(frame);
+  RegionRows regions(args.mask, frame, coord);
+  ImageRows<kTerms, kChannels> images(args.images, frame, coord, coord.begin);
+  images.load(coord.begin < coord.end);
+  regions.begin(coord.begin);
 
   float sum[kSums] = {};
-  float above[kChannels][kQuad] = {};
-  float first_above[kQuad] = {};
+  float above[kChannels][kVec4] = {};
+  float first_above[kVec4] = {};
   uint32_t words[kChannels][kKinds];
 #pragma unroll
   for (int i = 0; i < kChannels * kKinds; ++i) words[i / kKinds][i % kKinds] = kNoSigns;
-  uint32_t* signs = sign_words<kTerms>(args.signs, frame, spot);
+  uint32_t* signs = sign_words<kTerms>(args.signs, frame, coord);
 
   // Stores the words of the 4 rows from y on and begins new ones.
   const auto store_signs = [&](int kind, int y) {
-    const bool inside = args.signs != nullptr && spot.valid > 0 && y < spot.end;
+    const bool inside = args.signs != nullptr && coord.valid > 0 && y < coord.end;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       const int64_t plane = static_cast<int64_t>(c) * frame.sign_rows * kKinds + kind;
-      if (inside && c < spot.channels) signs[plane * frame.sign_quads] = words[c][kind];
+      if (inside && c < coord.channels) signs[plane * frame.sign_vec4s] = words[c][kind];
       words[c][kind] = kNoSigns;
     }
   };
 
 #pragma unroll 1
   for (int step = 0; step <= frame.chunk_rows; ++step) {
-    const int y = spot.begin + step;
-    const bool own = y < spot.end;
+    const int y = coord.begin + step;
+    const bool own = y < coord.end;
     RegionRow row;
     regions.next(y, row);
-    float weighed[kChannels][kQuad];
-    float here[kChannels][kQuad];
+    float weighed[kChannels][kVec4];
+    float here[kChannels][kVec4];
     images.take(row, weighed, here);
 
     if constexpr (kLosses) {
@@ -98,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) byte[c] = kNoSignsByte;
 #pragma unroll
-        for (int k = 0; k < kQuad; ++k) {
+        for (int k = 0; k < kVec4; ++k) {
           const float mask = row.mask[k];
           const float rest = 1.0f - mask;
 #pragma unroll
@@ -108,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
             if (rest != 0.0f) sum[kValid] += rest * fabsf(d);
             add_sign(true, d, k, byte[c]);
           }
-          if (frame.whole || k < spot.valid) {
+          if (k < coord.valid) {
             sum[kHoleWeight] += mask;
             sum[kValidWeight] += rest;
           }
@@ -117,25 +107,25 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
         for (int c = 0; c < kChannels; ++c) {
           // Of pred - target.
           if (args.mask.is_hole) byte[c] = 2.0f * kNoSignsByte - byte[c];
-          words[c][2] = insert_signs(words[c][2], byte[c], step % kQuad);
+          words[c][2] = insert_signs(words[c][2], byte[c], step % kVec4);
         }
       }
     }
     if (args.sum_region && own) {
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
-        if (k < spot.valid) sum[kRegion] += row.first[k + 1];
+      for (int k = 0; k < kVec4; ++k) {
+        if (k < coord.valid) sum[kRegion] += row.first[k + 1];
       }
     }
     mix<kTerms>(row, weighed, here);
-    images.load(y < spot.end && y + 1 < frame.rows);
+    images.load(y < coord.end && y + 1 < frame.rows);
 
     // 0 for pairs of another chunk or with no pixel.
-    float across_weight[kQuad];
-    float down_weight[kQuad];
+    float across_weight[kVec4];
+    float down_weight[kVec4];
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      const bool inside = frame.whole ? k + 1 < kQuad || !spot.at_border : spot.x + k + 1 < frame.width;
+    for (int k = 0; k < kVec4; ++k) {
+      const bool inside = coord.x + k + 1 < frame.width;
       across_weight[k] = own && inside ? row.first[k + 1] * row.second[k + 2] : 0.0f;
       down_weight[k] = first_above[k] * row.second[k + 1];
       first_above[k] = own && y + 1 < frame.rows ? row.first[k + 1] : 0.0f;
@@ -146,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
       float across_byte = kNoSignsByte;
       float down_byte = kNoSignsByte;
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
-        const float across = (k + 1 < kQuad ? here[c][(k + 1) % kQuad] : right) - here[c][k];
+      for (int k = 0; k < kVec4; ++k) {
+        const float across = (k + 1 < kVec4 ? here[c][(k + 1) % kVec4] : right) - here[c][k];
         const float down = here[c][k] - above[c][k];
         if (across_weight[k] != 0.0f) sum[kAcross] += across_weight[k] * pair_penalty<kSquare>(across);
         if (down_weight[k] != 0.0f) sum[kDown] += down_weight[k] * pair_penalty<kSquare>(down);
@@ -158,22 +148,22 @@ __global__ void __launch_bounds__(kThreads, kPairBlocks<kChannels>)
         above[c][k] = here[c][k];
       }
       if constexpr (!kSquare) {
-        words[c][0] = insert_signs(words[c][0], across_byte, step % kQuad);
-        words[c][1] = insert_signs(words[c][1], down_byte, (step + kQuad - 1) % kQuad);
+        words[c][0] = insert_signs(words[c][0], across_byte, step % kVec4);
+        words[c][1] = insert_signs(words[c][1], down_byte, (step + kVec4 - 1) % kVec4);
       }
     }
     if constexpr (!kSquare) {
       // The down signs of a row are known a row later than the others.
-      if (step % kQuad == kQuad - 1) {
-        store_signs(0, y - kQuad + 1);
-        if constexpr (kLosses) store_signs(2, y - kQuad + 1);
-      } else if (step > 0 && step % kQuad == 0) {
-        store_signs(1, y - kQuad);
-        signs += static_cast<int64_t>(kKinds) * frame.sign_quads;
+      if (step % kVec4 == kVec4 - 1) {
+        store_signs(0, y - kVec4 + 1);
+        if constexpr (kLosses) store_signs(2, y - kVec4 + 1);
+      } else if (step > 0 && step % kVec4 == 0) {
+        store_signs(1, y - kVec4);
+        signs += static_cast<int64_t>(kKinds) * frame.sign_vec4s;
       }
     }
   }
-  const int channels = spot.valid == 0 ? 0 : (spot.channels < kChannels ? spot.channels : kChannels);
+  const int channels = coord.valid == 0 ? 0 : (coord.channels < kChannels ? coord.channels : kChannels);
 #pragma unroll
   for (int i : {kHoleWeight, kValidWeight, kRegion}) sum[i] *= static_cast<float>(channels);
   store_sums(sum, !args.mask.is_hole, args.partials);
@@ -224,23 +214,20 @@ __global__ void __launch_bounds__(kFinalThreads) pairs_finalize(const PairFinalA
         }
       });
   double scales[2];
-  pair_scales(args.pair_normalize, args.pairs_down, args.pairs_across, args.numel, block_sum(sum[kRegion]),
-              scales);
-  const double tv = scales[0] * block_sum(sum[kDown]) + scales[1] * block_sum(sum[kAcross]);
+  pair_scales(args.pair_normalize, args.pairs_down, args.pairs_across, args.numel,
+              sum_block<kFinalThreads>(sum[kRegion]), scales);
+  const double tv =
+      scales[0] * sum_block<kFinalThreads>(sum[kDown]) + scales[1] * sum_block<kFinalThreads>(sum[kAcross]);
   double total = args.weight[2] * tv;
   if constexpr (kLosses) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       double loss = 0.0;
       if (args.normalize == Normalize::sample) {
-        loss = block_sum(scaled[r]);
+        loss = sum_block<kFinalThreads>(scaled[r]);
       } else {
-        const double scale = sample_scale(args.normalize, 0.0, block_sum(sum[kHoleWeight + r]), args.numel,
-                                          static_cast<double>(args.samples));
-        loss = block_sum(sum[kHole + r]) * scale;
-        for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
-          args.scale[2 * n + r] = static_cast<float>(scale);
-        }
+        loss = loss_of_one_scale<2>(args.normalize, sum[kHole + r], sum[kHoleWeight + r], args.numel,
+                                    args.samples, args.scale + r);
       }
       if (threadIdx.x == 0) *(r == 0 ? args.hole : args.valid) = static_cast<float>(loss);
       total += args.weight[r] * loss;

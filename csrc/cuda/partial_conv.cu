@@ -13,8 +13,8 @@
 #include <algorithm>
 
 #include "common/partial_conv_args.h"
+#include "cuda/arguments.cuh"
 #include "cuda/partial_conv_any.cuh"
-#include "cuda/partial_conv_launch.cuh"
 #include "cuda/partial_conv_vector.cuh"
 
 namespace ik::cuda {
@@ -26,49 +26,48 @@ constexpr int64_t kManyTiles = 2048;
 // What one call works on, as its kernel is chosen.
 struct Work {
   ImageArgs args{};
-  ScalarType dtype = ScalarType::Float;  // of `out`
-  int64_t samples = 0;
-  int64_t channels = 0;
+  Tensor out;
+  int64_t samples;
+  int64_t channels;
+  int64_t vector;                 // elements of 16 bytes of `out`
   int64_t plane_channels = 1;     // that share a plane
   bool same = true;               // all images have one layout and one dtype
   bool aligned = true;            // every image starts at a multiple of 16 bytes
   bool mask_interleaved = false;  // several channels of it
+  bool need_sums = false;
+  std::optional<Tensor> partials =
+      std::nullopt;  // of the sums, one row for each of the tiles that share channels
+
   int64_t numel() const { return samples * channels * args.pixels; }
 };
 
-MaskType image_type(const Tensor& image, const char* name) {
-  const ScalarType dtype = image.scalar_type();
-  STD_TORCH_CHECK(on_device(image) && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                                       dtype == ScalarType::BFloat16),
-                  name, ": the cuda backend takes float16, bfloat16 and float32 on the GPU");
-  return mask_type(dtype);
+ImageView view_of(const Tensor& image, const char* name) {
+  STD_TORCH_CHECK(on_device(image), name, " must be on the GPU");
+  return {image.const_data_ptr(), image_type(name, image.scalar_type()),
+          dense_layout(image, name).interleaved};
 }
 
 Work make_work(const Tensor& source, const Tensor* output, const Tensor& out) {
-  Work work;
   const DenseLayout layout = dense_layout(out, "out");
   STD_TORCH_CHECK(layout.channels <= kMost / 2 && out.size(0) <= kMost, "out: too many channels or samples");
+  Work work{{}, out, out.size(0), layout.channels, 16 / static_cast<int64_t>(out.element_size())};
   ImageArgs& args = work.args;
-  work.samples = out.size(0);
-  work.channels = layout.channels;
-  work.dtype = out.scalar_type();
   args.channels = static_cast<int32_t>(layout.channels);
   args.pixels = layout.pixels;
   args.out = out.mutable_data_ptr();
-  args.out_type = image_type(out, "out");
-  args.out_interleaved = layout.interleaved;
+  const ImageView own = view_of(out, "out");
+  args.out_type = own.type;
+  args.out_interleaved = own.interleaved;
   work.aligned = is_aligned(args.out, 16);
-  const auto add = [&](const Tensor& image, const char* name, const void*& data, MaskType& type,
-                       bool& interleaved) {
+  const auto add = [&](const Tensor& image, const char* name) {
     STD_TORCH_CHECK(same_sizes(image, out), name, " and out differ in shape");
-    data = image.const_data_ptr();
-    type = image_type(image, name);
-    interleaved = dense_layout(image, name).interleaved;
-    work.same = work.same && type == args.out_type && interleaved == args.out_interleaved;
-    work.aligned = work.aligned && is_aligned(data, 16);
+    const ImageView view = view_of(image, name);
+    work.same = work.same && view.type == own.type && view.interleaved == own.interleaved;
+    work.aligned = work.aligned && is_aligned(view.data, 16);
+    return view;
   };
-  add(source, "source", args.source, args.source_type, args.source_interleaved);
-  if (output != nullptr) add(*output, "output", args.output, args.output_type, args.output_interleaved);
+  args.source = add(source, "source");
+  if (output != nullptr) args.output = add(*output, "output");
   return work;
 }
 
@@ -97,72 +96,61 @@ void set_ratio(Work& work, const Tensor& ratio, const Tensor& new_mask) {
   if (work.numel() > 0) set_planes(work, ratio, "ratio");
 }
 
-// Number of blocks, after the sizes of a tile are known.
-unsigned set_grid(Work& work, int64_t tile_pixels, int64_t tile_channels) {
+// Where mask and images agree element by element, all elements become pixels of one channel.
+void flatten(Work& work, bool mask_aligned) {
   ImageArgs& args = work.args;
-  const int64_t along = up(args.pixels, tile_pixels);
-  const int64_t across = up(work.channels, tile_channels);
-  const unsigned blocks = checked_grid(work.samples * along * across, "input");
+  PlaneView& planes = args.planes;
+  const bool shared = planes.stride_n == 0;
+  const int64_t pixels = args.pixels * work.channels * (shared ? 1 : work.samples);
+  if (!work.same || !work.aligned || !mask_aligned || work.plane_channels != 1 ||
+      work.mask_interleaved != args.out_interleaved || pixels % work.vector != 0) {
+    return;
+  }
+  args.pixels = pixels;
+  args.channels = 1;
+  args.out_interleaved = false;
+  planes.stride_pixel = 1;
+  work.channels = 1;
+  if (!shared) work.samples = 1;
+}
+
+// After the sizes of a tile are known.
+void launch_tiles(void (*kernel)(ImageArgs), int threads, Work& work, int64_t tile_pixels,
+                  int64_t tile_channels, const DeviceScope& device) {
+  ImageArgs& args = work.args;
+  const int64_t along = ceil_div(args.pixels, tile_pixels);
+  const int64_t across = ceil_div(work.channels, tile_channels);
+  const unsigned blocks = grid_size(work.samples * along * across, "input");
   args.tiles_along = make_divider(along);
   args.tiles_across = make_divider(across);
   args.partial_rows = work.samples * along;
-  return blocks;
-}
-
-// The sums of the backward, one row for each of the tiles that share channels.
-void set_partials(Work& work, std::optional<Tensor>* partials, const Tensor& like) {
-  if (partials == nullptr) return;
-  *partials = empty_1d(like, work.channels * work.args.partial_rows, ScalarType::Float);
-  work.args.partials = static_cast<float*>((*partials)->mutable_data_ptr());
-}
-
-template <typename T>
-constexpr int kVectorOf = 16 / static_cast<int>(sizeof(T));
-
-// Mask and images agree element by element: the channels count as pixels.
-bool flatten(Work& work) {
-  ImageArgs& args = work.args;
-  const PlaneView& planes = args.planes;
-  if (!work.same || work.plane_channels != 1 || planes.data == nullptr || planes.type == MaskType::f64 ||
-      work.mask_interleaved != args.out_interleaved) {
-    return false;
+  if (work.need_sums) {
+    work.partials = empty_1d(work.out, work.channels * args.partial_rows, ScalarType::Float);
+    args.partials = float_output(*work.partials);
   }
-  const bool shared = planes.stride_n == 0;
-  const int64_t pixels = args.pixels * work.channels * (shared ? 1 : work.samples);
-  const int64_t size = args.planes.type == MaskType::f32 ? 4 : args.planes.type == MaskType::u8 ? 1 : 2;
-  const int64_t E = work.dtype == ScalarType::Float ? 4 : 8;
-  if (!work.aligned || pixels % E != 0 || !is_aligned(planes.data, E * size)) return false;
-  args.pixels = pixels;
-  args.channels = 1;
-  work.channels = 1;
-  if (!shared) work.samples = 1;
-  return true;
+  launch(kernel, blocks, static_cast<unsigned>(threads), device, args);
 }
 
 template <Part kPart, typename T>
-void launch_planar(Work& work, std::optional<Tensor>* partials, const Tensor& like,
-                   const DeviceScope& device) {
+void launch_planar(Work& work, const DeviceScope& device) {
   constexpr int U = kAtOnce<kPart>;
   ImageArgs& args = work.args;
-  args.log_lanes = std::min(log2_up(up(args.pixels, kVectorOf<T>)), log2_up(kThreads));
+  args.log_lanes = std::min(log2_up(ceil_div(args.pixels, work.vector)), log2_up(kThreads));
   args.lanes = 1 << args.log_lanes;
   args.rounds = 1;
-  const int64_t tile_pixels = static_cast<int64_t>(args.lanes) * kVectorOf<T>;
+  const int64_t tile_pixels = args.lanes * work.vector;
+  const int64_t along = work.samples * ceil_div(args.pixels, tile_pixels);
   const auto channels = [&](int64_t rounds) { return (kThreads >> args.log_lanes) * U * rounds; };
   // More channels of a tile share its plane values, more tiles fill the GPU.
   while (2 * args.rounds * U <= kMaxSlots && channels(args.rounds) < work.channels &&
-         work.samples * up(args.pixels, tile_pixels) * up(work.channels, channels(2 * args.rounds)) >=
-             kManyTiles) {
+         along * ceil_div(work.channels, channels(2 * args.rounds)) >= kManyTiles) {
     args.rounds *= 2;
   }
-  const unsigned blocks = set_grid(work, tile_pixels, channels(args.rounds));
-  set_partials(work, partials, like);
-  launch(partial_conv_planar<kPart, T>, blocks, kThreads, device, args);
+  launch_tiles(partial_conv_planar<kPart, T>, kThreads, work, tile_pixels, channels(args.rounds), device);
 }
 
 template <Part kPart, typename T>
-void launch_interleaved(Work& work, std::optional<Tensor>* partials, const Tensor& like,
-                        const DeviceScope& device) {
+void launch_interleaved(Work& work, const DeviceScope& device) {
   constexpr int U = kAtOnce<kPart>;
   ImageArgs& args = work.args;
   const PlaneView& planes = args.planes;
@@ -170,24 +158,23 @@ void launch_interleaved(Work& work, std::optional<Tensor>* partials, const Tenso
     args.pixels *= work.samples;
     work.samples = 1;
   }
-  const int64_t vectors = work.channels / kVectorOf<T>;
+  const int64_t vectors = work.channels / work.vector;
   // Tiles across the channels of equal width.
-  args.lanes = static_cast<int32_t>(up(vectors, up(vectors, kInterleavedThreads)));
+  args.lanes = static_cast<int32_t>(ceil_div(vectors, ceil_div(vectors, kInterleavedThreads)));
   args.rounds = 1;
-  const int64_t tile_channels = static_cast<int64_t>(args.lanes) * kVectorOf<T>;
+  const int64_t tile_channels = args.lanes * work.vector;
+  const int64_t across = work.samples * ceil_div(work.channels, tile_channels);
   const auto pixels = [&](int64_t rounds) { return (kInterleavedThreads / args.lanes) * U * rounds; };
   while (args.rounds < 16 && pixels(args.rounds) < args.pixels &&
-         work.samples * up(args.pixels, pixels(2 * args.rounds)) * up(work.channels, tile_channels) >=
-             kManyTiles) {
+         across * ceil_div(args.pixels, pixels(2 * args.rounds)) >= kManyTiles) {
     args.rounds *= 2;
   }
-  const unsigned blocks = set_grid(work, pixels(args.rounds), tile_channels);
-  set_partials(work, partials, like);
-  launch(partial_conv_interleaved<kPart, T>, blocks, kInterleavedThreads, device, args);
+  launch_tiles(partial_conv_interleaved<kPart, T>, kInterleavedThreads, work, pixels(args.rounds),
+               tile_channels, device);
 }
 
 template <Part kPart>
-void launch_any(Work& work, std::optional<Tensor>* partials, const Tensor& like, const DeviceScope& device) {
+void launch_any(Work& work, const DeviceScope& device) {
   ImageArgs& args = work.args;
   // 32 pixels by 32 channels, unless one of them has fewer.
   const int log_tile = log2_up(kAnyTile);
@@ -195,42 +182,31 @@ void launch_any(Work& work, std::optional<Tensor>* partials, const Tensor& like,
   const int log_pixels = std::max(log2_up(args.pixels), log_tile - log2_up(kAnyChannels));
   if (log_pixels < log_tile - args.log_lanes) args.log_lanes = log_tile - log_pixels;
   args.lanes = 1 << args.log_lanes;
-  const unsigned blocks = set_grid(work, kAnyTile / args.lanes, args.lanes);
-  set_partials(work, partials, like);
-  launch(partial_conv_any<kPart>, blocks, kAnyThreads, device, args);
+  launch_tiles(partial_conv_any<kPart>, kAnyThreads, work, kAnyTile / args.lanes, args.lanes, device);
 }
 
 template <Part kPart>
-void launch_part(Work& work, std::optional<Tensor>* partials, const Tensor& like, const DeviceScope& device) {
+void launch_part(Work& work, const DeviceScope& device) {
   if (work.numel() == 0) return;
   ImageArgs& args = work.args;
+  PlaneView& planes = args.planes;
   if constexpr (kPart == Part::mask) {
-    if (flatten(work)) {
-      const int64_t E = work.dtype == ScalarType::Float ? 4 : 8;
-      const unsigned blocks = set_grid(work, kFlatUnroll * kThreads * E, 1);
-      with_dtype("out", work.dtype, [&](auto type) {
-        launch(partial_conv_flat<typename decltype(type)::type>, blocks, kThreads, device, args);
-      });
-      return;
-    }
+    const int64_t size = planes.type == ElementType::f32 ? 4 : planes.type == ElementType::u8 ? 1 : 2;
+    const bool aligned = planes.data != nullptr && planes.type != ElementType::f64 &&
+                         is_aligned(planes.data, work.vector * size);
+    flatten(work, aligned);
+    planes.aligned = aligned && args.pixels % work.vector == 0;
   }
-  args.planes.channels = make_divider(work.plane_channels);
-  with_dtype("out", work.dtype, [&](auto type) {
+  planes.channels = make_divider(work.plane_channels);
+  const bool whole_planes =
+      args.pixels % work.vector == 0 && planes.stride_pixel == 1 &&
+      (kPart == Part::mask || (is_aligned(planes.data, 16) && is_aligned(planes.new_mask, 16)));
+  const bool whole_channels = work.channels % work.vector == 0 && work.plane_channels % work.vector == 0;
+  const bool vectors = work.same && work.aligned && (args.out_interleaved ? whole_channels : whole_planes);
+  if (!vectors) return launch_any<kPart>(work, device);
+  with_dtype("out", work.out.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const int64_t E = kVectorOf<T>;
-    const PlaneView& planes = args.planes;
-    const bool vectors = work.same && work.aligned;
-    const bool whole_planes =
-        args.pixels % E == 0 && planes.stride_pixel == 1 &&
-        (kPart == Part::mask || (is_aligned(planes.data, 16) && is_aligned(planes.new_mask, 16)));
-    const bool whole_channels = work.channels % E == 0 && (work.plane_channels % E == 0);
-    if (vectors && !args.out_interleaved && whole_planes) {
-      launch_planar<kPart, T>(work, partials, like, device);
-    } else if (vectors && args.out_interleaved && whole_channels) {
-      launch_interleaved<kPart, T>(work, partials, like, device);
-    } else {
-      launch_any<kPart>(work, partials, like, device);
-    }
+    args.out_interleaved ? launch_interleaved<kPart, T>(work, device) : launch_planar<kPart, T>(work, device);
   });
 }
 
@@ -240,18 +216,13 @@ void mask_input(const Tensor& input,                // [N, C, ...]
   const DeviceScope device(out);
   Work work = make_work(input, nullptr, out);
   if (work.numel() == 0) return;
-  PlaneView& planes = work.args.planes;
   if (mask) {
     set_planes(work, *mask, "mask");
-    const int64_t E = work.dtype == ScalarType::Float ? 4 : 8;
-    planes.aligned = planes.type != MaskType::f64 && work.args.pixels % E == 0 &&
-                     is_aligned(planes.data, E * static_cast<int64_t>(mask->element_size()));
   } else {
-    planes.type = MaskType::none;
-    planes.stride_pixel = 1;
+    work.args.planes.stride_pixel = 1;
     work.plane_channels = work.channels;
   }
-  launch_part<Part::mask>(work, nullptr, out, device);
+  launch_part<Part::mask>(work, device);
 }
 
 void set_bias(Work& work, const Tensor& bias) {
@@ -281,7 +252,7 @@ void finish_raw(const Tensor& raw,       // [N, C, ...]
     set_bias(work, *ready);
   }
   set_finish(work, how, slope);
-  launch_part<Part::finish>(work, nullptr, out, device);
+  launch_part<Part::finish>(work, device);
 }
 
 Tensor finish_backward(const Tensor& grad,                   // [N, C, ...]
@@ -296,14 +267,14 @@ Tensor finish_backward(const Tensor& grad,                   // [N, C, ...]
   set_ratio(work, ratio, new_mask);
   set_finish(work, how, slope);
   Tensor bias_grad = empty_1d(out, need_bias ? work.channels : 0, ScalarType::Float);
-  std::optional<Tensor> partials;
-  launch_part<Part::backward>(work, need_bias ? &partials : nullptr, out, device);
+  work.need_sums = need_bias;
+  launch_part<Part::backward>(work, device);
   if (bias_grad.numel() > 0) {
     // Also for an empty batch: it writes the zeros.
-    const float* sums = partials ? static_cast<const float*>(partials->const_data_ptr()) : nullptr;
-    const int64_t rows = partials ? work.args.partial_rows : 0;
-    launch(partial_conv_bias_total, checked_grid(bias_grad.numel(), "bias"), kAnyThreads, device, sums, rows,
-           static_cast<float*>(bias_grad.mutable_data_ptr()));
+    const float* sums = work.args.partials;
+    const int64_t rows = sums == nullptr ? 0 : work.args.partial_rows;
+    launch(total_of_parts<float>, grid_size(bias_grad.numel(), "bias"), kTotalThreads, device, sums, rows,
+           float_output(bias_grad));
   }
   return bias_grad;
 }

@@ -6,16 +6,15 @@
 //   backward  out = gradient by the convolution's result; sums of the gradient by the bias
 //
 // Masks and planes are shared by many channels, which decides the work split.
-//   planar       NCHW: a thread keeps the plane values of 16 bytes of pixels and goes over channels
+//   planar       NCHW: a thread keeps the plane values of 16 bytes of pixels and goes over channels. A mask
+//                that agrees with the images element by element is a plane whose pixels are all elements.
 //   interleaved  channels_last: a thread keeps its 16 bytes of channels and goes over pixels
-//   flat         mask and images agree element by element
 //   any          images of two layouts or dtypes, or without whole vectors: tiles through shared memory
 // `out` may be the source: one thread reads and writes an element, and loads of the source are plain ones.
 #pragma once
 
 #include "common/partial_conv.h"
-#include "cuda/cuda_utils.cuh"
-#include "cuda/pixel.cuh"
+#include "cuda/sums.cuh"
 
 namespace ik::cuda {
 
@@ -34,14 +33,20 @@ struct PlaneView {
   int64_t stride_plane;
   int64_t stride_pixel;
   Divider channels;  // of a plane
-  MaskType type;
+  ElementType type;
   float cap;     // 1 for bool: any byte but 0 is true
   bool aligned;  // whole vectors of pixels
 };
 
+struct ImageView {
+  const void* data;
+  ElementType type;
+  bool interleaved;
+};
+
 struct ImageArgs {
-  const void* source;  // input, raw or grad
-  const void* output;  // of the layer, backward with an activation only
+  ImageView source;  // input, raw or grad
+  ImageView output;  // of the layer, backward with an activation only
   void* out;
   const void* bias;
   PlaneView planes;
@@ -56,12 +61,8 @@ struct ImageArgs {
   int32_t rounds;
   float slope;
   Finish how;
-  MaskType bias_type;
-  MaskType source_type;  // any only, from here on
-  MaskType output_type;
-  MaskType out_type;
-  bool source_interleaved;
-  bool output_interleaved;
+  ElementType bias_type;
+  ElementType out_type;
   bool out_interleaved;
 };
 
@@ -75,64 +76,6 @@ IK_DEVICE void load_bias(const ImageArgs& args, const int (&channels)[K], float 
 #pragma unroll
   for (int k = 0; k < K; ++k) index[k] = channels[k] < args.channels ? channels[k] : args.channels - 1;
   gather(args.bias, args.bias_type, 1.0f, index, bias);
-}
-
-// 16 bytes of what may be overwritten by this kernel: not through the read-only path.
-template <typename T, int E>
-IK_DEVICE void load_source(bool wanted, const T* address, Pack<T, E>& pack) {
-  static_assert(Pack<T, E>::kBytes == 16, "one load instruction");
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pack.words[i] = 0;
-  if (!wanted) return;
-#if defined(__CUDA_ARCH__)
-  const uint4 value = *reinterpret_cast<const uint4*>(address);
-  pack.words[0] = value.x;
-  pack.words[1] = value.y;
-  pack.words[2] = value.z;
-  pack.words[3] = value.w;
-#else
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) __builtin_trap();  // as the GPU would
-  memcpy(pack.words, address, 16);
-#endif
-}
-
-// 16 bytes of results.
-template <typename T, int E>
-IK_DEVICE void store_result(bool wanted, T* address, const float (&values)[E]) {
-  Pack<T, E> pack;
-  pack_values(values, pack);
-  if (wanted) store_words<Pack<T, E>::kBytes>(address, pack.words);
-}
-
-// Calls `body` with the settings as a compile-time constant, so that no element branches. The backward of
-// relu is that of leaky_relu with slope 0.
-template <bool kWeigh, bool kScale, Activation kActivation>
-struct FixedFinish {
-  static __device__ constexpr Finish how() { return {kWeigh, kScale, kActivation}; }
-};
-
-template <Part kPart, bool kWeigh, bool kScale, typename Body>
-IK_DEVICE void with_activation(Activation activation, const Body& body) {
-  if (activation == Activation::none) {
-    body(FixedFinish<kWeigh, kScale, Activation::none>());
-  } else if (kPart == Part::finish && activation == Activation::relu) {
-    body(FixedFinish<kWeigh, kScale, Activation::relu>());
-  } else {
-    body(FixedFinish<kWeigh, kScale, Activation::leaky_relu>());
-  }
-}
-
-template <Part kPart, typename Body>
-IK_DEVICE void with_finish(const Finish& how, const Body& body) {
-  if constexpr (kPart == Part::mask) {
-    body(FixedFinish<false, false, Activation::none>());
-  } else if (how.scale_bias) {
-    with_activation<kPart, false, true>(how.activation, body);
-  } else if (how.weigh_bias) {
-    with_activation<kPart, true, false>(how.activation, body);
-  } else {
-    with_activation<kPart, false, false>(how.activation, body);
-  }
 }
 
 // One element; `weight` is the mask or the ratio. Adds the backward's bias gradient to `sum`.
@@ -168,38 +111,36 @@ IK_DEVICE void load_planes(const PlaneView& planes, int64_t index, float (&weigh
 #pragma unroll
     for (int k = 0; k < E; ++k) indices[k] = index + k;
     gather(planes.data, planes.type, planes.cap, indices, weight);
-  } else if (planes.type == MaskType::f32) {
-    unpack_plane<float>(planes.data, index, weight);
-  } else if (planes.type == MaskType::f16) {
-    unpack_plane<Half>(planes.data, index, weight);
-  } else if (planes.type == MaskType::bf16) {
-    unpack_plane<BFloat16>(planes.data, index, weight);
-  } else {
+  } else if (planes.type == ElementType::u8) {
     unpack_plane<uint8_t>(planes.data, index, weight);
 #pragma unroll
     for (int k = 0; k < E; ++k) weight[k] = min_(weight[k], planes.cap);
+  } else {
+    with_image_type(planes.type, [&](auto type) {
+      unpack_plane<typename decltype(type)::type>(planes.data, index, weight);
+    });
   }
 }
 
 // The tile of this block: pixels and channels count tiles.
-struct TilePlace {
+struct BlockCoord {
   uint32_t along;
   uint32_t across;
   uint32_t sample;
 };
 
-IK_DEVICE TilePlace tile_place(const ImageArgs& args) {
-  TilePlace place;
+IK_DEVICE BlockCoord block_coord(const ImageArgs& args) {
+  BlockCoord coord;
   const uint32_t rest = args.tiles_along.quotient(blockIdx.x);
-  place.along = blockIdx.x - rest * args.tiles_along.divisor;
-  place.sample = args.tiles_across.quotient(rest);
-  place.across = rest - place.sample * args.tiles_across.divisor;
-  return place;
+  coord.along = blockIdx.x - rest * args.tiles_along.divisor;
+  coord.sample = args.tiles_across.quotient(rest);
+  coord.across = rest - coord.sample * args.tiles_across.divisor;
+  return coord;
 }
 
 // A tile's sum for one channel.
-IK_DEVICE void store_sum(const ImageArgs& args, const TilePlace& place, int64_t channel, float sum) {
-  const int64_t row = static_cast<int64_t>(place.sample) * args.tiles_along.divisor + place.along;
+IK_DEVICE void store_sum(const ImageArgs& args, const BlockCoord& coord, int64_t channel, float sum) {
+  const int64_t row = static_cast<int64_t>(coord.sample) * args.tiles_along.divisor + coord.along;
   args.partials[channel * args.partial_rows + row] = sum;
 }
 

@@ -13,15 +13,15 @@ template <Part kPart, typename T>
 __global__ void __launch_bounds__(kThreads) partial_conv_planar(const ImageArgs args) {
   constexpr int E = 16 / static_cast<int>(sizeof(T));
   constexpr int U = kAtOnce<kPart>;
-  const TilePlace place = tile_place(args);
+  const BlockCoord coord = block_coord(args);
   const int lane = static_cast<int>(threadIdx.x) & (args.lanes - 1);
   const int row = static_cast<int>(threadIdx.x) >> args.log_lanes;
   const int rows = kThreads >> args.log_lanes;
-  const int begin = static_cast<int>(place.across) * rows * U * args.rounds;
-  const int64_t pixel = (static_cast<int64_t>(place.along) * args.lanes + lane) * E;
+  const int begin = static_cast<int>(coord.across) * rows * U * args.rounds;
+  const int64_t pixel = (static_cast<int64_t>(coord.along) * args.lanes + lane) * E;
   const bool inside = pixel < args.pixels;
-  const int64_t base = static_cast<int64_t>(place.sample) * args.channels * args.pixels + pixel;
-  const int64_t plane_base = static_cast<int64_t>(place.sample) * args.planes.stride_n + pixel;
+  const int64_t base = static_cast<int64_t>(coord.sample) * args.channels * args.pixels + pixel;
+  const int64_t plane_base = static_cast<int64_t>(coord.sample) * args.planes.stride_n + pixel;
   float weight[E] = {};
   float new_mask[E] = {};
   uint32_t current = UINT32_MAX;
@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kThreads) partial_conv_planar(const ImageArgs 
       channels[u] = channel;
       const int64_t offset = base + channel * args.pixels;
       const bool wanted = inside && channel < args.channels;
-      load_source(wanted, static_cast<const T*>(args.source) + offset, source[u]);
+      load_pack_if<false>(wanted, static_cast<const T*>(args.source.data) + offset, source[u]);
       if constexpr (kPart == Part::backward) {
-        const bool has_output = wanted && args.output != nullptr;
-        load_pack_if(has_output, static_cast<const T*>(args.output) + offset, output[u]);
+        const bool has_output = wanted && args.output.data != nullptr;
+        load_pack_if(has_output, static_cast<const T*>(args.output.data) + offset, output[u]);
       }
     }
     [[maybe_unused]] float bias[U] = {};
@@ -60,25 +60,21 @@ __global__ void __launch_bounds__(kThreads) partial_conv_planar(const ImageArgs 
       [[maybe_unused]] float outputs[E] = {};
       unpack(source[u], values);
       if constexpr (kPart == Part::backward) unpack(output[u], outputs);
-      float sum = 0.0f;
-      with_finish<kPart>(args.how, [&](auto fixed) {
+      float sum[1] = {};
 #pragma unroll
-        for (int k = 0; k < E; ++k) {
-          values[k] = part_element<kPart>(decltype(fixed)::how(), args.slope, values[k], outputs[k],
-                                          weight[k], new_mask[k], bias[u], sum);
-        }
-      });
-      store_result(wanted, static_cast<T*>(args.out) + base + channel * args.pixels, values);
+      for (int k = 0; k < E; ++k) {
+        values[k] = part_element<kPart>(args.how, args.slope, values[k], outputs[k], weight[k], new_mask[k],
+                                        bias[u], sum[0]);
+      }
+      store_values(static_cast<T*>(args.out) + base + channel * args.pixels, values, wanted ? E : 0, true);
       if constexpr (kPart == Part::backward) {
         if (args.partials == nullptr) continue;
         // What is not wanted is 0.
-        for (int step = (args.lanes < kWarp ? args.lanes : kWarp) / 2; step > 0; step /= 2) {
-          sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        }
+        sum_lanes(sum, args.lanes < kWarp ? args.lanes : kWarp);
         if (args.lanes <= kWarp) {
-          if (lane == 0 && channel < args.channels) store_sum(args, place, channel, sum);
+          if (lane == 0 && channel < args.channels) store_sum(args, coord, channel, sum[0]);
         } else if (lane % kWarp == 0) {
-          warp_sums[threadIdx.x / kWarp][round * U + u] = sum;
+          warp_sums[threadIdx.x / kWarp][round * U + u] = sum[0];
         }
       }
     }
@@ -93,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) partial_conv_planar(const ImageArgs 
     const int warps = args.lanes / kWarp;
     float sum = 0.0f;
     for (int w = 0; w < warps; ++w) sum += warp_sums[of_row * warps + w][slot];
-    store_sum(args, place, channel, sum);
+    store_sum(args, coord, channel, sum);
   }
 }
 
@@ -102,16 +98,16 @@ template <Part kPart, typename T>
 __global__ void __launch_bounds__(kInterleavedThreads) partial_conv_interleaved(const ImageArgs args) {
   constexpr int E = 16 / static_cast<int>(sizeof(T));
   constexpr int U = kAtOnce<kPart>;
-  const TilePlace place = tile_place(args);
+  const BlockCoord coord = block_coord(args);
   const int row = static_cast<int>(threadIdx.x / static_cast<uint32_t>(args.lanes));
   const int lane = static_cast<int>(threadIdx.x) - row * args.lanes;
   const int rows = kInterleavedThreads / args.lanes;
-  const int channel = (static_cast<int>(place.across) * args.lanes + lane) * E;
+  const int channel = (static_cast<int>(coord.across) * args.lanes + lane) * E;
   const bool active = row < rows && channel < args.channels;
-  const int64_t base = static_cast<int64_t>(place.sample) * args.pixels;
+  const int64_t base = static_cast<int64_t>(coord.sample) * args.pixels;
   const uint32_t plane = active ? args.planes.channels.quotient(static_cast<uint32_t>(channel)) : 0;
   const int64_t plane_base =
-      static_cast<int64_t>(place.sample) * args.planes.stride_n + plane * args.planes.stride_plane;
+      static_cast<int64_t>(coord.sample) * args.planes.stride_n + plane * args.planes.stride_plane;
   [[maybe_unused]] float bias[E] = {};
   if constexpr (kPart == Part::finish) {
     int channels[E];
@@ -128,13 +124,13 @@ __global__ void __launch_bounds__(kInterleavedThreads) partial_conv_interleaved(
     int64_t index[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      pixel[u] = ((static_cast<int64_t>(place.along) * args.rounds + round) * U + u) * rows + row;
+      pixel[u] = ((static_cast<int64_t>(coord.along) * args.rounds + round) * U + u) * rows + row;
       const bool wanted = active && pixel[u] < args.pixels;
       const int64_t offset = (base + pixel[u]) * args.channels + channel;
-      load_source(wanted, static_cast<const T*>(args.source) + offset, source[u]);
+      load_pack_if<false>(wanted, static_cast<const T*>(args.source.data) + offset, source[u]);
       if constexpr (kPart == Part::backward) {
-        const bool has_output = wanted && args.output != nullptr;
-        load_pack_if(has_output, static_cast<const T*>(args.output) + offset, output[u]);
+        const bool has_output = wanted && args.output.data != nullptr;
+        load_pack_if(has_output, static_cast<const T*>(args.output.data) + offset, output[u]);
       }
       index[u] = plane_base + (pixel[u] < args.pixels ? pixel[u] : args.pixels - 1);
     }
@@ -152,16 +148,14 @@ __global__ void __launch_bounds__(kInterleavedThreads) partial_conv_interleaved(
       [[maybe_unused]] float outputs[E] = {};
       unpack(source[u], values);
       if constexpr (kPart == Part::backward) unpack(output[u], outputs);
-      with_finish<kPart>(args.how, [&](auto fixed) {
 #pragma unroll
-        for (int k = 0; k < E; ++k) {
-          values[k] = part_element<kPart>(decltype(fixed)::how(), args.slope, values[k], outputs[k],
-                                          weight[u], new_mask[u], bias[k], sums[k]);
-        }
-      });
-      const bool wanted = active && pixel[u] < args.pixels;
+      for (int k = 0; k < E; ++k) {
+        values[k] = part_element<kPart>(args.how, args.slope, values[k], outputs[k], weight[u], new_mask[u],
+                                        bias[k], sums[k]);
+      }
+      const int valid = active && pixel[u] < args.pixels ? E : 0;
       const int64_t offset = (base + pixel[u]) * args.channels + channel;
-      store_result(wanted, static_cast<T*>(args.out) + offset, values);
+      store_values(static_cast<T*>(args.out) + offset, values, valid, true);
     }
   }
   if constexpr (kPart == Part::backward) {
@@ -181,55 +175,7 @@ __global__ void __launch_bounds__(kInterleavedThreads) partial_conv_interleaved(
     }
     if (row != 0 || !active) return;
 #pragma unroll
-    for (int k = 0; k < E; ++k) store_sum(args, place, channel + k, sums[k]);
-  }
-}
-
-constexpr int kFlatUnroll = 4;
-
-template <typename T, typename M>
-IK_DEVICE void mask_flat(const ImageArgs& args, const TilePlace& place) {
-  constexpr int E = 16 / static_cast<int>(sizeof(T));
-  const int64_t first =
-      (static_cast<int64_t>(place.along) * kFlatUnroll * kThreads + static_cast<int>(threadIdx.x)) * E;
-  const int64_t base = static_cast<int64_t>(place.sample) * args.pixels;
-  const M* mask = static_cast<const M*>(args.planes.data) + place.sample * args.planes.stride_n;
-  Pack<T, E> source[kFlatUnroll];
-  Pack<M, E> weight[kFlatUnroll];
-#pragma unroll
-  for (int u = 0; u < kFlatUnroll; ++u) {
-    const int64_t pixel = first + u * kThreads * E;
-    load_source(pixel < args.pixels, static_cast<const T*>(args.source) + base + pixel, source[u]);
-    load_pack_if(pixel < args.pixels, mask + pixel, weight[u]);
-  }
-#pragma unroll
-  for (int u = 0; u < kFlatUnroll; ++u) {
-    const int64_t pixel = first + u * kThreads * E;
-    float values[E];
-    float weights[E];
-    unpack(source[u], values);
-    unpack(weight[u], weights);
-#pragma unroll
-    for (int k = 0; k < E; ++k) {
-      const float w = std::is_same_v<M, uint8_t> ? min_(weights[k], args.planes.cap) : weights[k];
-      values[k] = select_zero_(w, values[k] * w);
-    }
-    store_result(pixel < args.pixels, static_cast<T*>(args.out) + base + pixel, values);
-  }
-}
-
-// A mask of whole vectors that agrees with the image element by element; the channels count as pixels.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) partial_conv_flat(const ImageArgs args) {
-  const TilePlace place = tile_place(args);
-  if (args.planes.type == MaskType::f32) {
-    mask_flat<T, float>(args, place);
-  } else if (args.planes.type == MaskType::f16) {
-    mask_flat<T, Half>(args, place);
-  } else if (args.planes.type == MaskType::bf16) {
-    mask_flat<T, BFloat16>(args, place);
-  } else {
-    mask_flat<T, uint8_t>(args, place);
+    for (int k = 0; k < E; ++k) store_sum(args, coord, channel + k, sums[k]);
   }
 }
 

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "cuda/partial_conv_launch.cuh"
+#include "common/partial_conv_args.h"
+#include "cuda/arguments.cuh"
 #include "cuda/partial_conv_window.cuh"
 
 namespace ik::cuda {
@@ -13,18 +14,10 @@ namespace {
 // Calls body(Type<M>()); bool as uint8.
 template <typename Body>
 void with_mask_dtype(const Tensor& mask, const Body& body) {
-  switch (mask_type(mask.scalar_type())) {
-    case MaskType::f32:
-      return body(Type<float>());
-    case MaskType::f16:
-      return body(Type<Half>());
-    case MaskType::bf16:
-      return body(Type<BFloat16>());
-    case MaskType::f64:
-      return body(Type<double>());
-    default:
-      return body(Type<uint8_t>());
-  }
+  const ElementType type = mask_type(mask.scalar_type());
+  if (type == ElementType::f64) return body(Type<double>());
+  if (type == ElementType::u8) return body(Type<uint8_t>());
+  with_dtype("mask", mask.scalar_type(), body);
 }
 
 // The mask summed over the channels of each group: [N, groups, D, H, W], contiguous.
@@ -39,24 +32,22 @@ Tensor sum_channels(const Tensor& mask, const WindowShape& shape, const DeviceSc
                   "mask: too many elements for one launch");
   args.mask = mask.const_data_ptr();
   args.planes = static_cast<float*>(out.mutable_data_ptr());
-  args.stride_n = shape.mask_stride[0];
-  args.stride_c = shape.mask_stride[1];
+  args.shape = shape;
   args.units = planes * args.pixels;
   args.groups = make_divider(shape.groups);
-  args.members = static_cast<int32_t>(shape.members);
   args.cap = mask_cap(mask);
+  const int64_t stride_n = shape.mask_stride[0];
+  const int64_t stride_c = shape.mask_stride[1];
   bool planar = true;
-  bool interleaved = args.stride_c == 1;
+  bool interleaved = stride_c == 1;
   int64_t dense = 1;
   for (int d = 2; d >= 0; --d) {
-    args.size[d] = shape.size[d];
-    args.stride[d] = shape.mask_stride[2 + d];
     if (shape.size[d] == 1) continue;
-    planar = planar && args.stride[d] == dense;
-    interleaved = interleaved && args.stride[d] == dense * channels;
+    planar = planar && shape.mask_stride[2 + d] == dense;
+    interleaved = interleaved && shape.mask_stride[2 + d] == dense * channels;
     dense *= shape.size[d];
   }
-  interleaved = interleaved && (shape.samples == 1 || args.stride_n == channels * args.pixels);
+  interleaved = interleaved && (shape.samples == 1 || stride_n == channels * args.pixels);
   with_mask_dtype(mask, [&](auto type) {
     using M = typename decltype(type)::type;
     constexpr int E = std::is_same_v<M, double> ? 1 : kMaskElements<M>;
@@ -66,14 +57,14 @@ Tensor sum_channels(const Tensor& mask, const WindowShape& shape, const DeviceSc
       args.log_lanes = std::min(log2_up(vectors ? shape.members / E : shape.members), 5);
       const int64_t units_of_block = (kWindowThreads >> args.log_lanes) * kSumUnroll;
       launch(vectors ? partial_conv_sum_interleaved<M, E> : partial_conv_sum_interleaved<M, 1>,
-             checked_grid(up(args.units, units_of_block), "mask"), kWindowThreads, device, args);
+             grid_size(ceil_div(args.units, units_of_block), "mask"), kWindowThreads, device, args);
     } else {
       const bool vectors =
-          aligned && planar && args.pixels % E == 0 && args.stride_n % E == 0 && args.stride_c % E == 0;
-      const int64_t tiles = up(args.pixels, kWarp * (vectors ? E : 1));
+          aligned && planar && args.pixels % E == 0 && stride_n % E == 0 && stride_c % E == 0;
+      const int64_t tiles = ceil_div(args.pixels, kWarp * (vectors ? E : 1));
       args.tiles = make_divider(tiles);
       launch(vectors ? partial_conv_sum_planar<M, E> : partial_conv_sum_planar<M, 1>,
-             checked_grid(planes * tiles, "mask"), kWindowThreads, device, args);
+             grid_size(planes * tiles, "mask"), kWindowThreads, device, args);
     }
   });
   return out;
@@ -89,34 +80,21 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask,  // [N, C, H, W] or [N, C,
   Tensor ratio = empty_planes(mask, shape, ScalarType::Float);
   Tensor new_mask = empty_planes(mask, shape, ScalarType::Float);
   WindowArgs args{};
+  args.shape = shape;
   args.update = parse_update(update);
   args.total = ratio.numel();
   if (args.total == 0) return {ratio, new_mask};
-  args.ratio = static_cast<float*>(ratio.mutable_data_ptr());
-  args.new_mask = static_cast<float*>(new_mask.mutable_data_ptr());
-  const bool single = mask.size(1) == 1;
-  const int64_t members = single ? multiplicity : shape.members;
-  double window_size = static_cast<double>(members);
-  for (int d = 0; d < 3; ++d) {
-    STD_TORCH_CHECK(shape.size[d] + 2 * shape.padding[d] <= kMost && shape.stride[d] <= kMost,
-                    "mask: too large for windows of 32-bit coordinates");
-    args.size[d] = static_cast<int32_t>(shape.size[d]);
-    args.out_size[d] = static_cast<int32_t>(shape.out_size[d]);
-    args.kernel[d] = static_cast<int32_t>(shape.kernel[d]);
-    args.step[d] = static_cast<int32_t>(shape.stride[d]);
-    args.padding[d] = static_cast<int32_t>(shape.padding[d]);
-    args.dilation[d] = static_cast<int32_t>(shape.dilation[d]);
-    window_size *= static_cast<double>(shape.kernel[d]);
-  }
-  args.groups = shape.groups;
-  args.multiplicity = single ? static_cast<float>(multiplicity) : 1.0f;
+  args.ratio = float_output(ratio);
+  args.new_mask = float_output(new_mask);
   args.numerator = static_cast<float>(numerator);
-  args.window = static_cast<float>(window_size);
   args.cap = mask_cap(mask);
-  const unsigned blocks = static_cast<unsigned>(std::min(up(args.total, kWindowThreads), kMost));
+  const bool single = mask.size(1) == 1;
+  args.multiplicity = single ? static_cast<float>(multiplicity) : 1.0f;
+  args.window = static_cast<float>((single ? multiplicity : shape.members) * shape.kernel[0] *
+                                   shape.kernel[1] * shape.kernel[2]);
+  const unsigned blocks = static_cast<unsigned>(std::min(ceil_div(args.total, kWindowThreads), kMost));
   if (shape.members == 1) {
     args.mask = mask.const_data_ptr();
-    std::copy(shape.mask_stride, shape.mask_stride + 5, args.stride);
     with_mask_dtype(mask, [&](auto type) {
       launch(partial_conv_windows<typename decltype(type)::type>, blocks, kWindowThreads, device, args);
     });
@@ -124,9 +102,11 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask,  // [N, C, H, W] or [N, C,
   }
   const Tensor planes = sum_channels(mask, shape, device);
   args.mask = planes.const_data_ptr();
-  args.stride[4] = 1;
-  for (int d = 3; d >= 1; --d) args.stride[d] = args.stride[d + 1] * shape.size[d - 1];
-  args.stride[0] = args.stride[1] * shape.groups;
+  int64_t step = 1;
+  for (int d = 4; d >= 0; --d) {
+    args.shape.mask_stride[d] = step;
+    step *= d > 1 ? shape.size[d - 2] : shape.groups;
+  }
   launch(partial_conv_windows<float>, blocks, kWindowThreads, device, args);
   return {ratio, new_mask};
 }

@@ -9,8 +9,7 @@
 #pragma once
 
 #include "common/partial_conv.h"
-#include "cuda/cuda_utils.cuh"
-#include "cuda/pixel.cuh"
+#include "cuda/sums.cuh"
 
 namespace ik::cuda {
 
@@ -24,16 +23,12 @@ constexpr int kMaskElements = sizeof(M) == 4 ? 4 : 8;
 
 struct ChannelSumArgs {
   const void* mask;
-  float* planes;     // [N, groups, pixels]
-  int64_t stride_n;  // of the mask
-  int64_t stride_c;
-  int64_t stride[3];  // depth, height, width
-  int64_t size[3];
+  float* planes;  // [N, groups, pixels]
+  WindowShape shape;
   int64_t pixels;
-  int64_t units;   // pixels of all samples and groups, interleaved only
-  Divider tiles;   // of a plane, planar only
-  Divider groups;  // per sample
-  int32_t members;
+  int64_t units;      // pixels of all samples and groups, interleaved only
+  Divider tiles;      // of a plane, planar only
+  Divider groups;     // per sample
   int32_t log_lanes;  // that add the channels of one pixel, interleaved only
   float cap;          // 1 for bool: any byte but 0 is true
 };
@@ -44,27 +39,28 @@ IK_DEVICE int64_t quotient(int64_t n, int64_t divisor) {
                                      : n / divisor;
 }
 
-// E consecutive mask values, zeros unless `wanted`; whole vectors for E > 1.
+// E consecutive mask values: whole vectors for E > 1.
 template <typename M, int E>
 struct MaskVector {
-  Pack<M, E> pack;
-  __device__ __forceinline__ void load(const M* address, bool wanted) { load_pack_if(wanted, address, pack); }
-  __device__ __forceinline__ void add_to(float (&sums)[E], float cap) const {
-    float values[E];
-    unpack(pack, values);
-#pragma unroll
-    for (int k = 0; k < E; ++k) sums[k] += std::is_same_v<M, uint8_t> ? min_(values[k], cap) : values[k];
-  }
-};
+  std::conditional_t<E == 1, M, Pack<M, E>> values;
 
-template <typename M>
-struct MaskVector<M, 1> {
-  float value;
+  // Zeros unless `wanted`.
   __device__ __forceinline__ void load(const M* address, bool wanted) {
-    value = wanted ? static_cast<float>(*address) : 0.0f;
+    if constexpr (E == 1) {
+      values = wanted ? *address : M(0);
+    } else {
+      load_pack_if(wanted, address, values);
+    }
   }
-  __device__ __forceinline__ void add_to(float (&sums)[1], float cap) const {
-    sums[0] += std::is_same_v<M, uint8_t> ? min_(value, cap) : value;
+  __device__ __forceinline__ void add_to(float (&sums)[E], float cap) const {
+    float own[E];
+    if constexpr (E == 1) {
+      own[0] = static_cast<float>(values);
+    } else {
+      unpack(values, own);
+    }
+#pragma unroll
+    for (int k = 0; k < E; ++k) sums[k] += std::is_same_v<M, uint8_t> ? min_(own[k], cap) : own[k];
   }
 };
 
@@ -80,23 +76,24 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_planar(const 
   const int64_t first = static_cast<int64_t>(blockIdx.x - plane * args.tiles.divisor) * kWarp * E;
   const int64_t pixel = first + lane * E;
   const bool inside = pixel < args.pixels;
+  const auto& [stride_n, stride_c, stride_z, stride_y, stride_x] = args.shape.mask_stride;
+  const auto& [depth, height, width] = args.shape.size;
+  const int64_t members = args.shape.members;
   int64_t offset = pixel;
   if constexpr (E == 1) {
-    const int64_t line = quotient(pixel, args.size[2]);
-    const int64_t depth = quotient(line, args.size[1]);
-    offset = depth * args.stride[0] + (line - depth * args.size[1]) * args.stride[1] +
-             (pixel - line * args.size[2]) * args.stride[2];
+    const int64_t line = quotient(pixel, width);
+    const int64_t z = quotient(line, height);
+    offset = z * stride_z + (line - z * height) * stride_y + (pixel - line * width) * stride_x;
   }
-  const M* mask = static_cast<const M*>(args.mask) + sample * args.stride_n +
-                  static_cast<int64_t>(group) * args.members * args.stride_c + offset;
+  const M* mask = static_cast<const M*>(args.mask) + sample * stride_n + group * members * stride_c + offset;
   float sums[E] = {};
 #pragma unroll 1
-  for (int channel = row; channel < args.members; channel += kSumUnroll * kSumRows) {
+  for (int64_t channel = row; channel < members; channel += kSumUnroll * kSumRows) {
     MaskVector<M, E> vectors[kSumUnroll];
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
       const int64_t c = channel + u * kSumRows;
-      vectors[u].load(mask + c * args.stride_c, inside && c < args.members);
+      vectors[u].load(mask + c * stride_c, inside && c < members);
     }
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums, args.cap);
@@ -116,18 +113,19 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_planar(const 
 // Dense channels_last: the lanes of a group of threads go along the channels of one pixel.
 template <typename M, int E>
 __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(const ChannelSumArgs args) {
+  const int64_t members = args.shape.members;
   const int lanes = 1 << args.log_lanes;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int hop = kWindowThreads >> args.log_lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * hop * kSumUnroll + (threadIdx.x >> args.log_lanes);
   float sums[kSumUnroll] = {};
 #pragma unroll 1
-  for (int channel = lane * E; channel < args.members; channel += lanes * E) {
+  for (int64_t channel = lane * E; channel < members; channel += lanes * E) {
     MaskVector<M, E> vectors[kSumUnroll];
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
       const int64_t unit = first + u * hop;
-      vectors[u].load(static_cast<const M*>(args.mask) + unit * args.members + channel, unit < args.units);
+      vectors[u].load(static_cast<const M*>(args.mask) + unit * members + channel, unit < args.units);
     }
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
@@ -137,10 +135,9 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(c
       for (int k = 0; k < E; ++k) sums[u] += values[k];
     }
   }
+  sum_lanes(sums, lanes);
 #pragma unroll
   for (int u = 0; u < kSumUnroll; ++u) {
-    float total = sums[u];
-    for (int step = lanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
     const int64_t unit = first + u * hop;
     if (lane != 0 || unit >= args.units) continue;
     int64_t to = unit;
@@ -150,7 +147,7 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(c
       const int64_t sample = quotient(position, args.pixels);
       to = (sample * groups + unit - position * groups) * args.pixels + position - sample * args.pixels;
     }
-    args.planes[to] = total;
+    args.planes[to] = sums[u];
   }
 }
 
@@ -159,14 +156,7 @@ struct WindowArgs {
   float* ratio;     // [N, groups, outputs of a plane]
   float* new_mask;  // likewise
   int64_t total;
-  int64_t stride[5];  // of the mask: sample, group, depth, height, width
-  int64_t groups;
-  int32_t size[3];
-  int32_t out_size[3];
-  int32_t kernel[3];
-  int32_t step[3];
-  int32_t padding[3];
-  int32_t dilation[3];
+  WindowShape shape;
   float multiplicity;
   float numerator;
   float window;  // mask values in a window
@@ -176,36 +166,37 @@ struct WindowArgs {
 
 template <typename M>
 __global__ void __launch_bounds__(kWindowThreads) partial_conv_windows(const WindowArgs args) {
+  const WindowShape& shape = args.shape;
   const int64_t hop = static_cast<int64_t>(gridDim.x) * kWindowThreads;
 #pragma unroll 1
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWindowThreads + threadIdx.x; i < args.total;
        i += hop) {
     int64_t rest = i;
-    int start[3];
+    int64_t start[3];
 #pragma unroll
     for (int d = 2; d >= 0; --d) {
-      const int64_t next = quotient(rest, args.out_size[d]);
-      start[d] = static_cast<int>(rest - next * args.out_size[d]) * args.step[d] - args.padding[d];
+      const int64_t next = quotient(rest, shape.out_size[d]);
+      start[d] = (rest - next * shape.out_size[d]) * shape.stride[d] - shape.padding[d];
       rest = next;
     }
-    const int64_t sample = quotient(rest, args.groups);
-    const M* mask = static_cast<const M*>(args.mask) + sample * args.stride[0] +
-                    (rest - sample * args.groups) * args.stride[1];
+    const int64_t sample = quotient(rest, shape.groups);
+    const M* mask = static_cast<const M*>(args.mask) + sample * shape.mask_stride[0] +
+                    (rest - sample * shape.groups) * shape.mask_stride[1];
     float sum = 0.0f;
 #pragma unroll 1
-    for (int a = 0; a < args.kernel[0]; ++a) {
-      const int z = start[0] + a * args.dilation[0];
-      if (z < 0 || z >= args.size[0]) continue;
+    for (int a = 0; a < shape.kernel[0]; ++a) {
+      const int64_t z = start[0] + a * shape.dilation[0];
+      if (z < 0 || z >= shape.size[0]) continue;
 #pragma unroll 1
-      for (int b = 0; b < args.kernel[1]; ++b) {
-        const int y = start[1] + b * args.dilation[1];
-        if (y < 0 || y >= args.size[1]) continue;
-        const M* line = mask + z * args.stride[2] + y * args.stride[3];
+      for (int b = 0; b < shape.kernel[1]; ++b) {
+        const int64_t y = start[1] + b * shape.dilation[1];
+        if (y < 0 || y >= shape.size[1]) continue;
+        const M* line = mask + z * shape.mask_stride[2] + y * shape.mask_stride[3];
 #pragma unroll 4
-        for (int c = 0; c < args.kernel[2]; ++c) {
-          const int x = start[2] + c * args.dilation[2];
-          if (x < 0 || x >= args.size[2]) continue;
-          const float value = static_cast<float>(line[x * args.stride[4]]);
+        for (int c = 0; c < shape.kernel[2]; ++c) {
+          const int64_t x = start[2] + c * shape.dilation[2];
+          if (x < 0 || x >= shape.size[2]) continue;
+          const float value = static_cast<float>(line[x * shape.mask_stride[4]]);
           sum += std::is_same_v<M, uint8_t> ? min_(value, args.cap) : value;
         }
       }

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
 #include "cuda/pixel_launch.cuh"
@@ -100,51 +99,43 @@ void set_tiling(Layer& layer, const LayerTensors& tensors) {
   PixelShape with_mask = shape;
   const Tensor mask =
       prepare_mask(*tensors.mask, {samples, size[1], size[2], size[3]}, tensors.channels_last, with_mask);
-  STD_TORCH_CHECK(with_mask.mask_repeat <= std::numeric_limits<int32_t>::max(), "mask: too many channels");
+  STD_TORCH_CHECK(with_mask.mask_repeat <= kMost, "mask: too many channels");
   layer.kept.push_back(mask);
   view.data = mask.const_data_ptr();
   view.stride_n = with_mask.mask_stride_n;
   view.stride_c = with_mask.mask_stride_c;
   view.repeat = static_cast<int32_t>(with_mask.mask_repeat);
   view.type = mask_type(mask.scalar_type());
-  view.cap = mask.scalar_type() == ScalarType::Bool ? 1.0f : 255.0f;
+  view.cap = mask_cap(mask);
   // A mask of every prediction serves the segments of one of them only.
   view.shared = view.shared && view.stride_c == 0 && !args.mask_per_prediction;
-  view.aligned = view.type != MaskType::f64 && view.repeat == 1 && shape.length % E == 0 &&
+  view.aligned = view.type != ElementType::f64 && view.repeat == 1 && shape.length % E == 0 &&
                  view.stride_n % E == 0 && view.stride_c % E == 0 &&
                  is_aligned(view.data, E * static_cast<int64_t>(mask.element_size()));
 }
 
-// Calls run(args, indices, blocks) for groups of layers of the same dtypes, at most kMaxLayers each.
+// Calls run(args, indices, blocks) for each launch: of layers of the same dtypes.
 template <typename Run>
-void for_groups(const std::vector<Layer>& layers, PixelArgs args, const Run& run) {
+void for_layers(const std::vector<Layer>& layers, PixelArgs args, const Run& run) {
   std::vector<size_t> waiting;
   for (size_t i = 0; i < layers.size(); ++i) {
     if (layers[i].blocks > 0) waiting.push_back(i);
   }
-  while (!waiting.empty()) {
-    const Layer& first = layers[waiting.front()];
-    std::vector<size_t> chosen;
-    std::vector<size_t> later;
+  const auto agree = [&](size_t a, size_t b) {
+    return layers[a].input_dtype == layers[b].input_dtype && layers[a].target_dtype == layers[b].target_dtype;
+  };
+  for_launches(waiting, kMaxLayers, agree, [&](const std::vector<size_t>& chosen) {
     int64_t blocks = 0;
-    for (const size_t i : waiting) {
-      const Layer& layer = layers[i];
-      if (layer.input_dtype != first.input_dtype || layer.target_dtype != first.target_dtype ||
-          chosen.size() == kMaxLayers) {
-        later.push_back(i);
-        continue;
-      }
-      args.layer[chosen.size()] = layer.args;
-      args.layer[chosen.size()].first_block = static_cast<uint32_t>(blocks);
-      args.layer[chosen.size()].blocks = static_cast<uint32_t>(layer.blocks);
-      chosen.push_back(i);
-      blocks += layer.blocks;
+    args.count = 0;
+    for (const size_t i : chosen) {
+      PixelLayer& layer = args.layer[args.count++];
+      layer = layers[i].args;
+      layer.first_block = grid_size(blocks, "input");
+      layer.blocks = static_cast<uint32_t>(layers[i].blocks);
+      blocks += layers[i].blocks;
     }
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "input: too many elements for one launch");
-    args.count = static_cast<int32_t>(chosen.size());
-    run(args, chosen, static_cast<unsigned>(blocks));
-    waiting.swap(later);
-  }
+    run(args, chosen, grid_size(blocks, "input"));
+  });
 }
 
 }  // namespace
@@ -185,7 +176,7 @@ PixelResult run_forward(const PixelCall& call, std::vector<LayerTensors> tensors
   args.mask_is_hole = call.mask_is_hole;
   std::vector<const void*> sums(layers.size(), nullptr);
   std::vector<Tensor> partials;
-  for_groups(layers, args, [&](PixelArgs& group, const std::vector<size_t>& chosen, unsigned blocks) {
+  for_layers(layers, args, [&](PixelArgs& group, const std::vector<size_t>& chosen, unsigned blocks) {
     partials.push_back(empty_1d(scale, 2 * R * static_cast<int64_t>(blocks), ScalarType::Float));
     group.partials = partials.back().mutable_data_ptr();
     for (size_t k = 0; k < chosen.size(); ++k) {
@@ -287,7 +278,7 @@ void run_backward(const PixelCall& call, const std::vector<LayerTensors>& tensor
   }
   STD_TORCH_CHECK(scale.numel() == rows * R && scale.is_contiguous(),
                   "scale: expected a contiguous [rows, regions] tensor");
-  for_groups(layers, args, [&](PixelArgs& group, const std::vector<size_t>& chosen, unsigned blocks) {
+  for_layers(layers, args, [&](PixelArgs& group, const std::vector<size_t>& chosen, unsigned blocks) {
     const Layer& first = layers[chosen[0]];
     if (l1) {
       with_dtype("grad", first.input_dtype, [&](auto type) {

@@ -26,10 +26,18 @@ constexpr int kWarp = 32;
 constexpr int kVectors = 2;
 constexpr int kUnroll = 2;
 
-enum class MaskType : int { none, f32, f16, bf16, f64, u8 };
+enum class ElementType : int { none, f32, f16, bf16, f64, u8 };
 // Elements of a vector: 16 bytes of the wider tensor.
 template <typename P, typename T>
 constexpr int kElements = sizeof(P) == 4 || sizeof(T) == 4 ? 4 : 8;
+
+static inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+
+static inline int log2_up(int64_t n) {
+  int log = 0;
+  while ((int64_t{1} << log) < n) ++log;
+  return log;
+}
 
 // Division of numbers below 2^31 by a constant of the launch: 3 instructions instead of 20.
 struct Divider {
@@ -43,8 +51,7 @@ struct Divider {
 };
 
 static inline Divider make_divider(int64_t divisor) {
-  Divider d{static_cast<uint32_t>(divisor), 0, 0};
-  while ((int64_t{1} << d.shift) < divisor) ++d.shift;
+  Divider d{static_cast<uint32_t>(divisor), 0, static_cast<uint32_t>(log2_up(divisor))};
   const uint64_t rest = (uint64_t{1} << d.shift) - d.divisor;
   d.magic = static_cast<uint32_t>((rest << 32) / d.divisor + 1);
   return d;
@@ -77,20 +84,20 @@ static inline Tiling make_tiling(int64_t samples, int64_t segments, int64_t leng
   tiling.lanes = 2;
   while (tiling.lanes < kThreads && tiling.lanes * per_thread < length) tiling.lanes *= 2;
   const int64_t extent = tiling.lanes * per_thread;
-  const int64_t along = (length + extent - 1) / extent;
+  const int64_t along = ceil_div(length, extent);
   // More segments per tile save mask reads and partial sums, more tiles fill the GPU: two per multiprocessor
   // of a large one (132) before the channels of an RGB image are kept together, many more beyond that.
   int64_t per_tile = static_cast<int64_t>(kThreads / tiling.lanes) * kUnroll;
-  const auto tiles = [&](int64_t n) { return samples * along * ((segments + n - 1) / n); };
+  const auto tiles = [&](int64_t n) { return samples * along * ceil_div(segments, n); };
   while (per_tile < segments && per_tile < 32 && tiles(2 * per_tile) >= (per_tile < 4 ? 264 : 2048)) {
     per_tile *= 2;
   }
   tiling.segments_per_tile = static_cast<int32_t>(per_tile);
   const int64_t at_once = kThreads / tiling.lanes * (tiling.along ? 1 : kUnroll);
-  tiling.rounds = static_cast<int32_t>(((per_tile < segments ? per_tile : segments) + at_once - 1) / at_once);
-  while ((1 << tiling.log_lanes) < tiling.lanes) ++tiling.log_lanes;
+  tiling.rounds = static_cast<int32_t>(ceil_div(per_tile < segments ? per_tile : segments, at_once));
+  tiling.log_lanes = log2_up(tiling.lanes);
   tiling.tiles_along = make_divider(along);
-  tiling.tiles_across = make_divider((segments + per_tile - 1) / per_tile);
+  tiling.tiles_across = make_divider(ceil_div(segments, per_tile));
   return tiling;
 }
 
@@ -100,8 +107,8 @@ struct MaskView {
   int64_t stride_n;
   int64_t stride_c;
   int32_t repeat;
-  MaskType type;
-  float cap;     // of u8: 1 for bool, as a bool tensor viewed from other bytes is true for all but 0
+  ElementType type;
+  float cap;     // of u8: mask_cap in arguments.cuh
   bool aligned;  // whole vectors, each aligned to its size or 16 bytes, of at most 4 bytes an element
   bool shared;   // one plane for all segments of a sample
 };
@@ -216,10 +223,6 @@ struct Weights {
     const int i = v * E + k;
     return vec4[u][i / 4][threadIdx.x][i % 4];
   }
-  __device__ __forceinline__ float at(int u, int v, int k) const {
-    const int i = v * E + k;
-    return vec4[u][i / 4][threadIdx.x][i % 4];
-  }
 };
 
 // Mask values of a chunk whose mask is laid out like the images and allows whole vectors.
@@ -236,12 +239,24 @@ IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Chunk& s, 
     if constexpr (std::is_same_v<M, Half>) {
       Pack<BFloat16, E> other;
       memcpy(&other, &packs[v], sizeof(other));
-      if (mask.type == MaskType::bf16) unpack(other, values);
+      if (mask.type == ElementType::bf16) unpack(other, values);
     }
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       weights.at(u, v, k) = std::is_same_v<M, uint8_t> ? min_(values[k], mask.cap) : values[k];
     }
+  }
+}
+
+// Calls body(Type<T>()) for an image's type: a uniform branch.
+template <typename Body>
+IK_DEVICE void with_image_type(ElementType type, const Body& body) {
+  if (type == ElementType::f16) {
+    body(Type<Half>());
+  } else if (type == ElementType::bf16) {
+    body(Type<BFloat16>());
+  } else {
+    body(Type<float>());
   }
 }
 
@@ -253,18 +268,18 @@ IK_DEVICE void gather_as(const void* data, const int64_t (&index)[K], float (&va
 
 // Elements of a type known at run time. One branch for all of them: the loads are in flight together.
 template <int K>
-IK_DEVICE void gather(const void* data, MaskType type, float cap, const int64_t (&index)[K],
+IK_DEVICE void gather(const void* data, ElementType type, float cap, const int64_t (&index)[K],
                       float (&values)[K]) {
   switch (type) {
-    case MaskType::f32:
+    case ElementType::f32:
       return gather_as<float>(data, index, values);
-    case MaskType::f16:
+    case ElementType::f16:
       return gather_as<Half>(data, index, values);
-    case MaskType::bf16:
+    case ElementType::bf16:
       return gather_as<BFloat16>(data, index, values);
-    case MaskType::f64:
+    case ElementType::f64:
       return gather_as<double>(data, index, values);
-    case MaskType::u8:
+    case ElementType::u8:
       gather_as<uint8_t>(data, index, values);
 #pragma unroll
       for (int k = 0; k < K; ++k) values[k] = min_(values[k], cap);
@@ -316,16 +331,16 @@ IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Chunk& s,
 template <int E>
 IK_DEVICE void load_mask(const MaskView& mask, const Chunk& s, int u, Weights<E>& weights) {
   const int64_t base = s.sample * mask.stride_n + s.channel * mask.stride_c;
-  const MaskType type = mask.type;
-  if (type == MaskType::none) {
+  const ElementType type = mask.type;
+  if (type == ElementType::none) {
 #pragma unroll
     for (int i = 0; i < kVectors * E; ++i) {
       weights.at(u, i / E, i % E) = i % E < s.valid<E>(i / E) ? 1.0f : 0.0f;
     }
   } else if (mask.aligned) {
-    if (type == MaskType::f32) {
+    if (type == ElementType::f32) {
       read_vectors<float>(mask, base, s, u, weights);
-    } else if (type == MaskType::f16 || type == MaskType::bf16) {
+    } else if (type == ElementType::f16 || type == ElementType::bf16) {
       read_vectors<Half>(mask, base, s, u, weights);
     } else {
       read_vectors<uint8_t>(mask, base, s, u, weights);
@@ -345,15 +360,17 @@ IK_DEVICE void load_values(const void* image, const Tiling& tiling, const Chunk&
     if constexpr (kAligned) {
       load_pack_if(s.valid<E>(v) > 0, data + v * s.step, packs[v]);
     } else {
-      load_pack_scalar(data + v * s.step, s.valid<E>(v), packs[v]);
+      load_pack_each(data + v * s.step, s.valid<E>(v), packs[v]);
     }
   }
 }
 
-IK_DEVICE const PixelLayer& find_layer(const PixelArgs& args) {
+// Job of this block in a launch whose jobs own consecutive ranges of blocks, starting at `first_block`.
+template <typename Jobs>
+IK_DEVICE int find_job(const Jobs& jobs, int count) {
   int i = 0;
-  while (i + 1 < args.count && blockIdx.x >= args.layer[i + 1].first_block) ++i;
-  return args.layer[i];
+  while (i + 1 < count && blockIdx.x >= jobs[i + 1].first_block) ++i;
+  return i;
 }
 
 // The chunk of prediction `prediction` that belongs to a chunk of the target.

@@ -120,7 +120,7 @@ template <typename P, typename T, int R, bool kL1>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<kL1>)
     pixel_backward(const IK_GRID_CONSTANT PixelArgs args) {
   constexpr int E = kElements<P, T>;
-  const PixelLayer& layer = find_layer(args);
+  const PixelLayer& layer = args.layer[find_job(args.layer, args.count)];
   const Coord coord = locate<E>(layer.tiling, blockIdx.x - layer.first_block);
   __shared__ Weights<E> weights;
   PixelBackward<P, T, R, kL1> work{layer, coord, weights, args};

@@ -53,29 +53,18 @@ IK_DEVICE void clear_spare_signs(uint16_t* signs, int64_t words, int64_t allocat
   for (; i < allocated; i += static_cast<int64_t>(blocks) * kThreads) signs[i] = 0;
 }
 
+// Stores a block's sums; `swap`: the first region is the second of the result.
 template <int R>
 IK_DEVICE void store_partial(const float (&sum)[R], const float (&weight)[R], bool swap,
                              Partial<R>* partials) {
-  __shared__ float warp_sums[kThreads / kWarp][2 * R];
   float value[2 * R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     value[r] = sum[r];
     value[R + r] = weight[r];
   }
-  sum_lanes(value);
-  if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-    for (int i = 0; i < 2 * R; ++i) warp_sums[threadIdx.x / kWarp][i] = value[i];
-  }
-  __syncthreads();
+  sum_block<kThreads>(value);
   if (threadIdx.x != 0) return;
-#pragma unroll
-  for (int i = 0; i < 2 * R; ++i) {
-    value[i] = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kThreads / kWarp; ++w) value[i] += warp_sums[w][i];
-  }
   Partial<R> partial;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -175,7 +164,7 @@ template <typename P, typename T, int R, bool kL1>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks)
     pixel_forward(const IK_GRID_CONSTANT PixelArgs args) {
   constexpr int E = kElements<P, T>;
-  const PixelLayer& layer = find_layer(args);
+  const PixelLayer& layer = args.layer[find_job(args.layer, args.count)];
   const uint32_t block = blockIdx.x - layer.first_block;
   const Coord coord = locate<E>(layer.tiling, block);
   __shared__ Weights<E> weights;
@@ -253,14 +242,10 @@ __global__ void __launch_bounds__(kFinalThreads, 1)
   for (int r = 0; r < R; ++r) {
     double loss = 0.0;
     if (apart) {
-      loss = block_sum(scaled[r]) + (args.before == nullptr ? 0.0 : *args.before);
+      loss = sum_block<kFinalThreads>(scaled[r]) + (args.before == nullptr ? 0.0 : *args.before);
     } else {
-      const double total = block_sum(weight[r]);
-      const double scale = sample_scale(args.normalize, 0.0, total, args.layer[0].numel, samples);
-      loss = block_sum(sum[r]) * scale;
-      for (int64_t n = threadIdx.x; n < args.samples; n += kFinalThreads) {
-        args.scale[n * R + r] = static_cast<float>(scale);
-      }
+      loss = loss_of_one_scale<R>(args.normalize, sum[r], weight[r], args.layer[0].numel, args.samples,
+                                  args.scale + r);
     }
     if (threadIdx.x != 0) continue;
     *args.loss[r] = static_cast<float>(loss);

@@ -2,29 +2,8 @@
 #pragma once
 
 #include "cuda/arguments.cuh"
-#include "cuda/pixel.cuh"
 
 namespace ik::cuda {
-
-inline MaskType mask_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return MaskType::f32;
-    case ScalarType::Half:
-      return MaskType::f16;
-    case ScalarType::BFloat16:
-      return MaskType::bf16;
-    case ScalarType::Double:
-      return MaskType::f64;
-    case ScalarType::Byte:
-    case ScalarType::Bool:
-      return MaskType::u8;
-    default:
-      STD_TORCH_CHECK(false, "mask: dtype must be floating, bool or uint8");
-  }
-}
-
-inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
 // The tensors of one layer: what a forward reads, or what a backward reads and writes.
 struct LayerTensors {

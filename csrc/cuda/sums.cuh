@@ -1,11 +1,13 @@
 // Sums over the threads of a warp and of a block, in a fixed order.
 #pragma once
 
+#include "cuda/cuda_utils.cuh"
 #include "cuda/pixel.cuh"
 
 namespace ik::cuda {
 
 constexpr int kFinalThreads = 1024;
+constexpr int kTotalThreads = 256;
 
 // Adds each value over `lanes` neighbouring threads, a power of two; every thread gets the sums.
 template <typename T, int K>
@@ -17,17 +19,40 @@ IK_DEVICE void sum_lanes(T (&value)[K], int lanes = kWarp) {
   }
 }
 
-// Adds `value` over all threads in a fixed order; every thread gets the result.
-IK_DEVICE double block_sum(double value) {
-  __shared__ double warps[kFinalThreads / kWarp];
+// Adds each value over the threads of a block of kBlock; every thread gets the sums.
+template <int kBlock, typename T, int K>
+IK_DEVICE void sum_block(T (&value)[K]) {
+  constexpr int kWarps = kBlock / kWarp;
+  __shared__ T warps[kWarps][K];
+  sum_lanes(value);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp][i] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < K; ++i) value[i] = warps[threadIdx.x % kWarps][i];
+  sum_lanes(value, kWarps);
+}
+
+template <int kBlock>
+IK_DEVICE double sum_block(double value) {
   double sum[1] = {value};
-  sum_lanes(sum);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = sum[0];
-  __syncthreads();
-  sum[0] = warps[threadIdx.x % kWarp];
-  sum_lanes(sum);
+  sum_block<kBlock>(sum);
   return sum[0];
+}
+
+// One block for each total: the sum of its `count` parts, 0 if there are none.
+template <typename T>
+__global__ void __launch_bounds__(kTotalThreads)
+    total_of_parts(const T* parts, int64_t count, float* totals) {
+  const T* own = parts + static_cast<int64_t>(blockIdx.x) * count;
+  double sum = 0.0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kTotalThreads) sum += own[i];
+  sum = sum_block<kTotalThreads>(sum);
+  if (threadIdx.x == 0) totals[blockIdx.x] = static_cast<float>(sum);
 }
 
 // Adds up what the tiles of every sample left, in a fixed order; for one block. `lanes` (power of two)
@@ -66,6 +91,19 @@ IK_DEVICE void sum_samples(int64_t samples, int64_t tiles, int lanes, const Add&
     }
     if (lane == 0 && sample < samples) use(sample, value);
   }
+}
+
+// The loss of one of kRegions regions where all samples have one scale, which is stored for each of them.
+// Each thread of the last stage brings the sums over its samples.
+template <int kRegions>
+IK_DEVICE double loss_of_one_scale(Normalize normalize, double sum, double weight, double numel,
+                                   int64_t samples, float* scales) {
+  weight = sum_block<kFinalThreads>(weight);
+  const double scale = sample_scale(normalize, 0.0, weight, numel, static_cast<double>(samples));
+  for (int64_t n = threadIdx.x; n < samples; n += kFinalThreads) {
+    scales[n * kRegions] = static_cast<float>(scale);
+  }
+  return sum_block<kFinalThreads>(sum) * scale;
 }
 
 static inline int finalize_lanes(int64_t samples, int64_t tiles) {

@@ -24,14 +24,14 @@ constexpr int kProductStages = 3;
 constexpr int kMaxProductJobs = 8;
 
 struct ProductJob {
-  // F before it is split: factor_ij = sum over copies of source[.. i .. j], with `add_transposed` of [j][i]
-  // too.
-  const float* source;
+  // F before it is split: factor_ij = sum over predictions of source[j N + n][i][j], with `add_transposed` of
+  // [j][i] too.
+  const float* source;  // [k N, C, C]
   int64_t stride_n;
   int64_t stride_row;
   int64_t stride_column;
-  int64_t stride_copy;
-  int32_t copies;
+  int32_t samples;      // N
+  int32_t predictions;  // k
   bool add_transposed;
   float multiplier;
   const float* grad;  // scalar on the device, or null
@@ -102,14 +102,23 @@ IK_DEVICE void factor_entries(const ProductJob& job, const FactorTile& tile, flo
   for (int i = 0; i < kFactorEntries; ++i)
     value[i] = job.add_transposed ? turned[first + kRows * i][second] : 0.0f;
 #pragma unroll 1
-  for (int copy = 0; copy < job.copies; ++copy) {
-    const float* entry = source + copy * job.stride_copy + column * job.stride_column;
+  for (int prediction = 0; prediction < job.predictions; ++prediction) {
+    const float* entry =
+        source + static_cast<int64_t>(prediction) * job.samples * job.stride_n + column * job.stride_column;
 #pragma unroll
     for (int i = 0; i < kFactorEntries; ++i) {
       const int64_t row = tile.row * kFactorTile + first + kRows * i;
       if (row < job.channels && column < job.channels) value[i] += entry[row * job.stride_row];
     }
   }
+}
+
+IK_DEVICE float warp_maximum(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
+  }
+  return value;
 }
 
 static __global__ void __launch_bounds__(kFactorThreads)
@@ -123,15 +132,12 @@ static __global__ void __launch_bounds__(kFactorThreads)
   for (int i = 0; i < kFactorEntries; ++i) {
     if (is_finite(value[i])) largest = fmaxf(largest, fabsf(value[i]));
   }
-  __shared__ float warps[kFactorThreads / kWarpSize];
-#pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = largest;
+  __shared__ float warps[kFactorThreads / kWarp];
+  largest = warp_maximum(largest);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = largest;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kFactorThreads / kWarpSize; ++w) largest = fmaxf(largest, warps[w]);
+  for (int w = 1; w < kFactorThreads / kWarp; ++w) largest = fmaxf(largest, warps[w]);
   job.maxima[tile.index] = largest;
 }
 
@@ -153,11 +159,8 @@ __global__ void __launch_bounds__(kFactorThreads) split_factor(const IK_GRID_CON
   const int tiles = job.side * job.side;
   const float* maxima = job.maxima + tile.sample * tiles;
   float largest = 0.0f;
-  for (int i = thread % kWarpSize; i < tiles; i += kWarpSize) largest = fmaxf(largest, maxima[i]);
-#pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
+  for (int i = thread % kWarp; i < tiles; i += kWarp) largest = fmaxf(largest, maxima[i]);
+  largest = warp_maximum(largest);
   // Nothing to divide by, and infinite entries stay infinite.
   if (largest == 0.0f) largest = 1.0f;
   if (tile.row == 0 && tile.column == 0 && thread == 0) {
@@ -184,15 +187,8 @@ __global__ void __launch_bounds__(kFactorThreads) split_factor(const IK_GRID_CON
     }
     high += kFactorThreads / kFactorTile * width;
   }
-  __shared__ int warps[kFactorThreads / kWarpSize];
-  int any = has_low ? 1 : 0;
-#pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) any |= __shfl_xor_sync(0xffffffffu, any, step);
-  if (thread % kWarpSize == 0) warps[thread / kWarpSize] = any;
-  __syncthreads();
-  if (thread != 0) return;
-  for (int w = 1; w < kFactorThreads / kWarpSize; ++w) any |= warps[w];
-  job.low[tile.index] = static_cast<uint8_t>(any);
+  const bool any = __syncthreads_or(has_low) != 0;
+  if (thread == 0) job.low[tile.index] = any ? 1 : 0;
 }
 
 // Shared memory of the product: the stages, and afterwards the finished tile in the layout of `out`.
@@ -286,7 +282,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     commit_copies();
   };
 
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warp_pixel = warp / 2 * kWarpRows;
   const int warp_channel = warp % 2 * kWarpRows;
   WarpSums sums = {};

@@ -6,10 +6,7 @@
 //             target times the rest
 //
 // Saved for backward: the scales and for l1 4 bits of signs an element; l2 needs the images. Work split:
-// pairs.cuh. Two launches forward, one backward. Bytes per element, fp32:
-//   forward   4 + 1/2 (signs)
-//   backward  1/2 (l1) or 4, + 4 (gradient)
-// A mask [N, 1, H, W] adds 4/C to both, a composite another image.
+// pairs.cuh; bytes: pairs_forward.cuh, pairs_backward.cuh. Two launches forward, one backward.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/pairs_launch.cuh"
@@ -38,10 +35,9 @@ std::tuple<Tensor, Tensor, Tensor> total_variation(
   final.tv = float_output(loss);
   final.tv_scale = float_output(scale);
   final.pair_normalize = parse_pair_normalize(normalize);
-  const PairForwardCall call{image,        pointer(target), pointer(mask), parse_region(region),
-                             mask_is_hole, square,          save_signs,    final};
-  Tensor signs = target.has_value() ? run_pairs_forward<Terms::composite>(device, call)
-                                    : run_pairs_forward<Terms::image>(device, call);
+  const PairCall call{&image, pointer(target), pointer(mask), parse_region(region), mask_is_hole, square};
+  Tensor signs = target.has_value() ? run_pairs_forward<Terms::composite>(device, call, save_signs, final)
+                                    : run_pairs_forward<Terms::image>(device, call, save_signs, final);
   return {loss, scale, signs};
 }
 
@@ -59,12 +55,11 @@ std::tuple<Tensor, Tensor> total_variation_backward(
   PairBackwardArgs args{};
   args.grad[3] = float_data(grad, "grad");
   args.tv_scale = float_data(scale, "scale");
-  const PairBackwardCall call{
-      scale,        pointer(signs),     pointer(mask), pointer(image), pointer(target),
-      size,         channels_last,      image_dtype,   target_dtype,   parse_region(region),
-      mask_is_hole, is_square(penalty), need_image,    need_target};
-  return composite ? run_pairs_backward<Terms::composite>(device, call, args)
-                   : run_pairs_backward<Terms::image>(device, call, args);
+  const PairCall call{pointer(image),       pointer(target), pointer(mask),
+                      parse_region(region), mask_is_hole,    is_square(penalty)};
+  const PairGradients wanted{size, channels_last, image_dtype, target_dtype, need_image, need_target};
+  const auto run = composite ? run_pairs_backward<Terms::composite> : run_pairs_backward<Terms::image>;
+  return run(device, call, wanted, pointer(signs), scale, args);
 }
 
 }  // namespace

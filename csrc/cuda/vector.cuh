@@ -24,6 +24,11 @@ namespace ik::cuda {
 using Half = c10::Half;
 using BFloat16 = c10::BFloat16;
 
+template <typename T>
+struct Type {
+  using type = T;
+};
+
 // E elements of T as they lie in memory, in registers. `words` needs compile-time indices everywhere.
 template <typename T, int E>
 struct Pack {
@@ -45,42 +50,23 @@ IK_DEVICE uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// One load of read-only data. `kOnce` keeps it out of L1, for data no other load of the kernel touches; L2
-// keeps its normal policy, since the next op often reads the same images.
-template <int kBytes, bool kOnce>
+// One load. Data that the kernel itself may overwrite must not take the read-only path.
+template <int kBytes, bool kReadOnly>
 IK_DEVICE void load_words(const void* address, uint32_t* words) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4, "one load instruction");
 #if defined(__CUDA_ARCH__)
-  if constexpr (kBytes == 16 && kOnce) {
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-        : "l"(address));
-  } else if constexpr (kBytes == 16) {
-    const uint4 value = __ldg(static_cast<const uint4*>(address));
-    words[0] = value.x;
-    words[1] = value.y;
-    words[2] = value.z;
-    words[3] = value.w;
-  } else if constexpr (kBytes == 8 && kOnce) {
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-        : "=r"(words[0]), "=r"(words[1])
-        : "l"(address));
-  } else if constexpr (kBytes == 8) {
-    const uint2 value = __ldg(static_cast<const uint2*>(address));
-    words[0] = value.x;
-    words[1] = value.y;
-  } else {
-    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(address));
-  }
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  const Word* from = static_cast<const Word*>(address);
+  const Word value = kReadOnly ? __ldg(from) : *from;
+  memcpy(words, &value, kBytes);
 #else
   if (reinterpret_cast<uintptr_t>(address) % kBytes != 0) __builtin_trap();  // as the GPU would
   memcpy(words, address, kBytes);
 #endif
 }
 
-// One pack if `wanted`, else zeros. The address must be aligned to the pack, to 16 bytes for larger ones,
-// whose pieces share 32-byte sectors and therefore want L1.
-template <typename T, int E>
+// One pack if `wanted`, else zeros. The address must be aligned to the pack, to 16 bytes for larger ones.
+template <bool kReadOnly = true, typename T, int E>
 IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
   constexpr int kBytes = Pack<T, E>::kBytes;
   constexpr int kPiece = kBytes < 16 ? kBytes : 16;
@@ -90,34 +76,31 @@ IK_DEVICE void load_pack_if(bool wanted, const T* address, Pack<T, E>& pack) {
 #pragma unroll
   for (int i = 0; i < kBytes / kPiece; ++i) {
     const char* piece = reinterpret_cast<const char*>(address) + kPiece * i;
-    load_words<kPiece, kBytes <= 16>(piece, pack.words + kPiece / 4 * i);
+    load_words<kPiece, kReadOnly>(piece, pack.words + kPiece / 4 * i);
   }
 }
 
-// The first `valid` elements one by one, element k at address[offset[k]], zeros after them: any alignment.
+// The bits of one element.
+template <typename T>
+IK_DEVICE uint32_t element_bits(const T* address) {
+  if constexpr (sizeof(T) == 4) {
+    return *reinterpret_cast<const uint32_t*>(address);
+  } else {
+    return *reinterpret_cast<const uint16_t*>(address);
+  }
+}
+
+// The first `valid` elements one by one, `stride` elements apart, zeros after them: any alignment.
 template <typename T, int E>
-IK_DEVICE void load_pack_each(const T* address, const int (&offset)[E], int valid, Pack<T, E>& pack) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4, "pixel values");
+IK_DEVICE void load_pack_each(const T* address, int valid, Pack<T, E>& pack, int64_t stride = 1) {
 #pragma unroll
   for (int i = 0; i < Pack<T, E>::kWords; ++i) pack.words[i] = 0;
 #pragma unroll
   for (int k = 0; k < E; ++k) {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
     if (k >= valid) continue;
-    if constexpr (sizeof(T) == 4) {
-      pack.words[k] = reinterpret_cast<const uint32_t*>(address)[offset[k]];
-    } else {
-      const uint32_t bits = reinterpret_cast<const uint16_t*>(address)[offset[k]];
-      pack.words[k / 2] |= bits << (16 * (k % 2));
-    }
+    pack.words[k / kPerWord] |= element_bits(address + k * stride) << (32 / kPerWord * (k % kPerWord));
   }
-}
-
-template <typename T, int E>
-IK_DEVICE void load_pack_scalar(const T* address, int valid, Pack<T, E>& pack) {
-  int offset[E];
-#pragma unroll
-  for (int k = 0; k < E; ++k) offset[k] = k;
-  load_pack_each(address, offset, valid, pack);
 }
 
 template <typename T, int E>
@@ -187,35 +170,26 @@ IK_DEVICE void store_words(void* address, const uint32_t* words) {
 #endif
 }
 
-// Stores the first `valid` of E values; `aligned` promises a pack-aligned address and valid == E or 0.
-// Default cache policy: the consumer of a gradient or a map is usually the next kernel and finds it in L2.
+// Stores the first `valid` of E values, `stride` elements apart; `aligned` promises a pack-aligned address,
+// stride 1 and valid == E or 0. Default cache policy: the consumer of a gradient or a map is usually the next
+// kernel and finds it in L2.
 template <typename T, int E>
-IK_DEVICE void store_values(T* address, const float (&values)[E], int valid, bool aligned) {
+IK_DEVICE void store_values(T* address, const float (&values)[E], int valid, bool aligned,
+                            int64_t stride = 1) {
   Pack<T, E> pack;
   pack_values(values, pack);
   if (aligned) {
-    if (valid == 0) return;
-#if defined(__CUDA_ARCH__)
-    if constexpr (Pack<T, E>::kBytes == 16) {
-      *reinterpret_cast<uint4*>(address) =
-          make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]);
-    } else {
-      static_assert(Pack<T, E>::kBytes == 8, "one store instruction");
-      *reinterpret_cast<uint2*>(address) = make_uint2(pack.words[0], pack.words[1]);
-    }
-#else
-    if (reinterpret_cast<uintptr_t>(address) % sizeof(pack.words) != 0) __builtin_trap();
-    memcpy(address, pack.words, sizeof(pack.words));
-#endif
+    if (valid > 0) store_words<Pack<T, E>::kBytes>(address, pack.words);
     return;
   }
 #pragma unroll
   for (int k = 0; k < E; ++k) {
     if (k >= valid) continue;
     if constexpr (sizeof(T) == 4) {
-      reinterpret_cast<uint32_t*>(address)[k] = pack.words[k];
+      reinterpret_cast<uint32_t*>(address)[k * stride] = pack.words[k];
     } else {
-      reinterpret_cast<uint16_t*>(address)[k] = static_cast<uint16_t>(pack.words[k / 2] >> (16 * (k % 2)));
+      const uint32_t bits = pack.words[k / 2] >> (16 * (k % 2));
+      reinterpret_cast<uint16_t*>(address)[k * stride] = static_cast<uint16_t>(bits);
     }
   }
 }
