@@ -48,24 +48,21 @@ def mask_input_kernel(
     SHARED: tl.constexpr,
     IN_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    place = tile_place(pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C)
-    inside = tile_inside(place, BLOCK_P, BLOCK_C)
-    at = tile_pointer(input_ptr, place, IN_LAST, BLOCK_P, BLOCK_C)
+    place = tile_place(pixels, channels, tiles, chunks, TILE)
+    inside = tile_inside(place, TILE)
+    at = tile_pointer(input_ptr, place, IN_LAST, TILE)
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if MASK != "none":
         if MASK == "plane":
-            weight = load_plane(mask_ptr, place, 1, SHARED, False, BLOCK_P, BLOCK_C)
+            weight = load_plane(mask_ptr, place, 1, SHARED, False, TILE)
         else:
-            at = tile_pointer(mask_ptr, place, MASK == "last", BLOCK_P, BLOCK_C, SHARED)
+            at = tile_pointer(mask_ptr, place, MASK == "last", TILE, SHARED)
             weight = tl.load(at, mask=inside, other=0).to(tl.float32)
         # Select, not only multiply: NaN and Inf under mask 0 do not count.
         value = tl.where(weight == 0, 0.0, value * weight)
-    at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+    at = tile_pointer(out_ptr, place, OUT_LAST, TILE)
     tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -95,22 +92,19 @@ def finish_kernel(
     GROUPED: tl.constexpr,
     IN_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    place = tile_place(pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C)
-    inside = tile_inside(place, BLOCK_P, BLOCK_C)
-    at = tile_pointer(raw_ptr, place, IN_LAST, BLOCK_P, BLOCK_C)
+    place = tile_place(pixels, channels, tiles, chunks, TILE)
+    inside = tile_inside(place, TILE)
+    at = tile_pointer(raw_ptr, place, IN_LAST, TILE)
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
-    new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
+    ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, TILE)
+    new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, TILE)
     if HOW & 2 == 0:
         x *= ratio
     if bias_ptr is not None:
         _, _, first_c, _, all_channels = place
-        c = tl.arange(0, BLOCK_C)
+        c = tl.arange(0, TILE.BLOCK_C)
         bias = tl.load(bias_ptr + first_c + c, mask=c < all_channels - first_c, other=0.0)
         x += bias[None, :].to(tl.float32)
     if HOW & 1:
@@ -120,7 +114,7 @@ def finish_kernel(
         x *= ratio
     # Last, as every activation maps 0 to 0.
     x = tl.where(new_mask == 0, 0.0, x)
-    at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+    at = tile_pointer(out_ptr, place, OUT_LAST, TILE)
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -145,26 +139,23 @@ def finish_backward_kernel(
     GRAD_LAST: tl.constexpr,
     OUTPUT_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sample, first_p, first_c, all_pixels, all_channels = tile_place(
-        pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C
-    )
+    sample, first_p, first_c, all_pixels, all_channels = tile_place(pixels, channels, tiles, chunks, TILE)
     first_p *= steps
+    BLOCK_P: tl.constexpr = TILE.BLOCK_P
+    BLOCK_C: tl.constexpr = TILE.BLOCK_C
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for step in range(steps):
         place = (sample, first_p + step * BLOCK_P, first_c, all_pixels, all_channels)
-        inside = tile_inside(place, BLOCK_P, BLOCK_C)
-        at = tile_pointer(grad_ptr, place, GRAD_LAST, BLOCK_P, BLOCK_C)
+        inside = tile_inside(place, TILE)
+        at = tile_pointer(grad_ptr, place, GRAD_LAST, TILE)
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if HOW // 4:
-            at = tile_pointer(output_ptr, place, OUTPUT_LAST, BLOCK_P, BLOCK_C)
+            at = tile_pointer(output_ptr, place, OUTPUT_LAST, TILE)
             output = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
-        new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
+        ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, TILE)
+        new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, TILE)
         g = tl.where(new_mask == 0, 0.0, g)
         if HOW & 2:
             g *= ratio
@@ -176,7 +167,7 @@ def finish_backward_kernel(
             total += g
         if HOW & 2 == 0:
             g *= ratio
-        at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+        at = tile_pointer(out_ptr, place, OUT_LAST, TILE)
         tl.store(at, g.to(out_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
         c = tl.arange(0, BLOCK_C)[None, :]
@@ -244,8 +235,7 @@ def mask_input(
             shared,
             in_last,
             out_last,
-            *work.units,
-            *work.block,
+            work.tile,
             num_warps=WARPS,
         )
 
@@ -282,8 +272,7 @@ def finish(
             groups > 1,
             in_last,
             out_last,
-            *work.units,
-            *work.block,
+            work.tile,
             num_warps=WARPS,
         )
 
@@ -332,8 +321,7 @@ def finish_backward(
             grad_last,
             output_last,
             out_last,
-            *work.units,
-            *work.block,
+            work.tile,
             num_warps=WARPS,
         )
         if sums is not None:

@@ -24,47 +24,41 @@ TILE, BACKWARD_TILE, WARPS = 2048, 1024, 4
 PROGRAMS, MAX_STEPS = 2048, 16
 
 
+class Tile(NamedTuple):
+    """What the kernels are compiled for."""
+
+    UNIT_P: int  # of the number of pixels
+    UNIT_C: int  # of the number of channels
+    BLOCK_P: int
+    BLOCK_C: int
+
+
 @triton.jit
-def tile_place(
-    pixels,  # in units of UNIT_P
-    channels,  # in units of UNIT_C
-    tiles,
-    chunks,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def tile_place(pixels, channels, tiles, chunks, TILE: tl.constexpr):
     """(sample, first pixel, first channel, pixels, channels) of a program; chunks change fastest because they share
     planes."""
     program = tl.program_id(0)
-    first_p = (program // chunks % tiles).to(tl.int64) * BLOCK_P
+    first_p = (program // chunks % tiles).to(tl.int64) * TILE.BLOCK_P
     sample = (program // chunks // tiles).to(tl.int64)
     # Written as multiples of a unit, which is how the compiler knows that wide accesses are aligned.
-    return sample, first_p, program % chunks * BLOCK_C, pixels.to(tl.int64) * UNIT_P, channels * UNIT_C
+    pixels, channels = pixels.to(tl.int64) * TILE.UNIT_P, channels * TILE.UNIT_C
+    return sample, first_p, program % chunks * TILE.BLOCK_C, pixels, channels
 
 
 @triton.jit
-def tile_inside(place, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_inside(place, TILE: tl.constexpr):
     _, first_p, first_c, pixels, channels = place
-    inside_p = tl.arange(0, BLOCK_P)[:, None] < pixels - first_p
-    return inside_p & (tl.arange(0, BLOCK_C)[None, :] < channels - first_c)
+    inside_p = tl.arange(0, TILE.BLOCK_P)[:, None] < pixels - first_p
+    return inside_p & (tl.arange(0, TILE.BLOCK_C)[None, :] < channels - first_c)
 
 
 @triton.jit
-def tile_pointer(
-    pointer,
-    place,
-    LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SHARED: tl.constexpr = False,  # by all samples
-):
-    """Where the elements of a tile [BLOCK_P, BLOCK_C] are, in channels_last or NCHW."""
+def tile_pointer(pointer, place, LAST: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr = False):
+    """Where the elements of a tile [BLOCK_P, BLOCK_C] are, in channels_last or NCHW; SHARED by all samples."""
     sample, first_p, first_c, pixels, channels = place
     sample = sample * 0 if SHARED else sample
-    p = tl.arange(0, BLOCK_P)[:, None]
-    c = tl.arange(0, BLOCK_C)[None, :]
+    p = tl.arange(0, TILE.BLOCK_P)[:, None]
+    c = tl.arange(0, TILE.BLOCK_C)[None, :]
     if LAST:
         at = pointer + ((sample * pixels + first_p) * channels + first_c) + (p * channels + c)
     else:
@@ -79,16 +73,15 @@ def load_plane(
     groups,
     SHARED: tl.constexpr,  # by all samples
     GROUPED: tl.constexpr,  # more than one group
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Plane values of a tile, 0 outside; [BLOCK_P, 1] where one plane serves all channels."""
     sample, first_p, first_c, pixels, channels = place
     plane_ptr += (sample * 0 if SHARED else sample) * groups * pixels + first_p
-    p = tl.arange(0, BLOCK_P)
+    p = tl.arange(0, TILE.BLOCK_P)
     if GROUPED:
-        group = (first_c + tl.arange(0, BLOCK_C)[None, :]) // (channels // groups)
-        inside = tile_inside(place, BLOCK_P, BLOCK_C)
+        group = (first_c + tl.arange(0, TILE.BLOCK_C)[None, :]) // (channels // groups)
+        inside = tile_inside(place, TILE)
         value = tl.load(plane_ptr + (group.to(tl.int64) * pixels + p[:, None]), mask=inside, other=0)
     else:
         value = tl.load(plane_ptr + p, mask=p < pixels - first_p, other=0)[:, None]
@@ -99,8 +92,7 @@ class Work(NamedTuple):
     """Work split of a call."""
 
     sizes: tuple[int, int, int, int]  # pixels and channels in units, tiles, chunks
-    units: tuple[int, int]
-    block: tuple[int, int]
+    tile: Tile
     steps: int
     programs: int
 
@@ -117,14 +109,9 @@ def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, back
     tiles, chunks = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
     steps = max(1, min(MAX_STEPS, samples * tiles * chunks // PROGRAMS)) if backward else 1
     tiles = triton.cdiv(tiles, steps)
-    units = (math.gcd(pixels, 8) if nchw else 1, math.gcd(channels, 8) if last else 1)
-    return Work(
-        (pixels // units[0], channels // units[1], tiles, chunks),
-        units,
-        (block_p, block_c),
-        steps,
-        samples * tiles * chunks,
-    )
+    unit_p, unit_c = math.gcd(pixels, 8) if nchw else 1, math.gcd(channels, 8) if last else 1
+    sizes = pixels // unit_p, channels // unit_c, tiles, chunks
+    return Work(sizes, Tile(unit_p, unit_c, block_p, block_c), steps, samples * tiles * chunks)
 
 
 def is_last(t: Tensor, channels: int, pixels: int) -> bool:

@@ -11,6 +11,7 @@ where torch's setting allows it.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,20 @@ from torch import Tensor
 from . import plan
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Product(NamedTuple):
+    """What `product_kernel` is compiled for."""
+
+    C: int
+    CHANNELS_LAST: bool
+    UNIT: int  # of the number of pixels
+    PRECISION: str  # see `precision`
+    PREDICTIONS: int  # matrices that are added up for a factor
+    BOTH: bool  # whether its transpose is added to a factor
+    BLOCK_R: int
+    BLOCK_K: int
+    BLOCK_M: int
 
 
 @triton.jit
@@ -79,24 +94,16 @@ def load_features(
 
 
 @triton.jit
-def load_factor(
-    factor_ptr,
-    stride_n,
-    stride_r,
-    stride_c,
-    sample,
-    samples,
-    i,
-    j,
-    inside,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """Elements (i, j) of a sample's symmetric matrix: COPIES of it are added up, or (BOTH) it and its transpose."""
+def load_factor(factor, sample, i, j, inside, PREDICTIONS: tl.constexpr, BOTH: tl.constexpr):
+    """Elements (i, j) of a sample's matrix: the sum of its predictions' matrices, or (BOTH) of it and its transpose.
+
+    factor = (pointer, strides by matrix, row and column, number of samples).
+    """
+    factor_ptr, stride_n, stride_r, stride_c, samples = factor
     at = i.to(tl.int64) * stride_r + j.to(tl.int64) * stride_c
     value = tl.load(factor_ptr + sample * stride_n + at, mask=inside, other=0.0).to(tl.float32)
-    for copy in tl.static_range(1, COPIES):
-        pointer = factor_ptr + (sample + copy * samples) * stride_n
+    for prediction in tl.static_range(1, PREDICTIONS):
+        pointer = factor_ptr + (sample + prediction * samples) * stride_n
         value += tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
     if BOTH:
         mirrored = j.to(tl.int64) * stride_r + i.to(tl.int64) * stride_c
@@ -107,7 +114,7 @@ def load_factor(
 
 @triton.jit(do_not_specialize=["samples"])
 def split_kernel(
-    factor_ptr,  # [COPIES * samples, C, C], any strides
+    factor_ptr,  # [PREDICTIONS * samples, C, C], any strides
     high_ptr,  # [samples, C, C] in the features' dtype
     low_ptr,  # [samples, C, C] in the features' dtype
     rows_ptr,  # [2, samples, C]: factor of a row, and whether its low part is not all 0
@@ -116,7 +123,7 @@ def split_kernel(
     stride_c,
     samples,
     C: tl.constexpr,
-    COPIES: tl.constexpr,
+    PREDICTIONS: tl.constexpr,
     BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -132,7 +139,8 @@ def split_kernel(
     i = (program % BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLS)[None, :]
     inside = (i < C) & (j < C)
-    value = load_factor(factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH)
+    factor = factor_ptr, stride_n, stride_r, stride_c, samples
+    value = load_factor(factor, sample, i, j, inside, PREDICTIONS, BOTH)
     largest = tl.max(tl.abs(value), axis=1, keep_dims=True)
     # A row of zeros, or with an Inf, is kept as it is.
     largest = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -152,38 +160,31 @@ def split_kernel(
 @triton.jit
 def add_product(
     total,  # [BLOCK_R, BLOCK_M], channels_last: [BLOCK_M, BLOCK_R]
-    factor_ptr,  # see `load_factor`
-    strides,
-    samples,
+    factor,  # see `load_factor`
     features_ptr,  # first pixel of the tile
     sample,
     row,  # [BLOCK_R]
     pixels,
     left,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
     """total + factor rows times the features of a tile of pixels."""
-    stride_n, stride_r, stride_c = strides
+    C: tl.constexpr = PRODUCT.C
+    CHANNELS_LAST: tl.constexpr = PRODUCT.CHANNELS_LAST
+    PRECISION: tl.constexpr = PRODUCT.PRECISION
+    BLOCK_K: tl.constexpr = PRODUCT.BLOCK_K
     for first in range(0, C, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        x = load_features(features_ptr, k, pixels, left, C, CHANNELS_LAST, BLOCK_K, BLOCK_M)
+        x = load_features(features_ptr, k, pixels, left, C, CHANNELS_LAST, BLOCK_K, PRODUCT.BLOCK_M)
         if CHANNELS_LAST:
             i, j = row[None, :], k[:, None]
         else:
             i, j = row[:, None], k[None, :]
         inside = (i < C) & (j < C)
         if PRECISION == "half":
-            f = tl.load(factor_ptr + sample * (C * C) + i * C + j, mask=inside, other=0.0)
+            f = tl.load(factor[0] + sample * (C * C) + i * C + j, mask=inside, other=0.0)
         else:
-            f = load_factor(
-                factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH
-            )
+            f = load_factor(factor, sample, i, j, inside, PRODUCT.PREDICTIONS, PRODUCT.BOTH)
         a, b = (x, f) if CHANNELS_LAST else (f, x)
         if PRECISION == "half":
             # The result is stored in half precision: what truncation does to a sum of C terms does not show.
@@ -196,7 +197,7 @@ def add_product(
 @triton.jit(do_not_specialize=["samples", "length", "tiles"])
 def product_kernel(
     grad_ptr,  # [] or None
-    factor_ptr,  # [COPIES * samples, C, C] with strides, "half": [samples, C, C], the high part
+    factor_ptr,  # [PREDICTIONS * samples, C, C] with strides, "half": [samples, C, C], the high part
     low_ptr,  # "half": [samples, C, C], else None
     rows_ptr,  # "half": [2, samples, C], see `split_kernel`; else None
     features_ptr,  # [samples, C, M], channels_last: [samples, M, C]
@@ -208,30 +209,26 @@ def product_kernel(
     stride_r,
     stride_c,
     scale,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
+    C: tl.constexpr = PRODUCT.C
+    CHANNELS_LAST: tl.constexpr = PRODUCT.CHANNELS_LAST
+    PRECISION: tl.constexpr = PRODUCT.PRECISION
+    BLOCK_R: tl.constexpr = PRODUCT.BLOCK_R
+    BLOCK_M: tl.constexpr = PRODUCT.BLOCK_M
     BLOCKS: tl.constexpr = (C + BLOCK_R - 1) // BLOCK_R
     program = tl.program_id(0)
     # Rows change fastest: they share the features of a tile of pixels.
     row = (program % BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     tile = (program // BLOCKS) % tiles
     sample = (program // BLOCKS // tiles).to(tl.int64)
-    pixels = length.to(tl.int64) * UNIT
+    pixels = length.to(tl.int64) * PRODUCT.UNIT
     first = tile.to(tl.int64) * BLOCK_M
     start = sample * C * pixels + (first * C if CHANNELS_LAST else first)
     left = pixels - first
     coefficient = scale
     if grad_ptr is not None:
         coefficient *= tl.load(grad_ptr).to(tl.float32)
-    strides = (stride_n, stride_r, stride_c)
     at = features_ptr + start
     pixel = tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:
@@ -249,42 +246,10 @@ def product_kernel(
         row_factor = tl.load(rows_ptr + row, mask=row < C, other=0.0)
         some = tl.load(rows_ptr + samples.to(tl.int64) * C + row, mask=row < C, other=0.0)
         if tl.max(some, axis=0) > 0:
-            total = add_product(
-                total,
-                low_ptr,
-                strides,
-                samples,
-                at,
-                sample,
-                row,
-                pixels,
-                left,
-                C,
-                CHANNELS_LAST,
-                PRECISION,
-                COPIES,
-                BOTH,
-                BLOCK_K,
-                BLOCK_M,
-            )
-    total = add_product(
-        total,
-        factor_ptr,
-        strides,
-        samples,
-        at,
-        sample,
-        row,
-        pixels,
-        left,
-        C,
-        CHANNELS_LAST,
-        PRECISION,
-        COPIES,
-        BOTH,
-        BLOCK_K,
-        BLOCK_M,
-    )
+            low = low_ptr, stride_n, stride_r, stride_c, samples
+            total = add_product(total, low, at, sample, row, pixels, left, PRODUCT)
+    factor = factor_ptr, stride_n, stride_r, stride_c, samples
+    total = add_product(total, factor, at, sample, row, pixels, left, PRODUCT)
     if PRECISION == "half":
         total *= row_factor[None, :] if CHANNELS_LAST else row_factor[:, None]
     tl.store(out_ptr + start + place, (total * coefficient).to(out_ptr.dtype.element_ty), mask=inside)
@@ -305,13 +270,13 @@ def precision(dtype: torch.dtype) -> str:
 
 def launch_product(
     grad: Tensor | None,  # []
-    factor: Tensor,  # [copies * N, C, C], any strides
+    factor: Tensor,  # [k N, C, C], any strides
     features: Tensor,  # [N, C, H, W]
     scale: float,
-    copies: int,
+    predictions: int,
     both: bool,
 ) -> Tensor:
-    """scale * grad * (the sum of the copies of factor, or factor + its transpose) @ features."""
+    """scale * grad * (the sum of the k predictions' factors, or factor + its transpose) @ features."""
     channels_last = plan.is_channels_last(features)
     features = plan.in_layout(features, channels_last)
     n, c, h, w = features.shape
@@ -327,7 +292,7 @@ def launch_product(
             rows = torch.empty((2, n, c), dtype=torch.float32, device=features.device)
             cols = triton.next_power_of_2(c)
             block = max(1, 2048 // cols)
-            split_kernel[(n * -(-c // block),)](
+            split_kernel[(n * triton.cdiv(c, block),)](
                 factor,
                 high,
                 low,
@@ -335,18 +300,19 @@ def launch_product(
                 *factor.stride(),
                 n,
                 c,
-                copies,
+                predictions,
                 both,
                 block,
                 cols,
                 num_warps=4,
             )
-            copies, both = 1, False
+            predictions, both = 1, False
         block_r = min(max(triton.next_power_of_2(c), 16), 128 if mode == "half" else 64)
         block_k = min(max(triton.next_power_of_2(c), 16), 64 if mode == "half" else 32)
         unit = 1 if channels_last or (h * w) % 8 else 8
-        tiles = -(-(h * w) // 128)
-        product_kernel[(n * tiles * -(-c // block_r),)](
+        block_m = 128
+        tiles = triton.cdiv(h * w, block_m)
+        product_kernel[(n * tiles * triton.cdiv(c, block_r),)](
             grad,
             high,
             low,
@@ -358,15 +324,7 @@ def launch_product(
             tiles,
             *high.stride(),
             scale,
-            c,
-            channels_last,
-            unit,
-            mode,
-            copies,
-            both,
-            block_r,
-            block_k,
-            128,
+            Product(c, channels_last, unit, mode, predictions, both, block_r, block_k, block_m),
             num_warps=8 if block_r == 128 or mode != "half" else 4,
         )
     return out

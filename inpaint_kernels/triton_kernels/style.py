@@ -26,9 +26,9 @@ from .product import gram_scale, launch_product, style_coefficient
 # The losses of a layer begin where those of the layer before end, aligned or not.
 @triton.jit(do_not_specialize=["losses_ptr", "samples", "splits", "target_splits"])
 def difference_kernel(
-    sums_ptr,  # [COPIES * samples, splits, pairs, BLOCK_C, BLOCK_C]
+    sums_ptr,  # [PREDICTIONS * samples, splits, pairs, BLOCK_C, BLOCK_C]
     target_ptr,  # [samples, target_splits, pairs, BLOCK_C, BLOCK_C], IS_GRAM: [samples, C, C]
-    factor_ptr,  # [COPIES * samples, C, C] or None
+    factor_ptr,  # [PREDICTIONS * samples, C, C] or None
     losses_ptr,  # [programs]
     samples,
     splits,
@@ -43,7 +43,7 @@ def difference_kernel(
     PENALTY: tl.constexpr,
     IS_GRAM: tl.constexpr,
     C: tl.constexpr,
-    COPIES: tl.constexpr,
+    PREDICTIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     sample, pair, place, i, j, inside = second_stage_place(C, BLOCK_C)
@@ -51,18 +51,18 @@ def difference_kernel(
         target_ptr += sample * stride_n
         at = i.to(tl.int64) * stride_r + j.to(tl.int64) * stride_c
         mirrored = j.to(tl.int64) * stride_r + i.to(tl.int64) * stride_c
-        goal = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
         # What the caller calls a Gram matrix need not be symmetric.
-        goal_mirrored = tl.load(target_ptr + mirrored, mask=inside, other=0.0).to(tl.float32)
+        target_mirrored = tl.load(target_ptr + mirrored, mask=inside, other=0.0).to(tl.float32)
     else:
-        goal = add_splits(target_ptr, sample, target_splits, pair, place, C, BLOCK_C) * target_scale
-        goal_mirrored = goal
+        target = add_splits(target_ptr, sample, target_splits, pair, place, C, BLOCK_C) * target_scale
+        target_mirrored = target
     loss = tl.zeros(place.shape, tl.float32)
-    for copy in tl.static_range(COPIES):
-        at_sample = sample + copy * samples.to(tl.int64)
+    for prediction in tl.static_range(PREDICTIONS):
+        at_sample = sample + prediction * samples.to(tl.int64)
         value = add_splits(sums_ptr, at_sample, splits, pair, place, C, BLOCK_C) * scale
-        d = value - goal
-        d_mirrored = value - goal_mirrored
+        d = value - target
+        d_mirrored = value - target_mirrored
         if PENALTY == "l1":
             loss += tl.abs(d) + tl.where(i == j, 0.0, tl.abs(d_mirrored))
             # Comparisons, so that a NaN has sign 0.
@@ -175,7 +175,7 @@ def forward(
                 normalize,
                 target_is_gram,
             )
-        pixel_forward.launch_finalise(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
+        pixel_forward.launch_finalize(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
     return loss.view(()), factors
 
 
