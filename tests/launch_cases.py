@@ -174,14 +174,11 @@ def _features(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return layers(n * case.predictions, input_dtype), layers(n, target_dtype)
 
 
-def _matrices(features: list[Tensor]) -> list[Tensor]:
-    return [meta((x.shape[0], x.shape[1], x.shape[1])) for x in features]
-
-
 def _gram(case: Case) -> None:
     (features,), _ = _features(case)
     if case.backward:
-        gram.backward(_matrices([features])[0], features, "chw")
+        n, c = features.shape[:2]
+        gram.backward(meta((n, c, c)), features, "chw")
     else:
         gram.forward(features, "chw")
 
@@ -189,7 +186,8 @@ def _gram(case: Case) -> None:
 def _style(case: Case) -> None:
     inputs, targets = _features(case)
     if case.backward:
-        style.backward(meta(()), _matrices(inputs), targets, -1.0)
+        factors = [meta((x.shape[0], x.shape[1], x.shape[1])) for x in inputs]
+        style.backward(meta(()), factors, targets, -1.0)
     else:
         style.forward(inputs, targets, [1.0] * len(inputs), case.penalty, "chw", False, True)
 

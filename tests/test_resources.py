@@ -22,6 +22,7 @@ from torch import Tensor
 # images and two of the mask on their way; most cases need 168 today, the narrowest needs 190, and no GPU has told
 # whether fewer would be faster.
 LOSSES, PAIRS = 128, 192
+NEIGHBOURS = ("inpainting_pixel", "total_variation")
 PARTIAL_CONV = ("mask_input", "finish", "finish_backward", "window")
 SMALL: Size = (64, 256, 8, 8)
 LARGE: Size = (32, 3, 1024, 1024)
@@ -31,7 +32,7 @@ LAYER: Size = (16, 64, 256, 256)
 BF16, F16, MIXED = "bf16/bf16", "f16/f16", "f16/f32"
 
 # One case per code path of the kernels; sizes are divisible by 8 as those of real training are.
-PIXEL_CASES = [
+CASES = [
     Case("masked_l1"),
     Case("masked_l1", BF16, mask=torch.bool),
     Case("masked_l1", mask=None),
@@ -50,9 +51,7 @@ PIXEL_CASES = [
     Case("hole_valid", BF16, mask=torch.bool, penalty="charbonnier"),
     Case("hole_valid", MIXED, backward="pred"),
     Case("hole_valid", penalty="charbonnier", backward="pred"),
-]
-# The usual calls, then those with the most in registers, then one per code path that is left.
-PAIRS_CASES = [
+    # The usual calls over neighbours, then those with the most in registers, then one per code path that is left.
     Case("inpainting_pixel"),
     Case("inpainting_pixel", BF16),
     Case("inpainting_pixel", backward="pred"),
@@ -73,8 +72,6 @@ PAIRS_CASES = [
     # Tiles of several chunks.
     Case("inpainting_pixel", size=(64, 16, 32, 32)),
     Case("inpainting_pixel", size=(64, 16, 32, 32), backward="pred"),
-]
-STACKED_CASES = [
     Case("stacked_images"),
     Case("stacked_images", BF16),
     Case("stacked_images", MIXED, swap=True),
@@ -100,8 +97,6 @@ STACKED_CASES = [
     # The largest tile.
     Case("stacked_images", size=LARGE),
     Case("stacked_images", size=LARGE, backward="pred,target"),
-]
-FEATURE_CASES = [
     Case("gram", size=FEATURES),
     Case("gram", F16, FEATURES),
     Case("gram", BF16, DEEP),
@@ -121,8 +116,6 @@ FEATURE_CASES = [
     Case("feature_distance", MIXED, FEATURES, layers=(128,), channels_last=True, penalty="charbonnier"),
     Case("feature_distance", size=FEATURES, layers=(128, 256), predictions=2, backward="pred"),
     Case("feature_distance", BF16, FEATURES, layers=(128,), penalty="charbonnier", backward="pred"),
-]
-PARTIAL_CONV_CASES = [
     *(
         Case(op, dtypes, LAYER, channels_last)
         for op in ("mask_input", "finish", "finish_backward")
@@ -150,22 +143,19 @@ PARTIAL_CONV_CASES = [
     Case("window", size=LAYER, channels_last=True, mask=torch.bfloat16, mask_channels=64),
     Case("window", size=LAYER, channels_last=True, mask_channels=64),
 ]
-CASES = [*PIXEL_CASES, *PAIRS_CASES, *STACKED_CASES, *FEATURE_CASES, *PARTIAL_CONV_CASES]
 
 
 def check_registers(case: Case, launch: Launch, resources: Resources) -> None:
     name = launch.kernel.__name__
     assert resources.spilled == 0, f"{name} spilled"
-    # A launch of more registers than a multiprocessor has does not start.
-    limit = 65536 // (32 * launch.warps)
-    if case.op in ("inpainting_pixel", "total_variation"):
-        limit = PAIRS
-    elif case.op in PARTIAL_CONV:
-        # With them 768 threads stay resident, of the kernels that keep to one layout 1024.
-        one_layout = not case.turned and case.op != "window"
-        limit = 64 if one_layout else 80
-    elif case.op not in ("gram", "style") and name != "finalize_kernel":
-        limit = LOSSES
+    if case.op in PARTIAL_CONV:
+        # With 80 registers 768 threads stay resident, with 64 of the kernels that keep to one layout 1024.
+        limit = 80 if case.turned or case.op == "window" else 64
+    elif case.op in ("gram", "style"):
+        # A launch of more registers than a multiprocessor has does not start.
+        limit = 65536 // (32 * launch.warps)
+    else:
+        limit = PAIRS if case.op in NEIGHBOURS else LOSSES
     assert resources.registers <= limit, f"{name}: too many registers"
 
 
@@ -218,10 +208,8 @@ def check_images(case: Case, launch: Launch, resources: Resources) -> None:
     bytes at once. Below 8 bytes: neighbours, packed signs, single numbers, masks of one byte an element.
     """
     tile = launch.arguments["TILE"] if "TILE" in launch.arguments else launch.arguments["TILES"][0]
-    pairs = case.op in ("inpainting_pixel", "total_variation")
-    elements = tile.WIDTH
-    if not pairs:
-        elements = tile.BLOCK_C * tile.BLOCK_G * 8 // (32 * launch.warps)
+    pairs = case.op in NEIGHBOURS
+    elements = tile.WIDTH if pairs else tile.BLOCK_C * tile.BLOCK_G * 8 // (32 * launch.warps)
     expected = {"loads": Counter[int](), "stores": Counter[int]()}
     for tensor, times, stored in image_tensors(case, launch.arguments):
         if tensor is not None and times:
@@ -239,8 +227,7 @@ def check_images(case: Case, launch: Launch, resources: Resources) -> None:
         assert same, f"narrow {direction}: {dict(found)}, expected {wanted}"
     if case.op == "stacked_images":
         assert resources.stores == expected["stores"]
-        interleaved = tile.MASK == "interleaved"
-        assert interleaved or case.swap or resources.loads == expected["loads"], "narrow loads"
+        assert tile.MASK == "interleaved" or resources.loads == expected["loads"], "narrow loads"
 
 
 def check_features(case: Case, launch: Launch, resources: Resources) -> None:
@@ -340,16 +327,6 @@ def test_check_fails_on_narrow_loads(case: Case) -> None:
     resources = compile_launch(launch, 90, aligned=False)
     check_registers(case, launch, resources)
     with pytest.raises(AssertionError, match="narrow"):
-        check(case, launch, resources)
-
-
-def test_check_fails_on_a_gradient_read_in_vain() -> None:
-    case = Case("stacked_images", backward="pred")
-    (launch,) = launches(case)
-    stack = launch.arguments["STACK"]
-    wasteful = stack._replace(SHARES=(*stack.SHARES[:4], "all", "none"))
-    resources = compile_launch(launch._replace(arguments=launch.arguments | {"STACK": wasteful}), 90)
-    with pytest.raises(AssertionError, match="narrow loads"):
         check(case, launch, resources)
 
 

@@ -46,5 +46,7 @@ def backward(
     *image_and_settings: Any,  # the arguments of `pixel_backward.image_backward` without `grads`, `mask_is_hole`
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/masked_l1.py`."""
-    *image, need_pred, need_target = image_and_settings
-    return pixel_backward.image_backward([grad], *image, None, need_pred, need_target)
+    settings = list(image_and_settings)
+    # `mask_is_hole`: there is one region.
+    settings.insert(-2, None)
+    return pixel_backward.image_backward([grad], *settings)

@@ -31,6 +31,10 @@ class Tile(NamedTuple):
     UNIT_C: int  # of the number of channels
     BLOCK_P: int
     BLOCK_C: int
+    IN_LAST: bool  # whether what is read is channels_last
+    OUT_LAST: bool  # whether the result is
+    SHARED: bool  # whether all samples share the planes
+    GROUPED: bool  # whether there is more than one plane
 
 
 @triton.jit
@@ -67,19 +71,12 @@ def tile_pointer(pointer, place, LAST: tl.constexpr, TILE: tl.constexpr, SHARED:
 
 
 @triton.jit
-def load_plane(
-    plane_ptr,  # [samples or 1, groups, pixels]
-    place,
-    groups,
-    SHARED: tl.constexpr,  # by all samples
-    GROUPED: tl.constexpr,  # more than one group
-    TILE: tl.constexpr,
-):
-    """Plane values of a tile, 0 outside; [BLOCK_P, 1] where one plane serves all channels."""
+def load_plane(plane_ptr, place, groups, TILE: tl.constexpr):
+    """Values of planes [samples or 1, groups, pixels], 0 outside; [BLOCK_P, 1] where one serves all channels."""
     sample, first_p, first_c, pixels, channels = place
-    plane_ptr += (sample * 0 if SHARED else sample) * groups * pixels + first_p
+    plane_ptr += (sample * 0 if TILE.SHARED else sample) * groups * pixels + first_p
     p = tl.arange(0, TILE.BLOCK_P)
-    if GROUPED:
+    if TILE.GROUPED:
         group = (first_c + tl.arange(0, TILE.BLOCK_C)[None, :]) // (channels // groups)
         inside = tile_inside(place, TILE)
         value = tl.load(plane_ptr + (group.to(tl.int64) * pixels + p[:, None]), mask=inside, other=0)
@@ -97,11 +94,18 @@ class Work(NamedTuple):
     programs: int
 
 
-def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, backward: bool = False) -> Work:
-    """`nchw`, `last`: whether tensors in that layout take part."""
+def split(
+    samples: int,
+    channels: int,
+    pixels: int,
+    last: list[bool],  # whether each tensor is channels_last: what is read, others, the result
+    shared: bool,
+    grouped: bool = False,
+    backward: bool = False,
+) -> Work:
     tile = BACKWARD_TILE if backward else TILE
-    if last:
-        block_c = fitting_block(channels, 32 if nchw else 128)
+    if True in last:
+        block_c = fitting_block(channels, 32 if False in last else 128)
         block_p = tile // block_c
     else:
         block_p = min(triton.next_power_of_2(pixels), tile // min(triton.next_power_of_2(channels), 8))
@@ -109,9 +113,11 @@ def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, back
     tiles, chunks = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
     steps = max(1, min(MAX_STEPS, samples * tiles * chunks // PROGRAMS)) if backward else 1
     tiles = triton.cdiv(tiles, steps)
-    unit_p, unit_c = math.gcd(pixels, 8) if nchw else 1, math.gcd(channels, 8) if last else 1
+    unit_p = math.gcd(pixels, 8) if False in last else 1
+    unit_c = math.gcd(channels, 8) if True in last else 1
     sizes = pixels // unit_p, channels // unit_c, tiles, chunks
-    return Work(sizes, Tile(unit_p, unit_c, block_p, block_c), steps, samples * tiles * chunks)
+    compiled = Tile(unit_p, unit_c, block_p, block_c, last[0], last[-1], shared, grouped)
+    return Work(sizes, compiled, steps, samples * tiles * chunks)
 
 
 def is_last(t: Tensor, channels: int, pixels: int) -> bool:
