@@ -24,12 +24,13 @@ from inpaint_kernels.triton_kernels import (
 
 Size = tuple[int, int, int, int]
 IMAGE: Size = (8, 3, 512, 512)
+PARTIAL_CONV = ("mask_input", "finish", "finish_backward", "window")
 
 
 class Case(NamedTuple):
     """A call of one launcher; each op reads the fields that it has a use for."""
 
-    op: str  # of partial_conv the name of the launcher
+    op: str  # or one of PARTIAL_CONV, its launchers
     dtypes: str = "f32/f32"  # pred / target, of partial_conv what is read / what is written
     size: Size = IMAGE
     channels_last: bool = False
@@ -79,9 +80,7 @@ def _images(case: Case) -> list[Tensor]:
 
 def _mask(case: Case) -> Any:
     n, _, h, w = case.size
-    if case.mask is None:
-        return None
-    return meta((n, case.mask_channels, h, w), case.mask, case.channels_last)
+    return None if case.mask is None else meta((n, case.mask_channels, h, w), case.mask, case.channels_last)
 
 
 def _needed(case: Case) -> tuple[bool, bool]:
@@ -242,8 +241,5 @@ CALLS: dict[str, Callable[[Case], None]] = {
     "gram": _gram,
     "style": _style,
     "feature_distance": _feature_distance,
-    "mask_input": _partial_conv,
-    "finish": _partial_conv,
-    "finish_backward": _partial_conv,
-    "window": _partial_conv,
+    **dict.fromkeys(PARTIAL_CONV, _partial_conv),
 }

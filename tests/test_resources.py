@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from aot import CAPABILITIES, Launch, Resources, compile_launch, launch_key
-from launch_cases import Case, Size, launches
+from launch_cases import PARTIAL_CONV, Case, Size, launches
 from torch import Tensor
 
 # Registers a thread. Of the loss kernels 512 threads stay resident on every GPU listed; their loads in flight are
@@ -23,9 +23,7 @@ from torch import Tensor
 # whether fewer would be faster.
 LOSSES, PAIRS = 128, 192
 NEIGHBOURS = ("inpainting_pixel", "total_variation")
-PARTIAL_CONV = ("mask_input", "finish", "finish_backward", "window")
 SMALL: Size = (64, 256, 8, 8)
-LARGE: Size = (32, 3, 1024, 1024)
 FEATURES: Size = (8, 64, 128, 128)
 DEEP: Size = (8, 256, 32, 32)
 LAYER: Size = (16, 64, 256, 256)
@@ -95,8 +93,8 @@ CASES = [
     Case("stacked_images", channels_last=True, backward="pred"),
     Case("stacked_images", BF16, channels_last=True, swap=True, backward="pred"),
     # The largest tile.
-    Case("stacked_images", size=LARGE),
-    Case("stacked_images", size=LARGE, backward="pred,target"),
+    Case("stacked_images", size=(32, 3, 1024, 1024)),
+    Case("stacked_images", size=(32, 3, 1024, 1024), backward="pred,target"),
     Case("gram", size=FEATURES),
     Case("gram", F16, FEATURES),
     Case("gram", BF16, DEEP),
@@ -137,6 +135,7 @@ CASES = [
     Case("finish_backward", size=LAYER, activation="none"),
     Case("finish_backward", BF16, LAYER, turned=True),
     Case("window", size=LAYER, kernel=(7, 7)),
+    Case("window", size=LAYER, kernel=(31, 31)),
     Case("window", size=(4, 1, 250, 301), mask=torch.bool),
     Case("window", size=LAYER, mask_channels=64),
     Case("window", size=LAYER, mask=torch.bool, mask_channels=64),
@@ -290,19 +289,22 @@ def test_no_spills_and_wide_accesses(case: Case, capability: int) -> None:
         check(case, launch, compile_launch(launch, capability))
 
 
+def first_of(op: str) -> tuple[Case, Launch]:
+    """The first case of an op, and its first launch."""
+    case = next(case for case in CASES if case.op == op)
+    return case, launches(case)[0]
+
+
 @pytest.mark.parametrize(
-    ("case", "changes", "warps", "message"),
+    ("op", "changes", "warps", "message"),
     [
-        (Case("masked_l1"), {"BLOCK_C": 128, "BLOCK_G": 2}, 1, "spilled"),
-        (Case("inpainting_pixel"), {"BLOCK_G": 256}, 1, "spilled"),
-        (Case("finish_backward", size=LAYER), {"BLOCK_P": 2048}, 4, "registers"),
+        ("masked_l1", {"BLOCK_C": 128, "BLOCK_G": 2}, 1, "spilled"),
+        ("inpainting_pixel", {"BLOCK_G": 256}, 1, "spilled"),
+        ("finish_backward", {"BLOCK_P": 2048}, 4, "registers"),
     ],
-    ids=["pixel", "pairs", "partial_conv"],
 )
-def test_check_fails_on_a_tile_too_large(
-    case: Case, changes: dict[str, int], warps: int, message: str
-) -> None:
-    launch = launches(case)[0]
+def test_check_fails_on_a_tile_too_large(op: str, changes: dict[str, int], warps: int, message: str) -> None:
+    case, launch = first_of(op)
     name = "TILE" if "TILE" in launch.arguments else "TILES"
     tile = launch.arguments[name]
     tile = tile._replace(**changes) if name == "TILE" else (tile[0]._replace(**changes),)
@@ -311,21 +313,10 @@ def test_check_fails_on_a_tile_too_large(
         check_registers(case, launch, compile_launch(launch, 90))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("masked_l1"),
-        Case("inpainting_pixel"),
-        Case("stacked_images"),
-        Case("gram", size=FEATURES),
-        Case("finish", size=LAYER),
-    ],
-    ids=str,
-)
-def test_check_fails_on_narrow_loads(case: Case) -> None:
-    launch = launches(case)[0]
+@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "finish"])
+def test_check_fails_on_narrow_loads(op: str) -> None:
+    case, launch = first_of(op)
     resources = compile_launch(launch, 90, aligned=False)
-    check_registers(case, launch, resources)
     with pytest.raises(AssertionError, match="narrow"):
         check(case, launch, resources)
 
@@ -360,56 +351,47 @@ def test_neighbours_stay_in_their_registers(backward: str) -> None:
     assert "shfl" not in loop.replace("shfl.sync.bfly", "") and "ld.shared" not in loop
 
 
-def test_large_windows_compile() -> None:
-    launch = launches(Case("window", size=LAYER, kernel=(31, 31)))[0]
-    assert compile_launch(launch, 90).spilled == 0
-
-
 # For any size: Triton's launcher makes a constant of a size that is 1 and notes which sizes 16 divides, so that a
 # kernel may compile for one image and not for the next.
-ANY_SIZE = {
-    str(case): case
-    for case in (
-        Case("masked_l1"),
-        Case("masked_l1", penalty="huber", backward="pred"),
-        Case("masked_l1", penalty="charbonnier", reduction="none"),
-        Case("hole_valid"),
-        Case("hole_valid", backward="pred"),
-        Case("inpainting_pixel"),
-        Case("inpainting_pixel", backward="pred"),
-        Case("total_variation", composite=False, region="image"),
-        Case("total_variation", penalty="l2", backward="pred,target"),
-        Case("stacked_images"),
-        Case("stacked_images", backward="pred"),
-        Case("gram"),
-        Case("gram", backward="pred"),
-        Case("style", layers=(1,)),
-        Case("feature_distance", layers=(1,)),
-        Case("feature_distance", layers=(1,), penalty="huber", backward="pred"),
-        *(Case(op) for op in PARTIAL_CONV),
-    )
-}
+ANY_SIZE = [
+    Case("masked_l1"),
+    Case("masked_l1", penalty="huber", backward="pred"),
+    Case("masked_l1", penalty="charbonnier", reduction="none"),
+    Case("hole_valid"),
+    Case("hole_valid", backward="pred"),
+    Case("inpainting_pixel"),
+    Case("inpainting_pixel", backward="pred"),
+    Case("total_variation", composite=False, region="image"),
+    Case("total_variation", penalty="l2", backward="pred,target"),
+    Case("stacked_images"),
+    Case("stacked_images", backward="pred"),
+    Case("gram"),
+    Case("gram", backward="pred"),
+    Case("style", layers=(1,)),
+    Case("feature_distance", layers=(1,)),
+    Case("feature_distance", layers=(1,), penalty="huber", backward="pred"),
+    *(Case(op) for op in PARTIAL_CONV),
+]
 # One element; a row of exactly one group of 8; a column; multiples of 16, which the launcher notes; odd numbers.
 SIZES: tuple[Size, ...] = ((1, 1, 1, 1), (2, 3, 5, 8), (2, 8, 9, 1), (16, 16, 16, 16), (3, 5, 7, 9))
 SIZES_CHANNELS_LAST: tuple[Size, ...] = ((1, 4, 3, 2), (3, 5, 7, 9), (16, 16, 16, 16))
 
 
 @pytest.mark.parametrize("number", range(len(SIZES) + len(SIZES_CHANNELS_LAST)))
-@pytest.mark.parametrize("name", ANY_SIZE)
-def test_every_size_compiles(name: str, number: int) -> None:
+@pytest.mark.parametrize("case", ANY_SIZE, ids=str)
+def test_every_size_compiles(case: Case, number: int) -> None:
     """The architectures take turns: what a size does to a kernel shows before the code is theirs."""
     size, last = (SIZES + SIZES_CHANNELS_LAST)[number], number >= len(SIZES)
-    case = ANY_SIZE[name]._replace(size=size, channels_last=last)
-    for launch in launches(case):
+    for launch in launches(case._replace(size=size, channels_last=last)):
         compile_launch(launch, CAPABILITIES[number % 3])
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("name", ANY_SIZE)
-def test_new_sizes_compile_nothing(name: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("case", ANY_SIZE, ids=str)
+def test_new_sizes_compile_nothing(case: Case, channels_last: bool) -> None:
     """Widths as those of training, batches and heights that nothing divides; few enough to share their tiles."""
     sizes: list[Size] = [(8, 3, 128, 512), (7, 3, 131, 512), (9, 3, 117, 384)]
-    cases = [ANY_SIZE[name]._replace(size=size, channels_last=channels_last) for size in sizes]
+    cases = [case._replace(size=size, channels_last=channels_last) for size in sizes]
     first, *others = ([launch_key(launch) for launch in launches(case)] for case in cases)
     assert all(other == first for other in others)
 

@@ -234,4 +234,4 @@ def backward(
 ) -> Tensor:
     """Gradient by the features of `ops/gram.py`."""
     _, c, h, w = features.shape
-    return launch_product(None, grad, features, gram_scale(normalize, c, h * w), 1, True)
+    return launch_product(None, grad + grad.mT, features, gram_scale(normalize, c, h * w))

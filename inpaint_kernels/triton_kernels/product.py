@@ -1,6 +1,6 @@
 """Matrix products of the Triton kernels of gram and style: precision, and a symmetric matrix times features.
 
-    out[n] = scale * grad * factor[n] F[n], F [C, M], factor [C, C] the sum of several matrices
+    out[n] = scale * grad * factor[n] F[n], F [C, M], factor [C, C]
 
 A program owns a tile of rows and pixels of `out`; channels up to a tile are read once. Half precision runs on the
 tensor cores as it is: the float32 factor is first written as two half matrices under one factor a row
@@ -30,8 +30,6 @@ class Product(NamedTuple):
     CHANNELS_LAST: bool
     UNIT: int  # of the number of pixels
     PRECISION: str  # see `precision`
-    PREDICTIONS: int  # matrices that are added up for a factor
-    BOTH: bool  # whether its transpose is added to a factor
     BLOCK_R: int
     BLOCK_K: int
     BLOCK_M: int
@@ -93,38 +91,14 @@ def load_features(
     return tl.load(pointer + place, mask=inside, other=0.0)
 
 
-@triton.jit
-def load_factor(factor, sample, i, j, inside, PREDICTIONS: tl.constexpr, BOTH: tl.constexpr):
-    """Elements (i, j) of a sample's matrix: the sum of its predictions' matrices, or (BOTH) of it and its transpose.
-
-    factor = (pointer, strides by matrix, row and column, number of samples).
-    """
-    factor_ptr, stride_n, stride_r, stride_c, samples = factor
-    at = i.to(tl.int64) * stride_r + j.to(tl.int64) * stride_c
-    value = tl.load(factor_ptr + sample * stride_n + at, mask=inside, other=0.0).to(tl.float32)
-    for prediction in tl.static_range(1, PREDICTIONS):
-        pointer = factor_ptr + (sample + prediction * samples) * stride_n
-        value += tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
-    if BOTH:
-        mirrored = j.to(tl.int64) * stride_r + i.to(tl.int64) * stride_c
-        pointer = factor_ptr + sample * stride_n
-        value += tl.load(pointer + mirrored, mask=inside, other=0.0).to(tl.float32)
-    return value
-
-
 @triton.jit(do_not_specialize=["samples"])
 def split_kernel(
-    factor_ptr,  # [PREDICTIONS * samples, C, C], any strides
+    factor_ptr,  # [samples, C, C]
     high_ptr,  # [samples, C, C] in the features' dtype
     low_ptr,  # [samples, C, C] in the features' dtype
     rows_ptr,  # [2, samples, C]: factor of a row, and whether its low part is not all 0
-    stride_n,
-    stride_r,
-    stride_c,
     samples,
     C: tl.constexpr,
-    PREDICTIONS: tl.constexpr,
-    BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -139,8 +113,8 @@ def split_kernel(
     i = (program % BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLS)[None, :]
     inside = (i < C) & (j < C)
-    factor = factor_ptr, stride_n, stride_r, stride_c, samples
-    value = load_factor(factor, sample, i, j, inside, PREDICTIONS, BOTH)
+    at = sample * (C * C) + i * C + j
+    value = tl.load(factor_ptr + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), axis=1, keep_dims=True)
     # A row of zeros, or with an Inf, is kept as it is.
     largest = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -148,7 +122,6 @@ def split_kernel(
     high = value.to(high_ptr.dtype.element_ty)
     wide = high.to(tl.float32)
     low = tl.where(tl.abs(wide) < float("inf"), value - wide, 0.0)
-    at = sample * (C * C) + i * C + j
     tl.store(high_ptr + at, high, mask=inside)
     tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=inside)
     row = sample * C + i
@@ -160,7 +133,7 @@ def split_kernel(
 @triton.jit
 def add_product(
     total,  # [BLOCK_R, BLOCK_M], channels_last: [BLOCK_M, BLOCK_R]
-    factor,  # see `load_factor`
+    factor_ptr,  # [samples, C, C]
     features_ptr,  # first pixel of the tile
     sample,
     row,  # [BLOCK_R]
@@ -181,10 +154,7 @@ def add_product(
         else:
             i, j = row[:, None], k[None, :]
         inside = (i < C) & (j < C)
-        if PRECISION == "half":
-            f = tl.load(factor[0] + sample * (C * C) + i * C + j, mask=inside, other=0.0)
-        else:
-            f = load_factor(factor, sample, i, j, inside, PRODUCT.PREDICTIONS, PRODUCT.BOTH)
+        f = tl.load(factor_ptr + sample * (C * C) + i * C + j, mask=inside, other=0.0)
         a, b = (x, f) if CHANNELS_LAST else (f, x)
         if PRECISION == "half":
             # The result is stored in half precision: what truncation does to a sum of C terms does not show.
@@ -197,7 +167,7 @@ def add_product(
 @triton.jit(do_not_specialize=["samples", "length", "tiles"])
 def product_kernel(
     grad_ptr,  # [] or None
-    factor_ptr,  # [PREDICTIONS * samples, C, C] with strides, "half": [samples, C, C], the high part
+    factor_ptr,  # [samples, C, C], "half": the high part
     low_ptr,  # "half": [samples, C, C], else None
     rows_ptr,  # "half": [2, samples, C], see `split_kernel`; else None
     features_ptr,  # [samples, C, M], channels_last: [samples, M, C]
@@ -205,9 +175,6 @@ def product_kernel(
     samples,
     length,  # M, in units of UNIT
     tiles,
-    stride_n,
-    stride_r,
-    stride_c,
     scale,
     PRODUCT: tl.constexpr,
 ):
@@ -246,10 +213,8 @@ def product_kernel(
         row_factor = tl.load(rows_ptr + row, mask=row < C, other=0.0)
         some = tl.load(rows_ptr + samples.to(tl.int64) * C + row, mask=row < C, other=0.0)
         if tl.max(some, axis=0) > 0:
-            low = low_ptr, stride_n, stride_r, stride_c, samples
-            total = add_product(total, low, at, sample, row, pixels, left, PRODUCT)
-    factor = factor_ptr, stride_n, stride_r, stride_c, samples
-    total = add_product(total, factor, at, sample, row, pixels, left, PRODUCT)
+            total = add_product(total, low_ptr, at, sample, row, pixels, left, PRODUCT)
+    total = add_product(total, factor_ptr, at, sample, row, pixels, left, PRODUCT)
     if PRECISION == "half":
         total *= row_factor[None, :] if CHANNELS_LAST else row_factor[:, None]
     tl.store(out_ptr + start + place, (total * coefficient).to(out_ptr.dtype.element_ty), mask=inside)
@@ -270,13 +235,11 @@ def precision(dtype: torch.dtype) -> str:
 
 def launch_product(
     grad: Tensor | None,  # []
-    factor: Tensor,  # [k N, C, C], any strides
+    factor: Tensor,  # [N, C, C]
     features: Tensor,  # [N, C, H, W]
     scale: float,
-    predictions: int,
-    both: bool,
 ) -> Tensor:
-    """scale * grad * (the sum of the k predictions' factors, or factor + its transpose) @ features."""
+    """scale * grad * factor @ features."""
     channels_last = plan.is_channels_last(features)
     features = plan.in_layout(features, channels_last)
     n, c, h, w = features.shape
@@ -284,6 +247,7 @@ def launch_product(
     if out.numel() == 0:
         return out
     mode = precision(features.dtype)
+    factor = factor.contiguous()
     high, low, rows = factor, None, None
     with plan.on_device(features):
         if mode == "half":
@@ -297,16 +261,12 @@ def launch_product(
                 high,
                 low,
                 rows,
-                *factor.stride(),
                 n,
                 c,
-                predictions,
-                both,
                 block,
                 cols,
                 num_warps=4,
             )
-            predictions, both = 1, False
         block_r = min(max(triton.next_power_of_2(c), 16), 128 if mode == "half" else 64)
         block_k = min(max(triton.next_power_of_2(c), 16), 64 if mode == "half" else 32)
         unit = 1 if channels_last or (h * w) % 8 else 8
@@ -322,9 +282,8 @@ def launch_product(
             n,
             h * w // unit,
             tiles,
-            *high.stride(),
             scale,
-            Product(c, channels_last, unit, mode, predictions, both, block_r, block_k, block_m),
+            Product(c, channels_last, unit, mode, block_r, block_k, block_m),
             num_warps=8 if block_r == 128 or mode != "half" else 4,
         )
     return out

@@ -92,20 +92,17 @@ def _launch_layer(
     pixels = x.shape[2] * x.shape[3]
     channels_last = plan.is_channels_last(x)
     x = plan.in_layout(x, channels_last)
-    strides: tuple[int, ...] = (0, 0, 0)
-    target_splits = 1
-    if target_is_gram:
-        sums, splits = gram.launch_gram(x, None, channels_last, block_c)
-        target_sums, strides = y, y.stride()
+    target_last = not target_is_gram and plan.is_channels_last(y)
+    together = not target_is_gram and target_last == channels_last and y.dtype == x.dtype
+    if not target_is_gram:
+        y = plan.in_layout(y, target_last)
+    sums, splits = gram.launch_gram(x, y if together else None, channels_last, block_c)
+    if together:
+        target_sums, target_splits = sums[n:], splits
+    elif target_is_gram:
+        target_sums, target_splits = y, 1
     else:
-        target_channels_last = plan.is_channels_last(y)
-        y = plan.in_layout(y, target_channels_last)
-        if target_channels_last == channels_last and y.dtype == x.dtype:
-            sums, splits = gram.launch_gram(x, y, channels_last, block_c)
-            target_sums, target_splits = sums[n:], splits
-        else:
-            sums, splits = gram.launch_gram(x, None, channels_last, block_c)
-            target_sums, target_splits = gram.launch_gram(y, None, target_channels_last, block_c)
+        target_sums, target_splits = gram.launch_gram(y, None, target_last, block_c)
     gram_normalize = "none" if normalize == "gatys" else normalize
     scale = gram_scale(gram_normalize, c, pixels)
     target_scale = 1.0 if target_is_gram else gram_scale(gram_normalize, c, y.shape[2] * y.shape[3])
@@ -118,7 +115,7 @@ def _launch_layer(
         y.shape[0],
         splits,
         target_splits,
-        *strides,
+        *(y.stride() if target_is_gram else (0, 0, 0)),
         scale,
         target_scale,
         coefficient,
@@ -186,7 +183,9 @@ def backward(
     sign: float,
 ) -> list[Tensor]:
     """Gradient of each layer's features: sign * grad * (the sum of its k factors) @ features."""
-    return [
-        launch_product(grad, factor, x, sign, factor.shape[0] // max(1, x.shape[0]), False)
-        for factor, x in zip(factors, features, strict=True)
-    ]
+    grads = []
+    for factor, x in zip(factors, features, strict=True):
+        if factor.shape[0] > x.shape[0]:
+            factor = factor.unflatten(0, (-1, x.shape[0])).sum(0)
+        grads.append(launch_product(grad, factor, x, sign))
+    return grads
