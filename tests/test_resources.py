@@ -163,20 +163,19 @@ def check_narrow(accesses: Counter[int], width: int, allowed: int) -> None:
     assert narrow <= allowed, f"narrow accesses: {dict(accesses)}"
 
 
-def image_tensors(case: Case, arguments: dict[str, Any]) -> Iterator[tuple[Tensor | None, int, bool]]:
+def image_tensors(case: Case, tile: Any, given: dict[str, Any]) -> Iterator[tuple[Tensor | None, int, bool]]:
     """Tensors that an image kernel moves, how often the code moves a tile of each, and whether it stores it."""
-    tile = arguments["TILE"] if "TILE" in arguments else arguments["TILES"][0]
-    get, steps = arguments.get, tile.STEPS
+    get, steps = given.get, tile.STEPS
     if case.op in ("masked_l1", "hole_valid"):
         # The tensors of the only layer, see `kernel_tensors`.
-        pred, target, mask, _, *gradients = arguments["layers"][0]
+        pred, target, mask, _, *gradients = given["layers"][0]
         yield from ((pred, steps, False), (target, steps, False))
         yield mask, tile.MASK != "interleaved", False
         yield from ((gradient, steps, True) for gradient in gradients)
-        yield arguments["grads"][0] if get("MAP") else None, steps, False
+        yield given["grads"][0] if get("MAP") else None, steps, False
         yield get("map_ptr"), steps, True
     elif case.op == "stacked_images":
-        stack = arguments["STACK"]
+        stack = given["STACK"]
         shares = list(zip(stack.SHARES[::2], stack.SHARES[1::2], strict=True))
         # A gradient that nobody needs is not read.
         read = sum(pair != ("none", "none") for pair in shares) * stack.REPEATS
@@ -187,13 +186,12 @@ def image_tensors(case: Case, arguments: dict[str, Any]) -> Iterator[tuple[Tenso
         yield from ((get(name), steps, True) for name in ("grad_pred_ptr", "grad_target_ptr"))
     else:
         # Written once each in the program: the row itself, and what lies above the first row of a chunk.
-        forward, l2 = "sums_ptr" in arguments, arguments["PENALTY"] == "l2"
-        composite = arguments["target_ptr"] is not None if forward else arguments["COMPOSITE"]
+        forward, l2 = "sums_ptr" in given, given["PENALTY"] == "l2"
+        composite = given["target_ptr"] is not None if forward else given["COMPOSITE"]
         if tile.REGION == "dilated_hole":
             masks = composite + (3 if forward else 4 + 2 * l2)
         else:
-            weighed = tile.REGION != "image"
-            masks = composite + (0 if forward else 2 * (weighed or l2))
+            masks = composite + (0 if forward else 2 * (l2 or tile.REGION != "image"))
         yield from ((get(name), 1 if forward else 2, False) for name in ("pred_ptr", "target_ptr"))
         yield get("mask_ptr"), 0 if tile.SHARED != 1 else masks, False
         yield from ((get(name), 1, True) for name in ("grad_pred_ptr", "grad_target_ptr"))
@@ -209,13 +207,16 @@ def check_images(case: Case, launch: Launch, resources: Resources) -> None:
     pairs = case.op in NEIGHBOURS
     elements = tile.WIDTH if pairs else tile.BLOCK_C * tile.BLOCK_G * 8 // (32 * launch.warps)
     expected = {"loads": Counter[int](), "stores": Counter[int]()}
-    for tensor, times, stored in image_tensors(case, launch.arguments):
+    wide_rows = pairs or case.dtypes.startswith("f32") or tile.WIDTH == 8
+    for tensor, times, stored in image_tensors(case, tile, launch.arguments):
         if tensor is not None and times:
             size = tensor.element_size()
+            wide_rows |= stored and size == 4
             expected["stores" if stored else "loads"][min(16, tile.WIDTH * size)] += elements * times * size
     if case.op == "stacked_images" and case.swap and case.channels_last:
         # Element by element: the side with the channels of a pixel reversed.
         expected["loads"].clear()
+    assert wide_rows, "narrow rows"
     for direction, found in (("loads", resources.loads), ("stores", resources.stores)):
         wide = {width: count for width, count in found.items() if width >= 8}
         wanted = {width: count for width, count in expected[direction].items() if width >= 8}
@@ -255,9 +256,8 @@ def check_partial_conv(case: Case, launch: Launch, resources: Resources) -> None
     block = (tile.BLOCK_P, tile.BLOCK_C) if tile else (arguments["BLOCK_P"], arguments["BLOCK_C"])
     elements = block[0] * block[1] // (32 * launch.warps)
     if name == "channel_sum_kernel":
-        size = arguments["mask_ptr"].element_size()
-        wanted = {min(16, size * elements): size * elements}
-        assert resources.loads == wanted, f"narrow loads: {resources.loads}"
+        read = arguments["mask_ptr"].element_size() * elements
+        assert resources.loads == {min(16, read): read}, f"narrow loads: {resources.loads}"
         return
     images = [arguments.get(name) for name in ("input_ptr", "raw_ptr", "grad_ptr", "output_ptr")]
     read = sum(image.element_size() for image in images if image is not None) * elements
@@ -351,7 +351,7 @@ def test_neighbours_stay_in_their_registers(backward: str) -> None:
 
 
 def test_large_windows_compile() -> None:
-    launch = launches(Case("window", size=LAYER, kernel=(31, 31)))[0]
+    (launch,) = launches(Case("window", size=LAYER, kernel=(31, 31)))
     assert compile_launch(launch, 90).spilled == 0
 
 
