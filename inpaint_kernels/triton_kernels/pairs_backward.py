@@ -21,7 +21,6 @@ from torch import Tensor
 from . import plan
 from .pairs_tile import (
     NO_WEIGHTS,
-    SIZES,
     after_edge,
     ahead,
     behind,
@@ -34,6 +33,7 @@ from .pairs_tile import (
     region_values,
     row_stride,
     tile_place,
+    unpacked_sizes,
     wider,
 )
 from .pixel_tile import apply_signs, penalty_grad, region_weights
@@ -56,7 +56,7 @@ def square_gradient(d, weight, coefficient):
     return tl.where(weight != 0, coefficient * weight * penalty_grad(d, "l2", 0.0), 0.0)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "scale_stride_n", "scale_stride_region", "tv_scale_stride"])
+@triton.jit
 def backward_kernel(
     grad_total_ptr,  # [] or None
     grad_hole_ptr,  # [] or None
@@ -70,17 +70,9 @@ def backward_kernel(
     target_ptr,  # [samples, channels, height, width], None for l1 and where there is no composite
     grad_pred_ptr,  # [samples, channels, height, width] or None
     grad_target_ptr,  # [samples, channels, height, width] or None
-    height,
-    width,
-    groups,
-    channels,
-    blocks,
-    tiles,
+    sizes,  # see `Plan`
     stride_n,  # of the mask
     stride_c,
-    scale_stride_n,
-    scale_stride_region,
-    tv_scale_stride,
     weights,  # of hole, valid and tv in the total
     PENALTY: tl.constexpr,
     COMPOSITE: tl.constexpr,
@@ -88,7 +80,8 @@ def backward_kernel(
 ):
     STEPS: tl.constexpr = TILE.STEPS
     STEP: tl.constexpr = TILE.STEP
-    sizes = (height, width, groups, channels, blocks, tiles)
+    sizes = unpacked_sizes(sizes)
+    height, _, groups, _, _, _ = sizes
     top, top_row, group, place, mask_offset, mask_place = tile_place(sizes, stride_n, stride_c, TILE)
     sample, start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(STEP, STEP, TILE.WIDTH)
@@ -108,12 +101,12 @@ def backward_kernel(
 
     grad_tv = upstream(grad_tv_ptr, grad_total_ptr, weights[2])
     down_factor = grad_tv * tl.load(tv_scale_ptr)
-    across_factor = grad_tv * tl.load(tv_scale_ptr + tv_scale_stride)
+    across_factor = grad_tv * tl.load(tv_scale_ptr + 1)
     if scale_ptr is not None:
-        scale_ptr += sample * scale_stride_n
+        scale_ptr += sample * 2
         hole_factor = upstream(grad_hole_ptr, grad_total_ptr, weights[0]) * tl.load(scale_ptr)
         valid_factor = upstream(grad_valid_ptr, grad_total_ptr, weights[1])
-        valid_factor *= tl.load(scale_ptr + scale_stride_region)
+        valid_factor *= tl.load(scale_ptr + 1)
 
     zeros = tl.zeros(at.shape, tl.float32)
     # What the row above hands down: its region, its image, and its gradient but for the pairs that begin there.
@@ -233,23 +226,20 @@ def launch_backward(
     ready = plan.prepare_mask(mask, size, channels_last)
     width = plan.stores_width(grad_pred, grad_target)
     work = make_plan(size, channels_last, ready, width, region, mask_is_hole)
-    scale_strides = (0, 0) if scale is None else scale.stride()
     with plan.on_device(tv_scale):
         backward_kernel[(work.programs,)](
             *grads,
-            scale,
-            tv_scale,
+            None if scale is None else scale.contiguous(),
+            tv_scale.contiguous(),
             signs,
             ready.tensor,
             pred,
             target,
             grad_pred if need_pred else None,
             grad_target if need_target else None,
-            *work.sizes,
+            work.sizes,
             ready.stride_n,
             0 if channels_last else ready.stride_c,
-            *scale_strides,
-            tv_scale.stride(0),
             weights,
             penalty,
             composite,

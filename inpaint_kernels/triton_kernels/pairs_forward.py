@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import plan
 from .pairs_tile import (
-    SIZES,
     after_edge,
     ahead,
     load_image,
@@ -34,27 +33,22 @@ from .pairs_tile import (
     row_stride,
     store_signs,
     tile_place,
+    unpacked_sizes,
     wider,
 )
 from .pixel_tile import penalty_value, region_weights
 
 
-@triton.jit(do_not_specialize=[*SIZES, "sums_stride"])
+@triton.jit
 def forward_kernel(
     pred_ptr,  # [samples, channels, height, width]
     target_ptr,  # [samples, channels, height, width], or None: no composite
     mask_ptr,  # [H, W] or [N|1, C|1, H, W], or None
     sums_ptr,  # [sums, samples, blocks, tiles], see `launch_forward`
     signs_ptr,  # [samples, channels, height, planes, groups] uint8, or None
-    height,
-    width,
-    groups,
-    channels,
-    blocks,
-    tiles,
+    sizes,  # see `Plan`
     stride_n,  # of the mask
     stride_c,
-    sums_stride,
     PENALTY: tl.constexpr,
     LOSSES: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -62,7 +56,8 @@ def forward_kernel(
     TILE: tl.constexpr,
 ):
     STEPS: tl.constexpr = TILE.STEPS
-    sizes = (height, width, groups, channels, blocks, tiles)
+    sizes = unpacked_sizes(sizes)
+    height, _, groups, _, _, _ = sizes
     top, top_row, group, place, mask_offset, mask_place = tile_place(sizes, stride_n, stride_c, TILE)
     _, start, at, edge, inside, _, _ = place
     AFTER: tl.constexpr = after_edge(TILE.STEP, TILE.STEP, TILE.WIDTH)
@@ -132,7 +127,7 @@ def forward_kernel(
         image_above, first_above = image, first
 
     sums_ptr += tl.program_id(0)
-    sums_stride = sums_stride.to(tl.int64)
+    sums_stride = tl.num_programs(0).to(tl.int64)
     if LOSSES:
         # In the order of `pixel_forward.finalize_kernel`.
         tl.store(sums_ptr, tl.sum(hole_sum))
@@ -242,10 +237,9 @@ def launch_forward(
         ready.tensor,
         sums,
         signs,
-        *work.sizes,
+        work.sizes,
         ready.stride_n,
         0 if channels_last else ready.stride_c,
-        work.programs,
         penalty,
         losses,
         weights,

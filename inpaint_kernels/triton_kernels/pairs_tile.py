@@ -20,15 +20,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pixel_tile import pack_signs, region_weights
-from .plan import Mask
+from .pixel_tile import pack_signs, region_weights, unpacked
+from .plan import Mask, packed
 
 # (elements of the call, rows of a chunk), groups of 8 in a tile. Reasoned, not tuned: no GPU has measured them yet.
 CHUNKS = ((1 << 18, 2), (1 << 22, 4), (1 << 63, 8))
 BLOCK = 64
-# Arguments of the kernels: one that is 1 or divisible by 16 must not cost another compilation. Inside a kernel they
-# travel as one tuple; as an argument a tuple would be specialised, whatever its name.
-SIZES = ("height", "width", "groups", "channels", "blocks", "tiles")
 # Total variation alone: there is no total that the terms would enter.
 NO_WEIGHTS = (0.0, 0.0, 0.0)
 
@@ -50,7 +47,7 @@ class Tile(NamedTuple):
 class Plan(NamedTuple):
     """Work split of one call."""
 
-    sizes: tuple[int, ...]  # height, width, groups, channels, blocks, tiles
+    sizes: tuple[int, ...]  # `packed`: height, width, groups, channels, blocks, tiles
     tile: Tile
     programs: int
     warps: int
@@ -86,11 +83,17 @@ def _plan(
     row = 4 if channels_last else row
     shared, whole = c if interleaved else 1, width % 8 == 0
     return Plan(
-        sizes=(h, width, groups, channels, blocks, tiles),
+        sizes=packed((h, width, groups, channels, blocks, tiles)),
         tile=Tile(step, shared, whole, block_s, block_g, steps, row, region, mask_is_hole),
         programs=n * blocks * tiles,
         warps=max(1, block_s * block_g * 8 // row // 32),
     )
+
+
+@triton.jit
+def unpacked_sizes(sizes):
+    height, width, groups = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
+    return height, width, groups, unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
 
 
 @triton.jit
