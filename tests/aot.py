@@ -80,11 +80,10 @@ def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Res
     options = {"num_warps": launch.warps, "debug": False}
     bound, specialization, rest = bind(**launch.arguments, **options)
     key = (*launch_key(launch, capability), capability, aligned)
-    known = _COMPILED.get(key)
-    if known is None:
+    if key not in _COMPILED:
         packed = launch.kernel._pack_args(backend, options, bound, specialization, rest)
-        known = _COMPILED[key] = _compile(launch.kernel, *packed, capability, aligned)
-    return known
+        _COMPILED[key] = _compile(launch.kernel, *packed, capability, aligned)
+    return _COMPILED[key]
 
 
 _COMPILED: dict[tuple[Any, ...], Resources] = {}

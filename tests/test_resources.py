@@ -6,163 +6,403 @@ run. Needs no GPU, but a process without TRITON_INTERPRET: interpreted kernels c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from aot import CAPABILITIES, Launch, Resources, compile_launch, meta, record
-from harness import DTYPES
+from aot import CAPABILITIES, Launch, Resources, compile_launch, launch_key
+from launch_cases import PARTIAL_CONV, Case, Size, launches
+from torch import Tensor
 
-from inpaint_kernels.triton_kernels import hole_valid, masked_l1
-
-IMAGE = (8, 3, 512, 512)
-# 512 threads stay resident with it on every GPU listed; their loads in flight are enough to fill its memory bus.
-MAX_REGISTERS = 128
-
-
-class Case(NamedTuple):
-    """A call of one launcher."""
-
-    op: str  # "masked_l1" or "hole_valid"
-    penalty: str
-    dtypes: str = "f32/f32"  # pred / target
-    mask: torch.dtype | None = torch.float32
-    size: tuple[int, int, int, int] = IMAGE
-    channels_last: bool = False
-    backward: str = ""  # which gradients: "pred", "target" or "pred,target"
-    reduction: str = "mean"
-
-    def __str__(self) -> str:
-        mask = "nomask" if self.mask is None else str(self.mask).removeprefix("torch.")
-        layout = "channels_last" if self.channels_last else "x".join(map(str, self.size))
-        parts = [self.op, self.penalty, self.dtypes, mask, layout, self.reduction, self.backward]
-        return "-".join(filter(None, parts))
-
+# Registers a thread. Of the loss kernels 512 threads stay resident on every GPU listed; their loads in flight are
+# enough to fill its memory bus. Of the kernels over neighbours two programs of four warps, each with two rows of the
+# images and two of the mask on their way; most cases need 168 today, the narrowest needs 190, and no GPU has told
+# whether fewer would be faster.
+LOSSES, PAIRS = 128, 192
+NEIGHBOURS = ("inpainting_pixel", "total_variation")
+SMALL: Size = (64, 256, 8, 8)
+FEATURES: Size = (8, 64, 128, 128)
+DEEP: Size = (8, 256, 32, 32)
+LAYER: Size = (16, 64, 256, 256)
+BF16, F16, MIXED = "bf16/bf16", "f16/f16", "f16/f32"
 
 # One case per code path of the kernels; sizes are divisible by 8 as those of real training are.
 CASES = [
-    Case("masked_l1", "l1"),
-    Case("masked_l1", "l1", "bf16/bf16", torch.bool),
-    Case("masked_l1", "l1", mask=None),
-    Case("masked_l1", "l1", channels_last=True),
+    Case("masked_l1"),
+    Case("masked_l1", BF16, mask=torch.bool),
+    Case("masked_l1", mask=None),
+    Case("masked_l1", channels_last=True),
     # The largest tile, and the most channels in one program.
-    Case("masked_l1", "l1", size=(32, 4, 1024, 1024)),
+    Case("masked_l1", size=(32, 4, 1024, 1024)),
     # Planes smaller than a tile, and per-channel offsets into the mask.
-    Case("masked_l1", "charbonnier", "f16/f32", size=(64, 256, 8, 8)),
-    Case("masked_l1", "charbonnier", "f16/f32"),
-    Case("masked_l1", "l2", "f16/f16", reduction="none"),
-    Case("masked_l1", "l1", backward="pred"),
-    Case("masked_l1", "l1", "bf16/bf16", torch.bool, backward="pred"),
-    Case("masked_l1", "charbonnier", "f16/f32", backward="pred,target"),
-    Case("masked_l1", "huber", "bf16/bf16", torch.bool, backward="pred,target", reduction="none"),
-    Case("hole_valid", "l1"),
-    Case("hole_valid", "charbonnier", "bf16/bf16", torch.bool),
-    Case("hole_valid", "l1", "f16/f32", backward="pred"),
-    Case("hole_valid", "charbonnier", backward="pred"),
+    Case("masked_l1", MIXED, SMALL, penalty="charbonnier"),
+    Case("masked_l1", MIXED, penalty="charbonnier"),
+    Case("masked_l1", F16, penalty="l2", reduction="none"),
+    Case("masked_l1", backward="pred"),
+    Case("masked_l1", BF16, mask=torch.bool, backward="pred"),
+    Case("masked_l1", MIXED, penalty="charbonnier", backward="pred,target"),
+    Case("masked_l1", BF16, mask=torch.bool, penalty="huber", backward="pred,target", reduction="none"),
+    Case("hole_valid"),
+    Case("hole_valid", BF16, mask=torch.bool, penalty="charbonnier"),
+    Case("hole_valid", MIXED, backward="pred"),
+    Case("hole_valid", penalty="charbonnier", backward="pred"),
+    # The usual calls over neighbours, then those with the most in registers, then one per code path that is left.
+    Case("inpainting_pixel"),
+    Case("inpainting_pixel", BF16),
+    Case("inpainting_pixel", backward="pred"),
+    Case("inpainting_pixel", BF16, mask=torch.bool, backward="pred"),
+    Case("total_variation", composite=False, region="image"),
+    Case("total_variation", BF16, composite=False, region="image"),
+    Case("total_variation", composite=False, region="image", backward="pred"),
+    Case("inpainting_pixel", MIXED, normalize="mask"),
+    Case("inpainting_pixel", BF16, normalize="mask", channels_last=True),
+    Case("inpainting_pixel", MIXED, channels_last=True, backward="pred,target"),
+    Case("inpainting_pixel", mask_channels=3, channels_last=True, backward="pred,target"),
+    Case("total_variation", penalty="l2", channels_last=True, backward="pred,target"),
+    Case("inpainting_pixel", BF16, backward="pred,target"),
+    Case("total_variation", MIXED, penalty="l2", normalize="mask"),
+    Case("total_variation", F16, penalty="l2", backward="pred,target"),
+    Case("total_variation", region="hole", mask=torch.uint8, mask_channels=3),
+    Case("total_variation", region="first_pixel", backward="target"),
+    # Tiles of several chunks.
+    Case("inpainting_pixel", size=(64, 16, 32, 32)),
+    Case("inpainting_pixel", size=(64, 16, 32, 32), backward="pred"),
+    Case("stacked_images"),
+    Case("stacked_images", BF16),
+    Case("stacked_images", MIXED, swap=True),
+    Case("stacked_images", parts=(0, 1, 2, 3, 4)),
+    # The composite alone, also of feature maps: planes smaller than a tile, a mask of several channels.
+    Case("stacked_images", BF16, parts=(1,), constants=False),
+    Case("stacked_images", size=SMALL, parts=(1,), mask_channels=256),
+    Case("stacked_images", size=(64, 3, 8, 8), swap=True),
+    Case("stacked_images", size=(8, 1, 512, 512)),
+    Case("stacked_images", parts=(0, 2), mask=None),
+    Case("stacked_images", channels_last=True),
+    Case("stacked_images", BF16, channels_last=True),
+    Case("stacked_images", channels_last=True, swap=True),
+    Case("stacked_images", backward="pred"),
+    Case("stacked_images", BF16, backward="pred"),
+    Case("stacked_images", MIXED, backward="pred"),
+    Case("stacked_images", MIXED, swap=True, backward="pred,target"),
+    Case("stacked_images", parts=(0, 1, 2, 3, 4), backward="target"),
+    Case("stacked_images", size=(8, 1, 512, 512), backward="pred"),
+    Case("stacked_images", size=(64, 3, 8, 8), swap=True, backward="pred"),
+    Case("stacked_images", channels_last=True, backward="pred"),
+    Case("stacked_images", BF16, channels_last=True, swap=True, backward="pred"),
+    # The largest tile.
+    Case("stacked_images", size=(32, 3, 1024, 1024)),
+    Case("stacked_images", size=(32, 3, 1024, 1024), backward="pred,target"),
+    Case("gram", size=FEATURES),
+    Case("gram", F16, FEATURES),
+    Case("gram", BF16, DEEP),
+    Case("gram", BF16, DEEP, channels_last=True),
+    Case("gram", size=DEEP),
+    Case("gram", size=DEEP, precision="tf32"),
+    Case("gram", size=DEEP, channels_last=True),
+    Case("gram", size=FEATURES, backward="pred"),
+    Case("gram", F16, (8, 512, 16, 16), backward="pred"),
+    Case("gram", BF16, FEATURES, channels_last=True, backward="pred"),
+    Case("style", size=FEATURES, predictions=2),
+    Case("style", "bf16/f32", FEATURES, layers=(128,), predictions=2, penalty="l2"),
+    Case("style", size=FEATURES, predictions=2, backward="pred"),
+    Case("style", size=DEEP, channels_last=True, backward="pred"),
+    Case("feature_distance", size=FEATURES, layers=(128, 256), predictions=2),
+    Case("feature_distance", BF16, FEATURES, layers=(128,), predictions=2, mask=None),
+    Case("feature_distance", MIXED, FEATURES, layers=(128,), channels_last=True, penalty="charbonnier"),
+    Case("feature_distance", size=FEATURES, layers=(128, 256), predictions=2, backward="pred"),
+    Case("feature_distance", BF16, FEATURES, layers=(128,), penalty="charbonnier", backward="pred"),
+    *(
+        Case(op, dtypes, LAYER, channels_last)
+        for op in ("mask_input", "finish", "finish_backward")
+        for dtypes in ("f32/f32", BF16)
+        for channels_last in (False, True)
+    ),
+    Case("mask_input", size=LAYER, mask=None),
+    Case("mask_input", size=LAYER, mask=torch.bool, mask_channels=64),
+    Case("mask_input", BF16, LAYER, True, mask=torch.bfloat16, mask_channels=64),
+    Case("mask_input", MIXED, LAYER),
+    # One long row: an odd size does no harm.
+    Case("mask_input", size=(16, 67, 100, 101), mask_channels=67),
+    Case("mask_input", BF16, LAYER, turned=True),
+    Case("finish", BF16, (16, 96, 64, 64), True, activation="leaky_relu"),
+    Case("finish", BF16, (16, 512, 4, 4)),
+    Case("finish", MIXED, LAYER, True, turned=True),
+    # A plane of each group.
+    Case("finish", BF16, LAYER, mask_channels=4),
+    Case("finish_backward", size=LAYER, activation="none"),
+    Case("finish_backward", BF16, LAYER, turned=True),
+    Case("window", size=LAYER, kernel=(7, 7)),
+    Case("window", size=(4, 1, 250, 301), mask=torch.bool),
+    Case("window", size=LAYER, mask_channels=64),
+    Case("window", size=LAYER, mask=torch.bool, mask_channels=64),
+    Case("window", size=LAYER, channels_last=True, mask=torch.bfloat16, mask_channels=64),
+    Case("window", size=LAYER, channels_last=True, mask_channels=64),
 ]
 
 
-def launches(case: Case) -> list[Launch]:
-    """What the launcher would launch."""
-    n, c, h, w = case.size
-
-    pred_dtype, target_dtype = (DTYPES[name] for name in case.dtypes.split("/"))
-    pred, target = (meta(case.size, d, case.channels_last) for d in (pred_dtype, target_dtype))
-    mask = None if case.mask is None else meta((n, 1, h, w), case.mask)
-    is_map = case.reduction == "none"
-    l1 = case.penalty == "l1"
-    two_regions = case.op == "hole_valid"
-    if not case.backward:
-        if two_regions:
-            return record(
-                lambda: hole_valid.forward(pred, target, mask, case.penalty, 1e-3, "mask", False, l1)
-            )
-        return record(
-            lambda: masked_l1.forward(pred, target, mask, case.penalty, 1e-3, case.reduction, "mask", l1)
-        )
-    grad = meta(case.size if is_map else (), torch.float32)
-    scale = meta((0,) if is_map else (n, 2 if two_regions else 1), torch.float32)
-    saved: tuple[Any, ...] = (meta((2 * n * c * h * w // 8,), torch.uint8), mask, None, None)
-    if not l1:
-        saved = (None, mask, pred, target)
-    image = (case.size, case.channels_last, pred_dtype, target_dtype, case.penalty, 1e-3)
-    needed = ("pred" in case.backward, "target" in case.backward)
-    if two_regions:
-        return record(lambda: hole_valid.backward(grad, grad, scale, *saved, *image, False, *needed))
-    return record(lambda: masked_l1.backward(grad, scale, *saved, *image, *needed))
+def check_registers(case: Case, launch: Launch, resources: Resources) -> None:
+    name = launch.kernel.__name__
+    assert resources.spilled == 0, f"{name} spilled"
+    if case.op in PARTIAL_CONV:
+        # With 80 registers 768 threads stay resident, with 64 of the kernels that keep to one layout 1024.
+        limit = 80 if case.turned or case.op == "window" else 64
+    elif case.op in ("gram", "style"):
+        # A launch of more registers than a multiprocessor has does not start.
+        limit = 65536 // (32 * launch.warps)
+    else:
+        limit = PAIRS if case.op in NEIGHBOURS else LOSSES
+    assert resources.registers <= limit, f"{name}: too many registers"
 
 
-def check_size(resources: Resources) -> None:
-    assert resources.spilled == 0
-    assert resources.registers <= MAX_REGISTERS
+def check_narrow(accesses: Counter[int], width: int, allowed: int) -> None:
+    """Features move `width` bytes at once; `allowed` bytes a thread may be signs, or numbers of a tile or row."""
+    narrow = sum(count for moved, count in accesses.items() if moved < width)
+    assert narrow <= allowed, f"narrow accesses: {dict(accesses)}"
 
 
-def check_widths(launch: Launch, resources: Resources) -> None:
-    """Images, and a mask laid out like them, move 16 bytes at a time.
+def image_tensors(case: Case, tile: Any, given: dict[str, Any]) -> Iterator[tuple[Tensor | None, int, bool]]:
+    """Tensors that an image kernel moves, how often the code moves a tile of each, and whether it stores it."""
+    get, steps = given.get, tile.STEPS
+    if case.op in ("masked_l1", "hole_valid"):
+        # The tensors of the only layer, see `kernel_tensors`.
+        pred, target, mask, _, *gradients = given["layers"][0]
+        yield from ((pred, steps, False), (target, steps, False))
+        yield mask, tile.MASK != "interleaved", False
+        yield from ((gradient, steps, True) for gradient in gradients)
+        yield given["grads"][0] if get("MAP") else None, steps, False
+        yield get("map_ptr"), steps, True
+    elif case.op == "stacked_images":
+        stack = given["STACK"]
+        shares = list(zip(stack.SHARES[::2], stack.SHARES[1::2], strict=True))
+        # A gradient that nobody needs is not read.
+        read = sum(pair != ("none", "none") for pair in shares) * stack.REPEATS
+        yield from ((get(name), steps, False) for name in ("pred_ptr", "target_ptr"))
+        yield get("mask_ptr"), {"plane": 1, "channel": steps}.get(tile.MASK, 0), False
+        yield get("grad_ptr"), read * steps, False
+        yield get("stacked_ptr"), stack.PARTS * stack.REPEATS * steps, True
+        yield from ((get(name), steps, True) for name in ("grad_pred_ptr", "grad_target_ptr"))
+    else:
+        # Written once each in the program: the row itself, and what lies above the first row of a chunk.
+        forward, l2 = "sums_ptr" in given, given["PENALTY"] == "l2"
+        composite = given["target_ptr"] is not None if forward else given["COMPOSITE"]
+        if tile.REGION == "dilated_hole":
+            masks = composite + (3 if forward else 4 + 2 * l2)
+        else:
+            masks = composite + (0 if forward else 2 * (l2 or tile.REGION != "image"))
+        yield from ((get(name), 1 if forward else 2, False) for name in ("pred_ptr", "target_ptr"))
+        yield get("mask_ptr"), 0 if tile.SHARED != 1 else masks, False
+        yield from ((get(name), 1, True) for name in ("grad_pred_ptr", "grad_target_ptr"))
 
-    Only where float32 is stored beside a half-precision image (rows of 4) does the latter move 8 bytes at once.
+
+def check_images(case: Case, launch: Launch, resources: Resources) -> None:
+    """Images, and a mask laid out like them, move 16 bytes at a time, and only as often as they must.
+
+    Only where float32 is stored beside a half-precision image, and in channels_last over neighbours, do halves move 8
+    bytes at once. Below 8 bytes: neighbours, packed signs, single numbers, masks of one byte an element.
     """
-    arguments = launch.arguments
-    mask, _, _, _, _, _, block_c, block_g, steps, row = arguments["TILES"]
-    tile = block_c * block_g * 8 // (32 * launch.warps)
-    # The tensors of the only layer, see `kernel_tensors`.
-    names = "input", "target", "mask", "signs", "grad_input", "grad_target"
-    tensors = dict(zip(names, arguments["layers"][0], strict=False))
-    tensors |= {
-        "grad": arguments["grads"][0] if "grads" in arguments else None,
-        "map": arguments.get("map_ptr"),
-    }
-    moved = {
-        "input": steps,
-        "target": steps,
-        "mask": 0 if mask == "interleaved" else 1,
-        "grad": steps if arguments.get("MAP", False) else 0,
-        "grad_input": steps,
-        "grad_target": steps,
-        "map": steps,
-    }
+    tile = launch.arguments["TILE"] if "TILE" in launch.arguments else launch.arguments["TILES"][0]
+    pairs = case.op in NEIGHBOURS
+    elements = tile.WIDTH if pairs else tile.BLOCK_C * tile.BLOCK_G * 8 // (32 * launch.warps)
     expected = {"loads": Counter[int](), "stores": Counter[int]()}
-    stores_single = False
-    for name, times in moved.items():
-        tensor = tensors.get(name)
-        if tensor is None or times == 0:
-            continue
-        stored = name in ("grad_input", "grad_target", "map")
-        stores_single |= stored and tensor.dtype == torch.float32
-        width = min(16, row * tensor.element_size())
-        expected["stores" if stored else "loads"][width] += tile * times * tensor.element_size()
-    assert row == 8 or stores_single or tensors["input"].element_size() == 4
-    # Below 8 bytes: packed signs, single numbers, masks of one byte an element.
+    wide_rows = pairs or case.dtypes.startswith("f32") or tile.WIDTH == 8
+    for tensor, times, stored in image_tensors(case, tile, launch.arguments):
+        if tensor is not None and times:
+            size = tensor.element_size()
+            wide_rows |= stored and size == 4
+            expected["stores" if stored else "loads"][min(16, tile.WIDTH * size)] += elements * times * size
+    if case.op == "stacked_images" and case.swap and case.channels_last:
+        # Element by element: the side with the channels of a pixel reversed.
+        expected["loads"].clear()
+    assert wide_rows, "narrow rows"
     for direction, found in (("loads", resources.loads), ("stores", resources.stores)):
         wide = {width: count for width, count in found.items() if width >= 8}
         wanted = {width: count for width, count in expected[direction].items() if width >= 8}
-        assert wide == wanted, f"narrow {direction}: {dict(found)}, expected {wanted}"
+        # Over neighbours the compiler may write the step of the first row out.
+        most = 2 if pairs else 1
+        same = wide.keys() == wanted.keys() and all(wanted[k] <= wide[k] <= most * wanted[k] for k in wide)
+        assert same, f"narrow {direction}: {dict(found)}, expected {wanted}"
+    if case.op == "stacked_images":
+        assert resources.stores == expected["stores"]
+        assert tile.MASK == "interleaved" or resources.loads == expected["loads"], "narrow loads"
+
+
+def check_features(case: Case, launch: Launch, resources: Resources) -> None:
+    name = launch.kernel.__name__
+    if name == "gram_kernel":
+        # TF32 wants the pixels of one operand as neighbours. Those of a channels_last tile are not: without rounding
+        # the tile is turned on its way to shared memory, number by number.
+        turned = case.channels_last and case.dtypes == "f32/f32" and case.precision == "ieee"
+        check_narrow(resources.loads, 4 if turned else 16, 0)
+        check_narrow(resources.stores, 16, 0)
+    elif name == "product_kernel":
+        check_narrow(resources.loads, 8, 64)
+        check_narrow(resources.stores, 16, 0)
+    elif name in ("forward_kernel", "backward_kernel"):
+        # Two bytes of signs for 8 elements, of each layer's steps and predictions.
+        parts = sum(tile.PREDICTIONS * tile.STEPS for tile in launch.arguments["TILES"])
+        check_narrow(resources.loads, 8, 32 * parts)
+        check_narrow(resources.stores, 8, 32 * parts)
+
+
+def check_partial_conv(case: Case, launch: Launch, resources: Resources) -> None:
+    """Images move 16 bytes at a time; what is narrower are planes, a bias, sums of it."""
+    arguments, name = launch.arguments, launch.kernel.__name__
+    if name in ("box_kernel", "add_rows_kernel"):
+        return
+    tile = arguments.get("TILE")
+    block = (tile.BLOCK_P, tile.BLOCK_C) if tile else (arguments["BLOCK_P"], arguments["BLOCK_C"])
+    elements = block[0] * block[1] // (32 * launch.warps)
+    if name == "channel_sum_kernel":
+        read = arguments["mask_ptr"].element_size() * elements
+        assert resources.loads == {min(16, read): read}, f"narrow loads: {resources.loads}"
+        return
+    images = [arguments.get(name) for name in ("input_ptr", "raw_ptr", "grad_ptr", "output_ptr")]
+    read = sum(image.element_size() for image in images if image is not None) * elements
+    wide = sum(count for width, count in resources.loads.items() if width >= 16)
+    assert wide >= read, f"narrow loads: {resources.loads}, {read} bytes of images"
+    # Two planes, or one mask, of four bytes for each pixel of the thread, and a bias.
+    check_narrow(resources.loads, 16, 10 * elements // (2 if case.channels_last and not case.turned else 1))
+    stores = {16: arguments["out_ptr"].element_size() * elements}
+    if arguments.get("sums_ptr") is not None:
+        stores[4] = 4
+    assert resources.stores == stores, f"narrow stores: {resources.stores}"
+
+
+def check(case: Case, launch: Launch, resources: Resources) -> None:
+    check_registers(case, launch, resources)
+    if case.op in PARTIAL_CONV:
+        check_partial_conv(case, launch, resources)
+    elif case.op in ("gram", "style", "feature_distance"):
+        check_features(case, launch, resources)
+    elif "finalize" not in launch.kernel.__name__:
+        check_images(case, launch, resources)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_spills_and_wide_accesses(case: Case, capability: int) -> None:
-    pixel_kernel, *finalise = launches(case)
-    assert len(finalise) == (0 if case.backward or case.reduction == "none" else 1)
-    resources = compile_launch(pixel_kernel, capability)
-    check_size(resources)
-    check_widths(pixel_kernel, resources)
-    for launch in finalise:
-        check_size(compile_launch(launch, capability))
+    for launch in launches(case):
+        check(case, launch, compile_launch(launch, capability))
 
 
-def test_check_fails_on_spills() -> None:
-    launch = launches(CASES[0])[0]
-    *tile, _, _, row = launch.arguments["TILES"]
-    large = launch._replace(arguments=launch.arguments | {"TILES": (*tile, 128, 2, row)}, warps=1)
-    with pytest.raises(AssertionError, match="spilled"):
-        check_size(compile_launch(large, 90))
+def first_of(op: str) -> tuple[Case, Launch]:
+    """The first case of an op, and its first launch."""
+    case = next(case for case in CASES if case.op == op)
+    return case, launches(case)[0]
 
 
-def test_check_fails_on_narrow_loads() -> None:
-    launch = launches(CASES[0])[0]
+@pytest.mark.parametrize(
+    ("op", "changes", "warps", "message"),
+    [
+        ("masked_l1", {"BLOCK_C": 128, "BLOCK_G": 2}, 1, "spilled"),
+        ("inpainting_pixel", {"BLOCK_G": 256}, 1, "spilled"),
+        ("finish_backward", {"BLOCK_P": 2048}, 4, "registers"),
+    ],
+)
+def test_check_fails_on_a_tile_too_large(op: str, changes: dict[str, int], warps: int, message: str) -> None:
+    case, launch = first_of(op)
+    name = "TILE" if "TILE" in launch.arguments else "TILES"
+    tile = launch.arguments[name]
+    tile = tile._replace(**changes) if name == "TILE" else (tile[0]._replace(**changes),)
+    launch = launch._replace(arguments=launch.arguments | {name: tile}, warps=warps)
+    with pytest.raises(AssertionError, match=message):
+        check_registers(case, launch, compile_launch(launch, 90))
+
+
+@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "finish"])
+def test_check_fails_on_narrow_loads(op: str) -> None:
+    case, launch = first_of(op)
     resources = compile_launch(launch, 90, aligned=False)
-    check_size(resources)
-    with pytest.raises(AssertionError, match="narrow loads"):
-        check_widths(launch, resources)
+    with pytest.raises(AssertionError, match="narrow"):
+        check(case, launch, resources)
+
+
+def test_gram_adds_blocks_outside_the_tensor_core() -> None:
+    """Merged into the product, as compilers like to, the sum of the blocks would be truncated at every step."""
+    ptx = compile_launch(launches(Case("gram", BF16, FEATURES))[0], 90).ptx
+    assert "wgmma.mma_async" in ptx
+    # One addition for every element of the 64 x 64 tile, by 128 threads.
+    assert len(re.findall(r"\badd(?:\.rn)?\.f32\b", ptx)) >= 32
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("backward", ["", "pred"])
+def test_low_parts_of_infinity_are_left_out(capability: int, backward: str) -> None:
+    """Triton splits float32 into TF32 parts and drops their small products where those are NaN, as Inf makes them."""
+    asks_for_nan = re.compile(r"\bsetp\.(?:num|nan)\.f32\b")
+    case = Case("gram", size=FEATURES, backward=backward)
+    ptx, rounded = (
+        compile_launch(launches(case._replace(precision=precision))[0], capability).ptx
+        for precision in ("ieee", "tf32")
+    )
+    assert asks_for_nan.search(ptx)
+    assert not asks_for_nan.search(rounded), "it is not the small products that are looked at"
+
+
+@pytest.mark.parametrize("backward", ["", "pred"])
+def test_neighbours_stay_in_their_registers(backward: str) -> None:
+    """A tile moved by one element is the same registers, but for one that is read: nothing is exchanged for it."""
+    ptx = compile_launch(launches(Case("inpainting_pixel", backward=backward))[0], 90).ptx
+    loop = ptx[: ptx.rindex("bra")]
+    assert "shfl" not in loop.replace("shfl.sync.bfly", "") and "ld.shared" not in loop
+
+
+def test_large_windows_compile() -> None:
+    (launch,) = launches(Case("window", size=LAYER, kernel=(31, 31)))
+    assert compile_launch(launch, 90).spilled == 0
+
+
+# For any size: Triton's launcher makes a constant of a size that is 1 and notes which sizes 16 divides, so that a
+# kernel may compile for one image and not for the next.
+ANY_SIZE = [
+    Case("masked_l1"),
+    Case("masked_l1", penalty="huber", backward="pred"),
+    Case("masked_l1", penalty="charbonnier", reduction="none"),
+    Case("hole_valid"),
+    Case("hole_valid", backward="pred"),
+    Case("inpainting_pixel"),
+    Case("inpainting_pixel", backward="pred"),
+    Case("total_variation", composite=False, region="image"),
+    Case("total_variation", penalty="l2", backward="pred,target"),
+    Case("stacked_images"),
+    Case("stacked_images", backward="pred"),
+    Case("gram"),
+    Case("gram", backward="pred"),
+    Case("style", layers=(1,)),
+    Case("feature_distance", layers=(1,)),
+    Case("feature_distance", layers=(1,), penalty="huber", backward="pred"),
+    *(Case(op) for op in PARTIAL_CONV),
+]
+# One element; a row of exactly one group of 8; a column; multiples of 16, which the launcher notes; odd numbers.
+SIZES: tuple[Size, ...] = ((1, 1, 1, 1), (2, 3, 5, 8), (2, 8, 9, 1), (16, 16, 16, 16), (3, 5, 7, 9))
+SIZES_CHANNELS_LAST: tuple[Size, ...] = ((1, 4, 3, 2), (3, 5, 7, 9), (16, 16, 16, 16))
+
+
+@pytest.mark.parametrize("number", range(len(SIZES) + len(SIZES_CHANNELS_LAST)))
+@pytest.mark.parametrize("case", ANY_SIZE, ids=str)
+def test_every_size_compiles(case: Case, number: int) -> None:
+    """The architectures take turns: what a size does to a kernel shows before the code is theirs."""
+    size, last = (SIZES + SIZES_CHANNELS_LAST)[number], number >= len(SIZES)
+    for launch in launches(case._replace(size=size, channels_last=last)):
+        compile_launch(launch, CAPABILITIES[number % 3])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("case", ANY_SIZE, ids=str)
+def test_new_sizes_compile_nothing(case: Case, channels_last: bool) -> None:
+    """Widths as those of training, batches and heights that nothing divides; few enough to share their tiles."""
+    sizes: list[Size] = [(8, 3, 128, 512), (7, 3, 131, 512), (9, 3, 117, 384)]
+    cases = [case._replace(size=size, channels_last=channels_last) for size in sizes]
+    first, *others = ([launch_key(launch) for launch in launches(case)] for case in cases)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("op", ["masked_l1", "hole_valid"])
+def test_new_parameter_compiles_nothing(op: str) -> None:
+    """An eps that is annealed changes at every step."""
+    launch = launches(Case(op, penalty="charbonnier"))[0]
+    annealed = launch._replace(arguments=launch.arguments | {"param": 0.7})
+    assert launch_key(annealed) == launch_key(launch)

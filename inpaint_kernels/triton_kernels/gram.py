@@ -13,8 +13,6 @@ Matrix products, and the backward: `product.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -136,7 +134,7 @@ def store_both(pointer, i, j, value, inside, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def finalise_kernel(
+def finalize_kernel(
     sums_ptr,  # [N, splits, pairs, BLOCK_C, BLOCK_C]
     out_ptr,  # [N, C, C]
     splits,
@@ -149,31 +147,15 @@ def finalise_kernel(
     store_both(out_ptr + sample * (C * C), i, j, value, inside, C)
 
 
-class Plan(NamedTuple):
-    """Work split of the first stage."""
-
-    block_c: int
-    block_k: int
-    warps: int
-    steps: int
-    splits: int
-
-
 def tile_size(channels: int, dtype: torch.dtype) -> int:
     """BLOCK_C of the first stage."""
     return min(max(triton.next_power_of_2(channels), 16), 64 if dtype == torch.float32 else 128)
 
 
-def make_plan(samples: int, channels: int, pixels: int, dtype: torch.dtype, block_c: int) -> Plan:
-    """Work split of `samples` Gram matrices; depends on shapes alone, so results do not depend on the GPU."""
-    block_k = 32 if dtype == torch.float32 else 64 if block_c == 128 else 128
-    count = -(-channels // block_c)
-    pairs = count * (count + 1) // 2
-    blocks = max(1, -(-pixels // block_k))
-    # A span of 8 BLOCK_C pixels at least: its sums then weigh no more than 1/4 of the features it reads.
-    splits = max(1, min(-(-PROGRAMS // (samples * pairs)), blocks * block_k // (8 * block_c)))
-    steps = -(-blocks // splits)
-    return Plan(block_c, block_k, 8 if block_c == 128 else 4, steps, -(-blocks // steps))
+def _pairs(channels: int, block_c: int) -> int:
+    """Tiles of the lower triangle."""
+    blocks: int = triton.cdiv(channels, block_c)
+    return blocks * (blocks + 1) // 2
 
 
 def launch_gram(
@@ -188,38 +170,41 @@ def launch_gram(
     count, second_pixels = samples, pixels
     if second is not None:
         count, second_pixels = samples + second.shape[0], second.shape[2] * second.shape[3]
-    work = make_plan(count, c, max(pixels, second_pixels), features.dtype, block_c)
-    blocks = -(-c // block_c)
-    pairs = blocks * (blocks + 1) // 2
+    # The work split depends on shapes alone, so results do not depend on the GPU.
+    block_k = 32 if features.dtype == torch.float32 else 64 if block_c == 128 else 128
+    pairs = _pairs(c, block_c)
+    blocks = max(1, triton.cdiv(max(pixels, second_pixels), block_k))
+    # A span of 8 BLOCK_C pixels at least: its sums then weigh no more than 1/4 of the features it reads.
+    splits = max(1, min(triton.cdiv(PROGRAMS, count * pairs), blocks * block_k // (8 * block_c)))
+    steps = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, steps)
     unit = 1 if channels_last or pixels % 8 or second_pixels % 8 else 8
-    sums = torch.empty(
-        (count, work.splits, pairs, block_c, block_c), dtype=torch.float32, device=features.device
-    )
-    gram_kernel[(count * work.splits * pairs,)](
+    shape = count, splits, pairs, block_c, block_c
+    sums = torch.empty(shape, dtype=torch.float32, device=features.device)
+    gram_kernel[(count * splits * pairs,)](
         features,
         second,
         sums,
         samples,
         pixels // unit,
         second_pixels // unit,
-        work.steps,
-        work.splits,
+        steps,
+        splits,
         c,
         channels_last,
         unit,
         precision(features.dtype),
         block_c,
-        work.block_k,
-        num_warps=work.warps,
+        block_k,
+        num_warps=8 if block_c == 128 else 4,
     )
-    return sums, work.splits
+    return sums, splits
 
 
 def second_stage_programs(samples: int, channels: int, block_c: int) -> int:
     """Programs of a second stage, see `second_stage_place`."""
-    blocks = -(-channels // block_c)
-    parts = -(-block_c * block_c // ELEMENTS.value)
-    return samples * (blocks * (blocks + 1) // 2) * parts
+    parts: int = triton.cdiv(block_c * block_c, ELEMENTS.value)
+    return samples * _pairs(channels, block_c) * parts
 
 
 def forward(
@@ -236,7 +221,7 @@ def forward(
     block_c = tile_size(c, features.dtype)
     with plan.on_device(features):
         sums, splits = launch_gram(plan.in_layout(features, channels_last), None, channels_last, block_c)
-        finalise_kernel[(second_stage_programs(n, c, block_c),)](
+        finalize_kernel[(second_stage_programs(n, c, block_c),)](
             sums, out, splits, gram_scale(normalize, c, h * w), c, block_c, num_warps=4
         )
     return out
@@ -249,4 +234,4 @@ def backward(
 ) -> Tensor:
     """Gradient by the features of `ops/gram.py`."""
     _, c, h, w = features.shape
-    return launch_product(None, grad, features, gram_scale(normalize, c, h * w), 1, True)
+    return launch_product(None, grad + grad.mT, features, gram_scale(normalize, c, h * w))

@@ -38,25 +38,7 @@ def forward(
 def backward(
     grad_hole: Tensor | None,  # []
     grad_valid: Tensor | None,  # []
-    scale: Tensor,  # [N, 2]
-    signs: Tensor | None,  # uint8, l1 only
-    mask: Tensor,  # [H, W] or [N|1, C|1, H, W]
-    pred: Tensor | None,  # [N, C, H, W], not l1
-    target: Tensor | None,  # [N, C, H, W], not l1
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    penalty: str,
-    param: float,
-    mask_is_hole: bool,
-    need_pred: bool,
-    need_target: bool,
+    *image_and_settings: Any,  # the arguments of `pixel_backward.image_backward` without `grads`
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/hole_valid.py`; a region without gradient contributes nothing."""
-    found = plan.empty_gradients(scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-    if any(g.numel() for g in found):
-        pair = Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
-        grads = grad_hole, grad_valid
-        pixel_backward.launch_backward([pair], grads, scale, penalty, param, mask_is_hole=mask_is_hole)
-    return found
+    return pixel_backward.image_backward([grad_hole, grad_valid], *image_and_settings)

@@ -30,14 +30,14 @@ def forward(
     scale = make((n, 2), dtype=torch.float32, device=pred.device)
     tv_scale = make(2, dtype=torch.float32, device=pred.device)
     channels_last = plan.is_channels_last(pred)
-    signs = pairs_forward.empty_signs(pred, 6, channels_last) if save_signs else None
+    signs = pairs_forward.empty_signs(pred, 6, channels_last, save_signs)
     if pred.numel():
         with plan.on_device(pred):
             sums = pairs_forward.launch_forward(
                 pred,
                 target,
                 mask,
-                signs,
+                signs if save_signs else None,
                 channels_last,
                 tv_region,
                 "l1",
@@ -48,12 +48,12 @@ def forward(
             )
             # It reads the first sums alone.
             firsts = 0, sums.shape[1]
-            pixel_forward.launch_finalise(sums, (hole, valid), scale, firsts, (pred.numel(),), normalize, n)
+            pixel_forward.launch_finalize(sums, (hole, valid), scale, firsts, (pred.numel(),), normalize, n)
             weights = hole_weight, valid_weight, tv_weight
-            pairs_forward.launch_finalise(
+            pairs_forward.launch_finalize(
                 sums, tv, tv_scale, (total, hole, valid), weights, size, tv_normalize
             )
-    return total, hole, valid, tv, scale, tv_scale, plan.no_signs(pred) if signs is None else signs
+    return total, hole, valid, tv, scale, tv_scale, signs
 
 
 def backward(
@@ -91,10 +91,10 @@ def backward(
         pred_dtype,
         target_dtype,
         True,
-        (hole_weight, valid_weight, tv_weight),
         tv_region,
         "l1",
         mask_is_hole,
         need_pred,
         need_target,
+        (hole_weight, valid_weight, tv_weight),
     )

@@ -43,23 +43,10 @@ def forward(
 
 def backward(
     grad: Tensor,  # [], or [N, C, H, W] for reduction "none"
-    scale: Tensor,  # [N, 1], or [0]
-    signs: Tensor | None,  # uint8, l1 only
-    mask: Tensor | None,  # [H, W] or [N|1, C|1, H, W]
-    pred: Tensor | None,  # [N, C, H, W], not l1
-    target: Tensor | None,  # [N, C, H, W], not l1
-    size: Any,
-    channels_last: bool,
-    pred_dtype: torch.dtype,
-    target_dtype: torch.dtype,
-    penalty: str,
-    param: float,
-    need_pred: bool,
-    need_target: bool,
+    *image_and_settings: Any,  # the arguments of `pixel_backward.image_backward` without `grads`, `mask_is_hole`
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target) of `ops/masked_l1.py`."""
-    found = plan.empty_gradients(grad, size, channels_last, pred_dtype, target_dtype, need_pred, need_target)
-    if any(g.numel() for g in found):
-        pair = Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in found))
-        pixel_backward.launch_backward([pair], [grad], scale, penalty, param)
-    return found
+    settings = list(image_and_settings)
+    # `mask_is_hole`: there is one region.
+    settings.insert(-2, None)
+    return pixel_backward.image_backward([grad], *settings)

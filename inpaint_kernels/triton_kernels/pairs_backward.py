@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import plan
 from .pairs_tile import (
-    SIZES,
+    NO_WEIGHTS,
     after_edge,
     ahead,
     behind,
@@ -29,11 +29,11 @@ from .pairs_tile import (
     load_signs,
     load_signs_before,
     make_plan,
-    mask_place,
     reach,
     region_values,
     row_stride,
-    strip_place,
+    tile_place,
+    unpacked_sizes,
     wider,
 )
 from .pixel_tile import apply_signs, penalty_grad, region_weights
@@ -56,7 +56,7 @@ def square_gradient(d, weight, coefficient):
     return tl.where(weight != 0, coefficient * weight * penalty_grad(d, "l2", 0.0), 0.0)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "scale_stride_n", "scale_stride_region", "tv_scale_stride"])
+@triton.jit
 def backward_kernel(
     grad_total_ptr,  # [] or None
     grad_hole_ptr,  # [] or None
@@ -65,46 +65,30 @@ def backward_kernel(
     scale_ptr,  # [N, 2], or None: no losses
     tv_scale_ptr,  # [2]
     signs_ptr,  # [samples, channels, height, planes, groups] uint8 for l1, else None
-    mask_ptr,  # see `mask_place`, or None
+    mask_ptr,  # [H, W] or [N|1, C|1, H, W], or None
     pred_ptr,  # [samples, channels, height, width], None for l1
     target_ptr,  # [samples, channels, height, width], None for l1 and where there is no composite
     grad_pred_ptr,  # [samples, channels, height, width] or None
     grad_target_ptr,  # [samples, channels, height, width] or None
-    height,
-    width,
-    groups,
-    channels,
-    blocks,
-    tiles,
+    sizes,  # see `Plan`
     stride_n,  # of the mask
     stride_c,
-    scale_stride_n,
-    scale_stride_region,
-    tv_scale_stride,
     weights,  # of hole, valid and tv in the total
-    REGION: tl.constexpr,
     PENALTY: tl.constexpr,
-    HOLE: tl.constexpr,
     COMPOSITE: tl.constexpr,
-    STEP: tl.constexpr,
-    SHARED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sizes = (height, width, groups, channels, blocks, tiles)
-    sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, edge, inside, _, _ = place
-    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
-    top_row = (sample * channels + channel) * height + top
-    stride = row_stride(sizes, 1, WHOLE)
+    STEPS: tl.constexpr = TILE.STEPS
+    STEP: tl.constexpr = TILE.STEP
+    sizes = unpacked_sizes(sizes)
+    height, _, groups, _, _, _ = sizes
+    top, top_row, group, place, mask_offset, mask_place = tile_place(sizes, stride_n, stride_c, TILE)
+    sample, start, at, edge, inside, _, _ = place
+    AFTER: tl.constexpr = after_edge(STEP, STEP, TILE.WIDTH)
+    stride = row_stride(sizes, 1, TILE.WHOLE)
     image_start = top_row * stride + start
-    mask_at = mask_place(place, STEP, SHARED)
-    mask_stride = row_stride(sizes, SHARED, WHOLE)
     if mask_ptr is not None:
-        mask_ptr += sample * stride_n + channel * stride_c + top * mask_stride + mask_at[0]
+        mask_ptr += mask_offset
     PLANES: tl.constexpr = 4 if scale_ptr is None else 6
     if PENALTY == "l1":
         sign_stride = groups.to(tl.int64) * PLANES
@@ -113,58 +97,57 @@ def backward_kernel(
         pred_ptr += image_start
         if target_ptr is not None:
             target_ptr += image_start
+    images = pred_ptr, target_ptr
 
     grad_tv = upstream(grad_tv_ptr, grad_total_ptr, weights[2])
     down_factor = grad_tv * tl.load(tv_scale_ptr)
-    across_factor = grad_tv * tl.load(tv_scale_ptr + tv_scale_stride)
+    across_factor = grad_tv * tl.load(tv_scale_ptr + 1)
     if scale_ptr is not None:
-        scale_ptr += sample * scale_stride_n
+        scale_ptr += sample * 2
         hole_factor = upstream(grad_hole_ptr, grad_total_ptr, weights[0]) * tl.load(scale_ptr)
         valid_factor = upstream(grad_valid_ptr, grad_total_ptr, weights[1])
-        valid_factor *= tl.load(scale_ptr + scale_stride_region)
+        valid_factor *= tl.load(scale_ptr + 1)
 
     zeros = tl.zeros(at.shape, tl.float32)
     # What the row above hands down: its region, its image, and its gradient but for the pairs that begin there.
     has_above = inside[1] & (top > 0) & (top <= height)
-    above_ptr = None if mask_ptr is None else mask_ptr - mask_stride
-    mask_above = load_mask(above_ptr, mask_at, inside, has_above, STEP, SHARED)[1]
+    mask_above = load_mask(mask_ptr, mask_place, place, -1, has_above, TILE)[1]
     widest_above = mask_above
-    if REGION == "dilated_hole":
-        far_above = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -2, HOLE, STEP, SHARED)
-        near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
-        last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
-        near = wider(near, last, HOLE)
-        widest_above = wider(far_above, near, HOLE)[1]
-    first_above = region_values(widest_above, has_above, REGION, HOLE)[0]
+    if TILE.REGION == "dilated_hole":
+        far_above = reach(mask_ptr, mask_place, place, sizes, top, -2, TILE)
+        near = reach(mask_ptr, mask_place, place, sizes, top, -1, TILE)
+        last = reach(mask_ptr, mask_place, place, sizes, top, 0, TILE)
+        near = wider(near, last, TILE)
+        widest_above = wider(far_above, near, TILE)[1]
+    first_above = region_values(widest_above, has_above, TILE)[0]
     image_above, gradient_above = zeros, zeros
     if PENALTY == "l2":
-        image_above = load_image(pred_ptr, target_ptr, at - stride, has_above, mask_above, HOLE)[0]
-    # One row more than the strip has: a row is finished when the one below it is there.
+        image_above = load_image(images, at - stride, has_above, mask_above, TILE)[0]
+    # One row more than the chunk has: a row is finished when the one below it is there.
     for step in range(STEPS + 1):
         exists = top + step < height
         exists_above = (top + step > 0) & (top + step <= height)
-        row_ptr = None if mask_ptr is None else mask_ptr + step * mask_stride
-        before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
-        if REGION == "dilated_hole":
-            below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            widest = wider(near, below, HOLE)
-            near, last = wider(last, below, HOLE), below
+        before, here, after = load_mask(mask_ptr, mask_place, place, step, exists, TILE)
+        if TILE.REGION == "dilated_hole":
+            below = reach(mask_ptr, mask_place, place, sizes, top, step + 1, TILE)
+            widest = wider(near, below, TILE)
+            near, last = wider(last, below, TILE), below
         else:
             widest = before, here, after
-        first_before = region_values(widest[0], inside[0] & exists, REGION, HOLE)[0]
-        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
-        weight_left = behind(first, first_before, STEP) * second
-        weight_right = first * ahead(second, second_after, STEP)
+        first_before = region_values(widest[0], inside[0] & exists, TILE)[0]
+        first, second = region_values(widest[1], inside[1] & exists, TILE)
+        second_after = region_values(widest[2], inside[2] & exists, TILE)[1]
+        weight_left = behind(first, first_before, TILE) * second
+        weight_right = first * ahead(second, second_after, TILE)
         weight_upper = first_above * second
         if PENALTY == "l1":
-            if REGION == "image":
-                # A pair without a sign is none, and the others weigh 1.
+            if TILE.REGION == "image":
+                # A pair without a sign does not exist, and the others weigh 1.
                 weight_left, weight_right, weight_upper = zeros + 1.0, zeros + 1.0, zeros + 1.0
             byte_ptr = signs_ptr + step * sign_stride
             byte_above_ptr = byte_ptr - sign_stride
             kept, kept_above = (group < groups) & exists, (group < groups) & exists_above
-            word_left = load_signs_before(byte_ptr, group, groups, kept, STEP)
+            word_left = load_signs_before(byte_ptr, group, groups, kept, TILE)
             word_right = load_signs(byte_ptr, groups, kept)
             word_upper = load_signs(byte_above_ptr + 2 * groups, groups, kept_above)
             left = apply_signs(word_left, weight_left * across_factor)
@@ -172,15 +155,11 @@ def backward_kernel(
             upper = apply_signs(word_upper, weight_upper * down_factor)
         else:
             offset = step * stride
-            image_before = load_image(
-                pred_ptr, target_ptr, offset + edge - STEP, inside[0] & exists, before, HOLE
-            )[0]
-            image = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)[0]
-            image_after = load_image(
-                pred_ptr, target_ptr, offset + edge + AFTER, inside[2] & exists, after, HOLE
-            )[0]
-            left = square_gradient(image - behind(image, image_before, STEP), weight_left, across_factor)
-            right = square_gradient(ahead(image, image_after, STEP) - image, weight_right, across_factor)
+            image_before = load_image(images, offset + edge - STEP, inside[0] & exists, before, TILE)[0]
+            image = load_image(images, offset + at, inside[1] & exists, here, TILE)[0]
+            image_after = load_image(images, offset + edge + AFTER, inside[2] & exists, after, TILE)[0]
+            left = square_gradient(image - behind(image, image_before, TILE), weight_left, across_factor)
+            right = square_gradient(ahead(image, image_after, TILE) - image, weight_right, across_factor)
             upper = square_gradient(image - image_above, weight_upper, down_factor)
             image_above = image
         to_pred = gradient_above - upper
@@ -189,9 +168,8 @@ def backward_kernel(
 
         written = inside[1] & (step > 0) & exists_above
         if COMPOSITE:
-            row_ptr = mask_ptr + (step - 1) * mask_stride
-            weight = load_mask(row_ptr, mask_at, inside, exists_above, STEP, SHARED)[1]
-            hole, valid = region_weights(weight, HOLE)
+            weight = load_mask(mask_ptr, mask_place, place, step - 1, exists_above, TILE)[1]
+            hole, valid = region_weights(weight, TILE.HOLE)
             to_target = tl.where(valid != 0, valid * to_pred, 0.0)
             to_pred = tl.where(hole != 0, hole * to_pred, 0.0)
             if scale_ptr is not None:
@@ -223,12 +201,12 @@ def launch_backward(
     pred_dtype: torch.dtype,
     target_dtype: torch.dtype,
     composite: bool,
-    weights: tuple[float, float, float],  # of hole, valid and tv in the total
     region: str,
     penalty: str,
     mask_is_hole: bool,
     need_pred: bool,
     need_target: bool,
+    weights: tuple[float, float, float] = NO_WEIGHTS,  # of hole, valid and tv in the total
 ) -> tuple[Tensor, Tensor]:
     """(grad_pred, grad_target)."""
     grad_pred, grad_target = plan.empty_gradients(
@@ -246,30 +224,26 @@ def launch_backward(
     if region == "image" and not composite:
         mask = None
     ready = plan.prepare_mask(mask, size, channels_last)
-    work = make_plan(size, channels_last, ready, plan.stores_width(grad_pred, grad_target))
-    scale_strides = (0, 0) if scale is None else scale.stride()
+    width = plan.stores_width(grad_pred, grad_target)
+    work = make_plan(size, channels_last, ready, width, region, mask_is_hole)
     with plan.on_device(tv_scale):
         backward_kernel[(work.programs,)](
             *grads,
-            scale,
-            tv_scale,
+            None if scale is None else scale.contiguous(),
+            tv_scale.contiguous(),
             signs,
             ready.tensor,
             pred,
             target,
             grad_pred if need_pred else None,
             grad_target if need_target else None,
-            *work.sizes,
+            work.sizes,
             ready.stride_n,
             0 if channels_last else ready.stride_c,
-            *scale_strides,
-            tv_scale.stride(0),
             weights,
-            region,
             penalty,
-            mask_is_hole,
             composite,
-            *work[1:8],
+            work.tile,
             num_warps=work.warps,
         )
     return grad_pred, grad_target

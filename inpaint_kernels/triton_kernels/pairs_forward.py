@@ -8,7 +8,7 @@ A weight of 0 selects away instead of multiplying. Saved for backward: l1 keeps 
 and pred - target, l2 nothing. One pass, in which each program stores its sums; then one small launch adds up hole and
 valid (`pixel_forward`) and one the rest. The composite is never written: a row of it lives in registers until
 the next one is there. Bytes an element (float32, C channels, float32 mask of one channel): 8 + 4/C read, 1/2 or 3/4
-of signs written; a strip's rows and the one below are read once from memory or from the cache of second level.
+of signs written; a chunk's rows and the one below are read once from memory or from the cache of second level.
 Work split and addressing: `pairs_tile.py`.
 """
 
@@ -23,66 +23,51 @@ from torch import Tensor
 
 from . import plan
 from .pairs_tile import (
-    SIZES,
     after_edge,
     ahead,
     load_image,
     load_mask,
     make_plan,
-    mask_place,
     reach,
     region_values,
     row_stride,
     store_signs,
-    strip_place,
+    tile_place,
+    unpacked_sizes,
     wider,
 )
 from .pixel_tile import penalty_value, region_weights
 
 
-@triton.jit(do_not_specialize=[*SIZES, "sums_stride"])
+@triton.jit
 def forward_kernel(
     pred_ptr,  # [samples, channels, height, width]
     target_ptr,  # [samples, channels, height, width], or None: no composite
-    mask_ptr,  # see `mask_place`, or None
+    mask_ptr,  # [H, W] or [N|1, C|1, H, W], or None
     sums_ptr,  # [sums, samples, blocks, tiles], see `launch_forward`
     signs_ptr,  # [samples, channels, height, planes, groups] uint8, or None
-    height,
-    width,
-    groups,
-    channels,
-    blocks,
-    tiles,
+    sizes,  # see `Plan`
     stride_n,  # of the mask
     stride_c,
-    sums_stride,
-    REGION: tl.constexpr,
     PENALTY: tl.constexpr,
-    HOLE: tl.constexpr,
     LOSSES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     REGION_SUM: tl.constexpr,
-    STEP: tl.constexpr,
-    SHARED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sizes = (height, width, groups, channels, blocks, tiles)
-    sample, channel, top, group, place = strip_place(sizes, STEP, WHOLE, BLOCK_S, BLOCK_G, STEPS, WIDTH)
-    start, at, edge, inside, _, _ = place
-    AFTER: tl.constexpr = after_edge(STEP, STEP, WIDTH)
-    top_row = (sample * channels + channel) * height + top
-    stride = row_stride(sizes, 1, WHOLE)
+    STEPS: tl.constexpr = TILE.STEPS
+    sizes = unpacked_sizes(sizes)
+    height, _, groups, _, _, _ = sizes
+    top, top_row, group, place, mask_offset, mask_place = tile_place(sizes, stride_n, stride_c, TILE)
+    _, start, at, edge, inside, _, _ = place
+    AFTER: tl.constexpr = after_edge(TILE.STEP, TILE.STEP, TILE.WIDTH)
+    stride = row_stride(sizes, 1, TILE.WHOLE)
     pred_ptr += top_row * stride + start
     if target_ptr is not None:
         target_ptr += top_row * stride + start
-    mask_at = mask_place(place, STEP, SHARED)
-    mask_stride = row_stride(sizes, SHARED, WHOLE)
+    images = pred_ptr, target_ptr
     if mask_ptr is not None:
-        mask_ptr += sample * stride_n + channel * stride_c + top * mask_stride + mask_at[0]
+        mask_ptr += mask_offset
     PLANES: tl.constexpr = 6 if LOSSES else 4
     if signs_ptr is not None:
         sign_stride = groups.to(tl.int64) * PLANES
@@ -92,34 +77,31 @@ def forward_kernel(
     nothing = tl.zeros([at.shape[0], 1], tl.float32)
     across_sum, down_sum, region_sum = nothing, nothing, nothing
     hole_sum, valid_sum, hole_weight, valid_weight = nothing, nothing, nothing, nothing
-    # Nothing weighs anything above the top row: the pair that ends in it belongs to the strip above.
+    # Nothing weighs anything above the top row: the pair that ends in it belongs to the chunk above.
     image_above, first_above = zeros, zeros
-    if REGION == "dilated_hole":
-        last = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, 0, HOLE, STEP, SHARED)
-        near = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, -1, HOLE, STEP, SHARED)
-        near = wider(near, last, HOLE)
-    # One row more than the strip has: it only ends pairs.
+    if TILE.REGION == "dilated_hole":
+        last = reach(mask_ptr, mask_place, place, sizes, top, 0, TILE)
+        near = reach(mask_ptr, mask_place, place, sizes, top, -1, TILE)
+        near = wider(near, last, TILE)
+    # One row more than the chunk has: it only ends pairs.
     for step in range(STEPS + 1):
         exists = top + step < height
         own = exists & (step < STEPS)
-        row_ptr = None if mask_ptr is None else mask_ptr + step * mask_stride
-        before, here, after = load_mask(row_ptr, mask_at, inside, exists, STEP, SHARED)
-        if REGION == "dilated_hole":
-            below = reach(mask_ptr, mask_stride, mask_at, place, sizes, top, step + 1, HOLE, STEP, SHARED)
-            widest = wider(near, below, HOLE)
-            near, last = wider(last, below, HOLE), below
+        before, here, after = load_mask(mask_ptr, mask_place, place, step, exists, TILE)
+        if TILE.REGION == "dilated_hole":
+            below = reach(mask_ptr, mask_place, place, sizes, top, step + 1, TILE)
+            widest = wider(near, below, TILE)
+            near, last = wider(last, below, TILE), below
         else:
             widest = before, here, after
-        first, second = region_values(widest[1], inside[1] & exists, REGION, HOLE)
-        second_after = region_values(widest[2], inside[2] & exists, REGION, HOLE)[1]
+        first, second = region_values(widest[1], inside[1] & exists, TILE)
+        second_after = region_values(widest[2], inside[2] & exists, TILE)[1]
         offset = step * stride
-        image, d = load_image(pred_ptr, target_ptr, offset + at, inside[1] & exists, here, HOLE)
-        image_after = load_image(
-            pred_ptr, target_ptr, offset + edge + AFTER, inside[2] & exists, after, HOLE
-        )[0]
+        image, d = load_image(images, offset + at, inside[1] & exists, here, TILE)
+        image_after = load_image(images, offset + edge + AFTER, inside[2] & exists, after, TILE)[0]
 
-        weight = tl.where(own, first * ahead(second, second_after, STEP), 0.0)
-        across = tl.where(weight != 0, ahead(image, image_after, STEP) - image, 0.0)
+        weight = tl.where(own, first * ahead(second, second_after, TILE), 0.0)
+        across = tl.where(weight != 0, ahead(image, image_after, TILE) - image, 0.0)
         across_sum += tl.sum(weight * penalty_value(across, PENALTY, 0.0), axis=1, keep_dims=True)
         weight = first_above * second
         down = tl.where(weight != 0, image - image_above, 0.0)
@@ -128,7 +110,7 @@ def forward_kernel(
             region_sum += tl.sum(tl.where(own, first, 0.0), axis=1, keep_dims=True)
         if LOSSES:
             d = tl.where(own, d, 0.0)
-            hole, valid = region_weights(here, HOLE)
+            hole, valid = region_weights(here, TILE.HOLE)
             hole_sum += tl.sum(hole * tl.where(hole != 0, tl.abs(d), 0.0), axis=1, keep_dims=True)
             valid_sum += tl.sum(valid * tl.where(valid != 0, tl.abs(d), 0.0), axis=1, keep_dims=True)
             if WEIGHTS:
@@ -145,9 +127,9 @@ def forward_kernel(
         image_above, first_above = image, first
 
     sums_ptr += tl.program_id(0)
-    sums_stride = sums_stride.to(tl.int64)
+    sums_stride = tl.num_programs(0).to(tl.int64)
     if LOSSES:
-        # In the order of `pixel_forward.finalise_kernel`.
+        # In the order of `pixel_forward.finalize_kernel`.
         tl.store(sums_ptr, tl.sum(hole_sum))
         if WEIGHTS:
             sums_ptr += sums_stride
@@ -165,7 +147,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "programs", "pairs_down", "pairs_across", "numel"])
-def finalise(
+def finalize(
     sums_ptr,  # [first + 2 or 3, programs]: down, across, summed region if needed, behind sums that are not read here
     tv_ptr,  # []
     scale_ptr,  # [2]
@@ -216,10 +198,10 @@ def finalise(
         tl.store(total_ptr, total.to(tl.float32))
 
 
-def empty_signs(like: Tensor, planes: int, channels_last: bool) -> Tensor:
-    """Packed signs (uint8, 1-D) of `ops/_pairs.py`; the same size in both layouts."""
+def empty_signs(like: Tensor, planes: int, channels_last: bool, save: bool) -> Tensor:
+    """Packed signs (uint8, 1-D) of `ops/_pairs.py`; the same size in both layouts, empty if none are kept."""
     n, c, h, w = like.shape
-    allocated = n * c * h * planes * triton.cdiv(w, 8)
+    allocated = n * c * h * planes * triton.cdiv(w, 8) if save else 0
     if channels_last and w % 8:
         # Whole rows need less padding than the rows of planes: the rest of the buffer is not written.
         return torch.zeros(allocated, dtype=torch.uint8, device=like.device)
@@ -246,7 +228,7 @@ def launch_forward(
         target = plan.in_layout(target, channels_last)
     ready = plan.prepare_mask(mask, pred.shape, channels_last)
     row = plan.loads_width(pred, pred if target is None else target)
-    work = make_plan(pred.shape, channels_last, ready, row)
+    work = make_plan(pred.shape, channels_last, ready, row, region, mask_is_hole)
     count = losses * 2 * (1 + weights) + 2 + region_sum
     sums = torch.empty((count, work.programs), dtype=torch.float32, device=pred.device)
     forward_kernel[(work.programs,)](
@@ -255,23 +237,20 @@ def launch_forward(
         ready.tensor,
         sums,
         signs,
-        *work.sizes,
+        work.sizes,
         ready.stride_n,
         0 if channels_last else ready.stride_c,
-        work.programs,
-        region,
         penalty,
-        mask_is_hole,
         losses,
         weights,
         region_sum,
-        *work[1:8],
+        work.tile,
         num_warps=work.warps,
     )
     return sums
 
 
-def launch_finalise(
+def launch_finalize(
     sums: Tensor,  # see `launch_forward`
     tv: Tensor,  # []
     scale: Tensor,  # [2]
@@ -284,7 +263,7 @@ def launch_finalise(
     n, c, h, w = size
     count, programs = sums.shape
     cols, warps = (1024, 4) if programs <= 1024 else (4096, 16)
-    finalise[(1,)](
+    finalize[(1,)](
         sums,
         tv,
         scale,

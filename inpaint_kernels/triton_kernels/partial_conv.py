@@ -45,27 +45,21 @@ def mask_input_kernel(
     tiles,
     chunks,
     MASK: tl.constexpr,
-    SHARED: tl.constexpr,
-    IN_LAST: tl.constexpr,
-    OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    place = tile_place(pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C)
-    inside = tile_inside(place, BLOCK_P, BLOCK_C)
-    at = tile_pointer(input_ptr, place, IN_LAST, BLOCK_P, BLOCK_C)
+    place = tile_place(pixels, channels, tiles, chunks, TILE)
+    inside = tile_inside(place, TILE)
+    at = tile_pointer(input_ptr, place, TILE.IN_LAST, TILE)
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if MASK != "none":
         if MASK == "plane":
-            weight = load_plane(mask_ptr, place, 1, SHARED, False, BLOCK_P, BLOCK_C)
+            weight = load_plane(mask_ptr, place, 1, TILE)
         else:
-            at = tile_pointer(mask_ptr, place, MASK == "last", BLOCK_P, BLOCK_C, SHARED)
+            at = tile_pointer(mask_ptr, place, MASK == "last", TILE, TILE.SHARED)
             weight = tl.load(at, mask=inside, other=0).to(tl.float32)
         # Select, not only multiply: NaN and Inf under mask 0 do not count.
         value = tl.where(weight == 0, 0.0, value * weight)
-    at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+    at = tile_pointer(out_ptr, place, TILE.OUT_LAST, TILE)
     tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -91,26 +85,19 @@ def finish_kernel(
     groups,
     slope,
     HOW: tl.constexpr,
-    SHARED: tl.constexpr,
-    GROUPED: tl.constexpr,
-    IN_LAST: tl.constexpr,
-    OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    place = tile_place(pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C)
-    inside = tile_inside(place, BLOCK_P, BLOCK_C)
-    at = tile_pointer(raw_ptr, place, IN_LAST, BLOCK_P, BLOCK_C)
+    place = tile_place(pixels, channels, tiles, chunks, TILE)
+    inside = tile_inside(place, TILE)
+    at = tile_pointer(raw_ptr, place, TILE.IN_LAST, TILE)
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
-    new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
+    ratio = load_plane(ratio_ptr, place, groups, TILE)
+    new_mask = load_plane(new_mask_ptr, place, groups, TILE)
     if HOW & 2 == 0:
         x *= ratio
     if bias_ptr is not None:
         _, _, first_c, _, all_channels = place
-        c = tl.arange(0, BLOCK_C)
+        c = tl.arange(0, TILE.BLOCK_C)
         bias = tl.load(bias_ptr + first_c + c, mask=c < all_channels - first_c, other=0.0)
         x += bias[None, :].to(tl.float32)
     if HOW & 1:
@@ -120,13 +107,13 @@ def finish_kernel(
         x *= ratio
     # Last, as every activation maps 0 to 0.
     x = tl.where(new_mask == 0, 0.0, x)
-    at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+    at = tile_pointer(out_ptr, place, TILE.OUT_LAST, TILE)
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "groups", "slope", "steps"])
 def finish_backward_kernel(
-    grad_ptr,  # [samples, channels, pixels], GRAD_LAST: [samples, pixels, channels]
+    grad_ptr,  # [samples, channels, pixels], IN_LAST: [samples, pixels, channels]
     output_ptr,  # what `finish` gave, by OUTPUT_LAST; None without an activation
     ratio_ptr,  # [samples or 1, groups, pixels]
     new_mask_ptr,
@@ -140,31 +127,24 @@ def finish_backward_kernel(
     slope,
     steps,  # blocks of pixels in a tile
     HOW: tl.constexpr,
-    SHARED: tl.constexpr,
-    GROUPED: tl.constexpr,
-    GRAD_LAST: tl.constexpr,
     OUTPUT_LAST: tl.constexpr,
-    OUT_LAST: tl.constexpr,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sample, first_p, first_c, all_pixels, all_channels = tile_place(
-        pixels, channels, tiles, chunks, UNIT_P, UNIT_C, BLOCK_P, BLOCK_C
-    )
+    sample, first_p, first_c, all_pixels, all_channels = tile_place(pixels, channels, tiles, chunks, TILE)
     first_p *= steps
+    BLOCK_P: tl.constexpr = TILE.BLOCK_P
+    BLOCK_C: tl.constexpr = TILE.BLOCK_C
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for step in range(steps):
         place = (sample, first_p + step * BLOCK_P, first_c, all_pixels, all_channels)
-        inside = tile_inside(place, BLOCK_P, BLOCK_C)
-        at = tile_pointer(grad_ptr, place, GRAD_LAST, BLOCK_P, BLOCK_C)
+        inside = tile_inside(place, TILE)
+        at = tile_pointer(grad_ptr, place, TILE.IN_LAST, TILE)
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if HOW // 4:
-            at = tile_pointer(output_ptr, place, OUTPUT_LAST, BLOCK_P, BLOCK_C)
+            at = tile_pointer(output_ptr, place, OUTPUT_LAST, TILE)
             output = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        ratio = load_plane(ratio_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
-        new_mask = load_plane(new_mask_ptr, place, groups, SHARED, GROUPED, BLOCK_P, BLOCK_C)
+        ratio = load_plane(ratio_ptr, place, groups, TILE)
+        new_mask = load_plane(new_mask_ptr, place, groups, TILE)
         g = tl.where(new_mask == 0, 0.0, g)
         if HOW & 2:
             g *= ratio
@@ -176,7 +156,7 @@ def finish_backward_kernel(
             total += g
         if HOW & 2 == 0:
             g *= ratio
-        at = tile_pointer(out_ptr, place, OUT_LAST, BLOCK_P, BLOCK_C)
+        at = tile_pointer(out_ptr, place, TILE.OUT_LAST, TILE)
         tl.store(at, g.to(out_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
         c = tl.arange(0, BLOCK_C)[None, :]
@@ -216,24 +196,20 @@ def mask_input(
         return
     samples, channels = input.shape[:2]
     pixels = input.numel() // (samples * channels)
-    in_last, out_last = (is_last(t, channels, pixels) for t in (input, out))
+    last = [is_last(t, channels, pixels) for t in (input, out)]
     shared, kind, whole = False, "none", True
     if mask is not None:
         mask_last = is_last(mask, mask.shape[1], pixels)
         shared = mask.shape[0] == 1
         kind = "plane" if mask.shape[1] == 1 else "last" if mask_last else "nchw"
-        whole = mask.shape == input.shape and mask_last == in_last
-    if in_last == out_last and whole:
+        whole = mask.shape == input.shape and mask_last == last[0]
+    if last[0] == last[1] and whole:
         # One long row: neither the layout nor odd sizes matter.
-        samples, channels, pixels, in_last, out_last = 1, 1, input.numel(), False, False
+        samples, channels, pixels, last = 1, 1, input.numel(), [False, False]
         kind = "none" if mask is None else "plane"
-    work = split(
-        samples,
-        channels,
-        pixels,
-        not (in_last and out_last) or kind == "nchw",
-        in_last or out_last or kind == "last",
-    )
+    if kind in ("nchw", "last"):
+        last.insert(1, kind == "last")
+    work = split(samples, channels, pixels, last, shared)
     with plan.on_device(input):
         mask_input_kernel[(work.programs,)](
             input,
@@ -241,11 +217,7 @@ def mask_input(
             out,
             *work.sizes,
             kind,
-            shared,
-            in_last,
-            out_last,
-            *work.units,
-            *work.block,
+            work.tile,
             num_warps=WARPS,
         )
 
@@ -265,8 +237,8 @@ def finish(
     samples, channels = raw.shape[:2]
     pixels = raw.numel() // (samples * channels)
     groups = ratio.shape[1]
-    in_last, out_last = (is_last(t, channels, pixels) for t in (raw, out))
-    work = split(samples, channels, pixels, not (in_last and out_last), in_last or out_last)
+    last = [is_last(t, channels, pixels) for t in (raw, out)]
+    work = split(samples, channels, pixels, last, ratio.shape[0] == 1, groups > 1)
     with plan.on_device(raw):
         finish_kernel[(work.programs,)](
             raw,
@@ -278,12 +250,7 @@ def finish(
             groups,
             slope,
             how,
-            ratio.shape[0] == 1,
-            groups > 1,
-            in_last,
-            out_last,
-            *work.units,
-            *work.block,
+            work.tile,
             num_warps=WARPS,
         )
 
@@ -306,10 +273,8 @@ def finish_backward(
     pixels = grad.numel() // (samples * channels)
     groups = ratio.shape[1]
     # Without an activation there is no output: any flag does.
-    grad_last, output_last, out_last = flags = [
-        is_last(grad if t is None else t, channels, pixels) for t in (grad, output, out)
-    ]
-    work = split(samples, channels, pixels, False in flags, True in flags, True)
+    last = [is_last(grad if t is None else t, channels, pixels) for t in (grad, output, out)]
+    work = split(samples, channels, pixels, last, ratio.shape[0] == 1, groups > 1, backward=True)
     rows = work.programs // work.sizes[3]
     with plan.on_device(grad):
         sums = None
@@ -327,13 +292,8 @@ def finish_backward(
             slope,
             work.steps,
             how,
-            ratio.shape[0] == 1,
-            groups > 1,
-            grad_last,
-            output_last,
-            out_last,
-            *work.units,
-            *work.block,
+            last[1],
+            work.tile,
             num_warps=WARPS,
         )
         if sums is not None:

@@ -24,47 +24,45 @@ TILE, BACKWARD_TILE, WARPS = 2048, 1024, 4
 PROGRAMS, MAX_STEPS = 2048, 16
 
 
+class Tile(NamedTuple):
+    """What the kernels are compiled for."""
+
+    UNIT_P: int  # of the number of pixels
+    UNIT_C: int  # of the number of channels
+    BLOCK_P: int
+    BLOCK_C: int
+    IN_LAST: bool  # whether what is read is channels_last
+    OUT_LAST: bool  # whether the result is
+    SHARED: bool  # whether all samples share the planes
+    GROUPED: bool  # whether there is more than one plane
+
+
 @triton.jit
-def tile_place(
-    pixels,  # in units of UNIT_P
-    channels,  # in units of UNIT_C
-    tiles,
-    chunks,
-    UNIT_P: tl.constexpr,
-    UNIT_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def tile_place(pixels, channels, tiles, chunks, TILE: tl.constexpr):
     """(sample, first pixel, first channel, pixels, channels) of a program; chunks change fastest because they share
     planes."""
     program = tl.program_id(0)
-    first_p = (program // chunks % tiles).to(tl.int64) * BLOCK_P
+    first_p = (program // chunks % tiles).to(tl.int64) * TILE.BLOCK_P
     sample = (program // chunks // tiles).to(tl.int64)
     # Written as multiples of a unit, which is how the compiler knows that wide accesses are aligned.
-    return sample, first_p, program % chunks * BLOCK_C, pixels.to(tl.int64) * UNIT_P, channels * UNIT_C
+    pixels, channels = pixels.to(tl.int64) * TILE.UNIT_P, channels * TILE.UNIT_C
+    return sample, first_p, program % chunks * TILE.BLOCK_C, pixels, channels
 
 
 @triton.jit
-def tile_inside(place, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_inside(place, TILE: tl.constexpr):
     _, first_p, first_c, pixels, channels = place
-    inside_p = tl.arange(0, BLOCK_P)[:, None] < pixels - first_p
-    return inside_p & (tl.arange(0, BLOCK_C)[None, :] < channels - first_c)
+    inside_p = tl.arange(0, TILE.BLOCK_P)[:, None] < pixels - first_p
+    return inside_p & (tl.arange(0, TILE.BLOCK_C)[None, :] < channels - first_c)
 
 
 @triton.jit
-def tile_pointer(
-    pointer,
-    place,
-    LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SHARED: tl.constexpr = False,  # by all samples
-):
-    """Where the elements of a tile [BLOCK_P, BLOCK_C] are, in channels_last or NCHW."""
+def tile_pointer(pointer, place, LAST: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr = False):
+    """Where the elements of a tile [BLOCK_P, BLOCK_C] are, in channels_last or NCHW; SHARED by all samples."""
     sample, first_p, first_c, pixels, channels = place
     sample = sample * 0 if SHARED else sample
-    p = tl.arange(0, BLOCK_P)[:, None]
-    c = tl.arange(0, BLOCK_C)[None, :]
+    p = tl.arange(0, TILE.BLOCK_P)[:, None]
+    c = tl.arange(0, TILE.BLOCK_C)[None, :]
     if LAST:
         at = pointer + ((sample * pixels + first_p) * channels + first_c) + (p * channels + c)
     else:
@@ -73,22 +71,14 @@ def tile_pointer(
 
 
 @triton.jit
-def load_plane(
-    plane_ptr,  # [samples or 1, groups, pixels]
-    place,
-    groups,
-    SHARED: tl.constexpr,  # by all samples
-    GROUPED: tl.constexpr,  # more than one group
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Plane values of a tile, 0 outside; [BLOCK_P, 1] where one plane serves all channels."""
+def load_plane(plane_ptr, place, groups, TILE: tl.constexpr):
+    """Values of planes [samples or 1, groups, pixels], 0 outside; [BLOCK_P, 1] where one serves all channels."""
     sample, first_p, first_c, pixels, channels = place
-    plane_ptr += (sample * 0 if SHARED else sample) * groups * pixels + first_p
-    p = tl.arange(0, BLOCK_P)
-    if GROUPED:
-        group = (first_c + tl.arange(0, BLOCK_C)[None, :]) // (channels // groups)
-        inside = tile_inside(place, BLOCK_P, BLOCK_C)
+    plane_ptr += (sample * 0 if TILE.SHARED else sample) * groups * pixels + first_p
+    p = tl.arange(0, TILE.BLOCK_P)
+    if TILE.GROUPED:
+        group = (first_c + tl.arange(0, TILE.BLOCK_C)[None, :]) // (channels // groups)
+        inside = tile_inside(place, TILE)
         value = tl.load(plane_ptr + (group.to(tl.int64) * pixels + p[:, None]), mask=inside, other=0)
     else:
         value = tl.load(plane_ptr + p, mask=p < pixels - first_p, other=0)[:, None]
@@ -99,17 +89,23 @@ class Work(NamedTuple):
     """Work split of a call."""
 
     sizes: tuple[int, int, int, int]  # pixels and channels in units, tiles, chunks
-    units: tuple[int, int]
-    block: tuple[int, int]
+    tile: Tile
     steps: int
     programs: int
 
 
-def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, backward: bool = False) -> Work:
-    """`nchw`, `last`: whether tensors in that layout take part."""
+def split(
+    samples: int,
+    channels: int,
+    pixels: int,
+    last: list[bool],  # whether each tensor is channels_last: what is read, others, the result
+    shared: bool,
+    grouped: bool = False,
+    backward: bool = False,
+) -> Work:
     tile = BACKWARD_TILE if backward else TILE
-    if last:
-        block_c = fitting_block(channels, 32 if nchw else 128)
+    if True in last:
+        block_c = fitting_block(channels, 32 if False in last else 128)
         block_p = tile // block_c
     else:
         block_p = min(triton.next_power_of_2(pixels), tile // min(triton.next_power_of_2(channels), 8))
@@ -117,14 +113,11 @@ def split(samples: int, channels: int, pixels: int, nchw: bool, last: bool, back
     tiles, chunks = triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)
     steps = max(1, min(MAX_STEPS, samples * tiles * chunks // PROGRAMS)) if backward else 1
     tiles = triton.cdiv(tiles, steps)
-    units = (math.gcd(pixels, 8) if nchw else 1, math.gcd(channels, 8) if last else 1)
-    return Work(
-        (pixels // units[0], channels // units[1], tiles, chunks),
-        units,
-        (block_p, block_c),
-        steps,
-        samples * tiles * chunks,
-    )
+    unit_p = math.gcd(pixels, 8) if False in last else 1
+    unit_c = math.gcd(channels, 8) if True in last else 1
+    sizes = pixels // unit_p, channels // unit_c, tiles, chunks
+    compiled = Tile(unit_p, unit_c, block_p, block_c, last[0], last[-1], shared, grouped)
+    return Work(sizes, compiled, steps, samples * tiles * chunks)
 
 
 def is_last(t: Tensor, channels: int, pixels: int) -> bool:

@@ -3,15 +3,15 @@
     s = sum of the mask over a window, zeros outside;  (ratio, new_mask) as in `reference/partial_conv.py`
 
 A mask of several channels is first summed over the channels of each group into one float32 plane, every element read
-once; then the same box filter runs that takes a single-channel mask as it lies in memory, whatever its strides. The
-filter adds the kh * kw values of a window one by one: neighbouring windows find them in the first-level cache, and
-the plane is small beside the features. 2D is 3D of depth 1.
+once; a mask whose pixels are not evenly apart, as those of a crop, is copied before. Then the same box filter runs
+that takes a single-channel mask as it lies in memory, whatever its strides. The filter adds the kh * kw values of a
+window one by one: neighbouring windows find them in the first-level cache, and the plane is small beside the
+features. 2D is 3D of depth 1.
 Bytes a pixel of a float32 mask (C channels): 4 C + 4 for the sum, 4 read and 8 written for the windows.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import plan
 from .partial_conv_tile import fitting_block
+from .pixel_tile import unpacked
 
 # Elements of a tile and its warps. Reasoned, not measured.
 SUM_TILE, SUM_WARPS = 1024, 4
@@ -29,23 +30,17 @@ BOX_TILE, BOX_WARPS = 512, 4
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
-@triton.jit(do_not_specialize=["groups", "tiles", "depth", "height", "width"])
+@triton.jit(do_not_specialize=["groups", "tiles"])
 def channel_sum_kernel(
-    mask_ptr,  # [samples, groups * members, depth, height, width], any strides
+    mask_ptr,  # [samples, groups * members, pixels], any strides
     sums_ptr,  # [samples, groups, pixels]
     groups,
     tiles,
-    members,  # from here to `pixels` specialised: wide loads need to know what 16 divides
+    members,  # from here on specialised: wide loads need to know what 16 divides
     pixels,
     stride_n,
     stride_c,
-    stride_w,
-    stride_d,
-    stride_h,
-    depth,
-    height,
-    width,
-    FLAT: tl.constexpr,  # whether pixels are stride_w apart throughout
+    stride_p,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -55,12 +50,8 @@ def channel_sum_kernel(
     sample = (program // tiles // groups).to(tl.int64)
     pixel = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     channel = tl.arange(0, BLOCK_C)[None, :]
-    if FLAT:
-        place = pixel * stride_w
-    else:
-        row = pixel // width
-        place = (pixel % width) * stride_w + (row % height) * stride_h + (row // height) * stride_d
     mask_ptr += sample * stride_n + group.to(tl.int64) * members * stride_c
+    place = pixel * stride_p
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(0, members, BLOCK_C):
         at = place + (first + channel).to(tl.int64) * stride_c
@@ -70,25 +61,12 @@ def channel_sum_kernel(
     tl.store(sums_ptr + pixel, tl.sum(total, axis=1, keep_dims=True), mask=pixel < pixels)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("groups", "depth", "height", "width", "out_depth", "out_height", "out_width"),
-        *("row_tiles", "col_tiles", "multiplicity", "numerator", "size"),
-    ]
-)
+@triton.jit(do_not_specialize=["multiplicity", "numerator", "size"])
 def box_kernel(
     mask_ptr,  # [samples, groups, depth, height, width], any strides
     ratio_ptr,  # [samples, groups, out_depth, out_height, out_width]
     new_mask_ptr,
-    groups,
-    depth,
-    height,
-    width,
-    out_depth,
-    out_height,
-    out_width,
-    row_tiles,
-    col_tiles,
+    sizes,  # `plan.packed`: depth, height and width, the same of the result, groups, tiles of rows and of columns
     stride_n,
     stride_c,
     stride_d,
@@ -107,6 +85,9 @@ def box_kernel(
 ):
     ROWS: tl.constexpr = KERNEL[0] * KERNEL[1]
     COLS: tl.constexpr = KERNEL[2]
+    depth, height, width = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
+    out_depth, out_height, out_width = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
+    groups, row_tiles, col_tiles = unpacked(sizes[6]), unpacked(sizes[7]), unpacked(sizes[8])
     program = tl.program_id(0)
     col_tile = program % col_tiles
     row_tile = (program // col_tiles) % row_tiles
@@ -157,19 +138,11 @@ def _as_3d(values: Sequence[int], missing: int) -> tuple[int, ...]:
 
 def _sum_channels(mask: Tensor, groups: int) -> Tensor:
     """(N, groups, D, H, W) float32 sums over the channels of each group of an (N, C, D, H, W) mask."""
-    n, channels, depth, height, width = mask.shape
-    pixels = depth * height * width
-    sums = torch.empty((n, groups, depth, height, width), dtype=torch.float32, device=mask.device)
-    stride_n, stride_c, stride_d, stride_h, stride_w = mask.stride()
-    # Spatial dimensions that have more than one element, the innermost last.
-    dims = [
-        (extent, step) for extent, step in zip(mask.shape[2:], mask.stride()[2:], strict=True) if extent > 1
-    ]
-    flat = all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(dims))
-    if flat and dims:
-        stride_w = dims[-1][1]
+    sums = torch.empty((mask.shape[0], groups, *mask.shape[2:]), dtype=torch.float32, device=mask.device)
+    mask = mask.flatten(2)
+    n, channels, pixels = mask.shape
     members = channels // groups
-    interleaved = stride_c == 1 and pixels > 1
+    interleaved = mask.stride(1) == 1 and pixels > 1
     block_c = fitting_block(members, 128 if interleaved else 8)
     block_p = SUM_TILE // block_c
     tiles = triton.cdiv(pixels, block_p)
@@ -180,15 +153,7 @@ def _sum_channels(mask: Tensor, groups: int) -> Tensor:
         tiles,
         members,
         pixels,
-        stride_n,
-        stride_c,
-        stride_w,
-        stride_d,
-        stride_h,
-        depth,
-        height,
-        width,
-        flat,
+        *mask.stride(),
         block_p,
         block_c,
         num_warps=SUM_WARPS,
@@ -225,7 +190,7 @@ def window(
         return ratio, new_mask
     if mask.ndim == 4:
         mask = mask.unsqueeze(2)
-    out_depth, out_height, out_width = _as_3d(out_size, 1)
+    out_depth, out_height, out_width = out_3d = _as_3d(out_size, 1)
     block_w = fitting_block(out_width, 128)
     block_h = BOX_TILE // block_w
     row_tiles, col_tiles = triton.cdiv(out_height, block_h), triton.cdiv(out_width, block_w)
@@ -236,13 +201,7 @@ def window(
             mask,
             ratio,
             new_mask,
-            groups,
-            *mask.shape[2:],
-            out_depth,
-            out_height,
-            out_width,
-            row_tiles,
-            col_tiles,
+            plan.packed((*mask.shape[2:], *out_3d, groups, row_tiles, col_tiles)),
             *mask.stride(),
             float(multiplicity),
             numerator,

@@ -21,6 +21,7 @@ from .pixel_tile import (
     penalty_grad,
     region_weights,
     step_start,
+    tile_of,
     unpacked,
 )
 
@@ -40,20 +41,14 @@ def backward_layer(
     TILES: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    # Flat, because Triton 3.7 does not compile the index of a nested constexpr tuple.
-    MASK: tl.constexpr = TILES[10 * LAYER + 0]
-    CHANNELS: tl.constexpr = TILES[10 * LAYER + 1]
-    UNIT: tl.constexpr = TILES[10 * LAYER + 2]
-    COPIES: tl.constexpr = TILES[10 * LAYER + 3]
-    SHARED: tl.constexpr = TILES[10 * LAYER + 4]
-    WHOLE: tl.constexpr = TILES[10 * LAYER + 5]
-    BLOCK_C: tl.constexpr = TILES[10 * LAYER + 6]
-    BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
-    STEPS: tl.constexpr = TILES[10 * LAYER + 8]
-    WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
+    TILE: tl.constexpr = tile_of(TILES, LAYER)
+    MASK: tl.constexpr = TILE.MASK
+    SHARED: tl.constexpr = TILE.SHARED
+    STEPS: tl.constexpr = TILE.STEPS
+    PREDICTIONS: tl.constexpr = TILE.PREDICTIONS
     grad_ptr, grad_2_ptr = grads
     input_ptr, target_ptr, mask_ptr, signs_ptr, grad_input_ptr, grad_target_ptr = tensors
-    counts, place, inner = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
+    counts, place, inner = layer_place(program, sizes, TILE)
     length, groups, channels, samples, stride_n, stride_c = counts
     mask = mask_ptr, stride_n, stride_c
     sample, first, tile = place
@@ -68,19 +63,19 @@ def backward_layer(
     if grad_2_ptr is not None:
         factor_2 = tl.load(grad_2_ptr).to(tl.float32) * tl.load(scale_ptr + 1)
     if SHARED and (MASK == "plane" or MASK == "interleaved"):
-        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
+        weight = load_weight(mask, sample, first, tile, rows, inside, TILE)
     for step in tl.static_range(STEPS):
-        channel = first + step * BLOCK_C
+        channel = first + step * TILE.BLOCK_C
         valid_c = row_c < channels - channel
         exists = inside & valid_c
         if signs_ptr is None:
-            _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+            _, start = step_start(length, groups, channels, sample, channel, tile, TILE)
             target = tl.load(target_ptr + start + element, mask=exists, other=0.0).to(tl.float32)
-        for copy in tl.static_range(COPIES):
-            at = sample + copy * samples
-            group_start, start = step_start(length, groups, channels, at, channel, tile, WHOLE, BLOCK_G)
-            if MASK != "none" and (not SHARED or (copy == 0 and MASK == "channel")):
-                weight = load_weight(mask, at, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
+        for prediction in tl.static_range(PREDICTIONS):
+            at = sample + prediction * samples
+            group_start, start = step_start(length, groups, channels, at, channel, tile, TILE)
+            if MASK != "none" and (not SHARED or (prediction == 0 and MASK == "channel")):
+                weight = load_weight(mask, at, channel, tile, rows, exists, TILE)
             if MAP:
                 factor = tl.load(grad_ptr + start + element, mask=exists, other=0.0).to(tl.float32)
             value = tl.zeros(element.shape, tl.float32)
@@ -127,7 +122,7 @@ def backward_kernel(
     HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     MAP: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
-    TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
+    TILES: tl.constexpr,  # of each layer, see `plan.Tile`
     NUMBERS: tl.constexpr,  # first row of each layer in scale
     LAYERS: tl.constexpr,
 ):
@@ -184,8 +179,35 @@ def launch_backward(
             mask_is_hole,
             is_map,
             per_sample,
-            tuple(value for layer in layers for value in layer.tile),
+            tuple(layer.tile for layer in layers),
             tuple(numbers),
             len(layers),
             num_warps=layers[0].warps,
         )
+
+
+def image_backward(
+    grads: Sequence[Tensor | None],  # [] of each region, or [N, C, H, W] of a map
+    scale: Tensor,  # [N, regions], or [0]
+    signs: Tensor | None,  # uint8, l1 only
+    mask: Tensor | None,  # [H, W] or [N|1, C|1, H, W]
+    pred: Tensor | None,  # [N, C, H, W], not l1
+    target: Tensor | None,  # [N, C, H, W], not l1
+    size: Any,
+    channels_last: bool,
+    pred_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    penalty: str,
+    param: float,
+    mask_is_hole: bool | None,  # of two regions
+    need_pred: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """(grad_pred, grad_target) of a loss on images."""
+    needed = plan.empty_gradients(
+        scale, size, channels_last, pred_dtype, target_dtype, need_pred, need_target
+    )
+    if any(g.numel() for g in needed):
+        pair = Pair(size[0], pred, target, mask, signs, *(g if g.numel() else None for g in needed))
+        launch_backward([pair], grads, scale, penalty, param, mask_is_hole=mask_is_hole)
+    return needed

@@ -20,6 +20,7 @@ from .pixel_tile import (
     penalty_value,
     region_weights,
     step_start,
+    tile_of,
     unpacked,
 )
 
@@ -38,20 +39,14 @@ def forward_layer(
     TILES: tl.constexpr,
     LAYER: tl.constexpr,
 ):
-    # Flat, because Triton 3.7 does not compile the index of a nested constexpr tuple.
-    MASK: tl.constexpr = TILES[10 * LAYER + 0]
-    CHANNELS: tl.constexpr = TILES[10 * LAYER + 1]
-    UNIT: tl.constexpr = TILES[10 * LAYER + 2]
-    COPIES: tl.constexpr = TILES[10 * LAYER + 3]
-    SHARED: tl.constexpr = TILES[10 * LAYER + 4]
-    WHOLE: tl.constexpr = TILES[10 * LAYER + 5]
-    BLOCK_C: tl.constexpr = TILES[10 * LAYER + 6]
-    BLOCK_G: tl.constexpr = TILES[10 * LAYER + 7]
-    STEPS: tl.constexpr = TILES[10 * LAYER + 8]
-    WIDTH: tl.constexpr = TILES[10 * LAYER + 9]
+    TILE: tl.constexpr = tile_of(TILES, LAYER)
+    MASK: tl.constexpr = TILE.MASK
+    SHARED: tl.constexpr = TILE.SHARED
+    STEPS: tl.constexpr = TILE.STEPS
+    PREDICTIONS: tl.constexpr = TILE.PREDICTIONS
     input_ptr, target_ptr, mask_ptr, signs_ptr = tensors
     map_ptr, sums_ptr = outs
-    counts, place, inner = layer_place(program, sizes, UNIT, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH)
+    counts, place, inner = layer_place(program, sizes, TILE)
     length, groups, channels, samples, stride_n, stride_c = counts
     mask = mask_ptr, stride_n, stride_c
     sample, first, tile = place
@@ -62,18 +57,18 @@ def forward_layer(
     weights = tl.zeros(element.shape, tl.float32)
     weights_2 = tl.zeros(element.shape, tl.float32)
     if SHARED and (MASK == "plane" or MASK == "interleaved"):
-        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
+        weight = load_weight(mask, sample, first, tile, rows, inside, TILE)
     for step in tl.static_range(STEPS):
-        channel = first + step * BLOCK_C
-        _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        channel = first + step * TILE.BLOCK_C
+        _, start = step_start(length, groups, channels, sample, channel, tile, TILE)
         valid_c = row_c < channels - channel
         exists = inside & valid_c
         target = tl.load(target_ptr + start + element, mask=exists, other=0.0).to(tl.float32)
-        for copy in tl.static_range(COPIES):
-            at = sample + copy * samples
-            if MASK != "none" and (not SHARED or (copy == 0 and MASK == "channel")):
-                weight = load_weight(mask, at, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
-            group_start, start = step_start(length, groups, channels, at, channel, tile, WHOLE, BLOCK_G)
+        for prediction in tl.static_range(PREDICTIONS):
+            at = sample + prediction * samples
+            if MASK != "none" and (not SHARED or (prediction == 0 and MASK == "channel")):
+                weight = load_weight(mask, at, channel, tile, rows, exists, TILE)
+            group_start, start = step_start(length, groups, channels, at, channel, tile, TILE)
             d = tl.load(input_ptr + start + element, mask=exists, other=0.0).to(tl.float32) - target
             value = penalty_value(d, PENALTY, param)
             counted = exists
@@ -83,14 +78,14 @@ def forward_layer(
                 # Select, not only multiply: NaN and Inf under weight 0 do not count.
                 counted = exists & (weight != 0)
                 value = tl.where(counted, weight * value, 0.0)
-                if WEIGHTS and (not SHARED or copy == 0):
+                if WEIGHTS and (not SHARED or prediction == 0):
                     weights += tl.where(exists, weight, 0.0)
             else:
                 # Every element lies in some region, and so has a sign.
                 hole, valid = region_weights(weight, HOLE)
                 loss_2 += tl.where(exists & (valid != 0), valid * value, 0.0)
                 value = tl.where(exists & (hole != 0), hole * value, 0.0)
-                if WEIGHTS and (not SHARED or copy == 0):
+                if WEIGHTS and (not SHARED or prediction == 0):
                     weights += tl.where(exists, hole, 0.0)
                     weights_2 += tl.where(exists, valid, 0.0)
             loss += value
@@ -100,21 +95,21 @@ def forward_layer(
                 tl.store(
                     signs_ptr + group_start + group,
                     pack_signs(d, counted),
-                    mask=row_inside & valid_c & (row_p % (8 // WIDTH) == 0),
+                    mask=row_inside & valid_c & (row_p % (8 // TILE.WIDTH) == 0),
                 )
     if map_ptr is None:
-        SHARE: tl.constexpr = COPIES if SHARED else 1
+        TIMES: tl.constexpr = PREDICTIONS if SHARED else 1
         sums_ptr += tl.program_id(0)
         tl.store(sums_ptr, tl.sum(loss))
         if WEIGHTS:
             sums_ptr += total
-            tl.store(sums_ptr, tl.sum(weights) * SHARE)
+            tl.store(sums_ptr, tl.sum(weights) * TIMES)
         if HOLE is not None:
             sums_ptr += total
             tl.store(sums_ptr, tl.sum(loss_2))
             if WEIGHTS:
                 sums_ptr += total
-                tl.store(sums_ptr, tl.sum(weights_2) * SHARE)
+                tl.store(sums_ptr, tl.sum(weights_2) * TIMES)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -129,7 +124,7 @@ def forward_kernel(
     PENALTY: tl.constexpr,
     HOLE: tl.constexpr,  # of two regions, whether the mask is 1 in the hole; None for one
     WEIGHTS: tl.constexpr,
-    TILES: tl.constexpr,  # 10 of each layer, see `plan.Layer`
+    TILES: tl.constexpr,  # of each layer, see `plan.Tile`
     LAYERS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -142,7 +137,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["total", "means", "scale_rows"])
-def finalise_kernel(
+def finalize_kernel(
     sums_ptr,  # [regions, 1 or 2, programs]: numerators, then summed weights unless COUNT
     outs,  # [] of each region
     scale_ptr,  # [rows, regions]
@@ -239,17 +234,17 @@ def launch_forward(
             penalty,
             mask_is_hole,
             has_weights,
-            tuple(value for layer in layers for value in layer.tile),
+            tuple(layer.tile for layer in layers),
             len(layers),
             num_warps=layers[0].warps,
         )
         if sums is not None:
             numels = [p.input.numel() for p in pairs]
-            launch_finalise(sums, outs, scale, firsts, numels, normalize, samples, weights, numbers)
+            launch_finalize(sums, outs, scale, firsts, numels, normalize, samples, weights, numbers)
 
 
-def launch_finalise(
-    sums: Tensor,  # [..., programs], see `finalise_kernel`
+def launch_finalize(
+    sums: Tensor,  # [..., programs], see `finalize_kernel`
     outs: Sequence[Tensor],  # [] of each region
     scale: Tensor,  # [rows, regions]
     firsts: Sequence[int],
@@ -267,7 +262,7 @@ def launch_finalise(
         rows, warps = 1024 // cols, 4
     else:
         rows, cols, warps = 1, 1024, 8
-    finalise_kernel[(len(outs),)](
+    finalize_kernel[(len(outs),)](
         sums,
         tuple(outs),
         scale,

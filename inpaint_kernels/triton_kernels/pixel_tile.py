@@ -16,7 +16,7 @@ that target and shared mask are read once. A single-channel mask is loaded once 
 program. BLOCK_C > 1 only where a plane is smaller than a tile.
 
 Saved for backward: l1 keeps 2 sign bits an element of the input, the other penalties re-read input and target.
-Reductions: every program stores its sums, `finalise_kernel` adds them in float64 in a fixed order; no atomics.
+Reductions: every program stores its sums, `finalize_kernel` adds them in float64 in a fixed order; no atomics.
 Bytes an element of the target (float32, C channels, float32 mask of one channel): forward 4 + 4 k + 4 / C, and k / 4
 for the signs; l1 backward k / 4 + 4 / C read and 4 k written, for masked_l1 and hole_valid 4 for each gradient.
 """
@@ -120,48 +120,60 @@ def apply_signs(word, value):
     return tl.where(positive != 0, value, tl.where(negative != 0, -value, 0.0))
 
 
+@triton.constexpr_function
+def tile_of(TILES, LAYER):
+    """Triton 3.7 does not compile the index of a nested constexpr tuple."""
+    return TILES[LAYER]
+
+
 @triton.jit
-def program_place(program, tiles, chunks, BLOCK_C: tl.constexpr, STEPS: tl.constexpr):
-    """Sample, first channel and tile of a program; chunks change fastest because they share a mask tile."""
+def layer_place(program, sizes, TILE: tl.constexpr):
+    """Sizes of a layer (`plan.Layer.sizes`), and the place of a program among its tiles.
+
+    The place is (sample, first channel, tile), then (rows, group, element, inside) of `tile_rows`.
+    """
+    length, groups, channels = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
+    tiles, chunks, samples = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
+    # Written as multiples of UNIT, which is how the compiler knows that wide loads are aligned.
+    stride_n = unpacked(sizes[6]).to(tl.int64) * TILE.UNIT
+    stride_c = unpacked(sizes[7]).to(tl.int64) * TILE.UNIT
+    # Chunks change fastest because they share a mask tile.
     chunk = program % chunks
     tile = (program // chunks) % tiles
     sample = program // chunks // tiles
-    return sample.to(tl.int64), chunk.to(tl.int64) * (STEPS * BLOCK_C), tile.to(tl.int64)
+    first = chunk.to(tl.int64) * (TILE.STEPS * TILE.BLOCK_C)
+    tile = tile.to(tl.int64)
+    counts = length, groups, channels, samples, stride_n, stride_c
+    return counts, (sample.to(tl.int64), first, tile), tile_rows(length, groups, tile, TILE)
 
 
 @triton.jit
-def tile_rows(
-    length,
-    groups,
-    tile,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def tile_rows(length, groups, tile, TILE: tl.constexpr):
     """Where the elements of a tile are; a row is WIDTH neighbours.
 
     Returns rows = (channel, number in the plane, whether it begins in the plane), each [ROWS, 1]; the offsets
     in memory group [ROWS, 1] and element [ROWS, WIDTH]; inside [ROWS, WIDTH]: what lies in the plane.
     Channels, numbers and offsets count from the tile's first.
     """
+    WIDTH: tl.constexpr = TILE.WIDTH
     FOLD: tl.constexpr = 8 // WIDTH
-    row = tl.arange(0, BLOCK_C * BLOCK_G * FOLD)[:, None]
+    BLOCK_G: tl.constexpr = TILE.BLOCK_G
+    row = tl.arange(0, TILE.BLOCK_C * BLOCK_G * FOLD)[:, None]
     lane = tl.arange(0, WIDTH)[None, :]
     row_c = row // (BLOCK_G * FOLD)
     row_p = row % (BLOCK_G * FOLD)
     group = row_p // FOLD
     element = row_p * WIDTH + lane
     # int32 holds these products: several channels in one tile mean planes smaller than a tile.
-    if BLOCK_C != 1:
+    if TILE.BLOCK_C != 1:
         group += row_c * groups
-        if WHOLE:
+        if TILE.WHOLE:
             element = (row_c * groups * FOLD + row_p) * WIDTH + lane
         else:
             element += row_c * length
-    if WHOLE:
+    if TILE.WHOLE:
         row_inside = row_p < (groups - tile * BLOCK_G) * FOLD
-        inside = tl.broadcast_to(row_inside, [BLOCK_C * BLOCK_G * FOLD, WIDTH])
+        inside = tl.broadcast_to(row_inside, [TILE.BLOCK_C * BLOCK_G * FOLD, WIDTH])
     else:
         row_inside = row_p * WIDTH < length - tile * (BLOCK_G * 8)
         inside = row_p * WIDTH + lane < length - tile * (BLOCK_G * 8)
@@ -169,15 +181,15 @@ def tile_rows(
 
 
 @triton.jit
-def step_start(length, groups, channels, sample, channel, tile, WHOLE: tl.constexpr, BLOCK_G: tl.constexpr):
+def step_start(length, groups, channels, sample, channel, tile, TILE: tl.constexpr):
     """Offsets of the first group and the first element of a tile of `channel`."""
     segment = sample * channels + channel
-    group = segment * groups + tile * BLOCK_G
-    if WHOLE:
+    group = segment * groups + tile * TILE.BLOCK_G
+    if TILE.WHOLE:
         # Written as a multiple of 8, which is how the compiler knows that wide loads are aligned.
         element = group * 8
     else:
-        element = segment * length + tile * (BLOCK_G * 8)
+        element = segment * length + tile * (TILE.BLOCK_G * 8)
     return group, element
 
 
@@ -189,9 +201,7 @@ def load_weight(
     tile,
     rows,  # three [ROWS, 1], see `tile_rows`
     inside,  # [ROWS, WIDTH]
-    MASK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Mask values of a tile in float32, 0 outside the plane; [ROWS, 1] where the elements of a row share one.
 
@@ -199,13 +209,14 @@ def load_weight(
     "interleaved": CHANNELS neighbours share one value (channels_last with a single-channel mask); CHANNELS is
     compile-time because every element is divided by it.
     """
-    WIDTH: tl.constexpr = inside.shape[1]
+    WIDTH: tl.constexpr = TILE.WIDTH
+    CHANNELS: tl.constexpr = TILE.CHANNELS
     mask_ptr, stride_n, stride_c = mask
     row_c, row_p, row_inside = rows
-    start = tile * (BLOCK_G * 8)
+    start = tile * (TILE.BLOCK_G * 8)
     position = row_p * WIDTH + tl.arange(0, WIDTH)[None, :]
     pointer = mask_ptr + sample * stride_n
-    if MASK == "interleaved":
+    if TILE.MASK == "interleaved":
         pixel = start // CHANNELS
         rest = (start - pixel * CHANNELS).to(tl.int32)
         # Not `%`: Triton's interpreter has none of an int by a constexpr.
@@ -213,7 +224,7 @@ def load_weight(
             weight = tl.load(pointer + pixel + (rest + row_p * WIDTH) // CHANNELS, mask=row_inside, other=0)
         else:
             weight = tl.load(pointer + pixel + (rest + position) // CHANNELS, mask=inside, other=0)
-    elif MASK == "channel":
+    elif TILE.MASK == "channel":
         pointer += channel * stride_c + start
         weight = tl.load(pointer + row_c.to(tl.int64) * stride_c + position, mask=inside, other=0)
     else:
@@ -231,25 +242,3 @@ def region_weights(weight, HOLE: tl.constexpr):
         hole = 1.0 - weight
         valid = weight
     return hole, valid
-
-
-@triton.jit
-def layer_place(
-    program,
-    sizes,
-    UNIT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Sizes of a layer (`plan.Layer.sizes`), and the place of a program among its tiles."""
-    length, groups, channels = unpacked(sizes[0]), unpacked(sizes[1]), unpacked(sizes[2])
-    tiles, chunks, samples = unpacked(sizes[3]), unpacked(sizes[4]), unpacked(sizes[5])
-    # Written as multiples of UNIT, which is how the compiler knows that wide loads are aligned.
-    stride_n, stride_c = unpacked(sizes[6]).to(tl.int64) * UNIT, unpacked(sizes[7]).to(tl.int64) * UNIT
-    sample, first, tile = program_place(program, tiles, chunks, BLOCK_C, STEPS)
-    rows, group, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
-    counts = length, groups, channels, samples, stride_n, stride_c
-    return counts, (sample, first, tile), (rows, group, element, inside)

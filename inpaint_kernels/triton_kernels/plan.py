@@ -8,28 +8,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 # (elements of the call, groups of 8 in a tile, warps). Reasoned, not tuned: no GPU has measured them yet.
 TILES = ((1 << 20, 64, 2), (1 << 26, 128, 4), (1 << 63, 256, 8))
 MAX_STEPS = 4
-
-
-class Plan(NamedTuple):
-    """Work split of one call; the pixel kernels take its first nine fields in this order."""
-
-    length: int
-    groups: int
-    channels: int
-    tiles: int
-    chunks: int
-    WHOLE: bool
-    BLOCK_C: int
-    BLOCK_G: int
-    STEPS: int
-    samples: int
-    programs: int
-    warps: int
 
 
 class Mask(NamedTuple):
@@ -85,72 +69,6 @@ def prepare_mask(mask: Tensor | None, size: Any, channels_last: bool) -> Mask:
     return Mask(mask, stride_n, stride_c, "plane" if channels_last else "channel")
 
 
-def make_plan(
-    size: Any,
-    channels_last: bool,
-    mask: Mask,
-    signs: bool,
-    per_sample: bool,
-    elements: int = 0,
-    max_steps: int = MAX_STEPS,
-    channels_apart: bool = False,
-) -> tuple[Plan, str]:
-    """Work split of a call on images of `size`, and the mask kind under that split.
-
-    With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart even
-    without a mask, `channels_apart` the planes of a sample whatever the mask. `elements` chooses the tile of a
-    launch that works on more than these images, `max_steps` limits what a program does one after another.
-    """
-    n, c, h, w = size
-    flat = mask.kind == "channel" and mask.stride_c == h * w and (not signs or h * w % 8 == 0)
-    joins_channels = (flat or mask.kind == "none") and not channels_apart
-    joins_samples = mask.kind == "none" and not per_sample
-    plan = _plan(
-        n, c, h * w, channels_last, joins_samples, joins_channels, signs, elements or n * c * h * w, max_steps
-    )
-    return plan, "plane" if flat and joins_channels else mask.kind
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(a: int) -> int:
-    return 1 << (a - 1).bit_length()
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    n: int,
-    c: int,
-    pixels: int,
-    channels_last: bool,
-    joins_samples: bool,
-    joins_channels: bool,
-    signs: bool,
-    elements: int,
-    max_steps: int,
-) -> Plan:
-    samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
-    if joins_samples:
-        samples, channels = 1, samples * channels
-    if joins_channels and (not signs or length % 8 == 0):
-        channels, length = 1, channels * length
-    groups = _ceil_div(length, 8)
-    _, rows, warps = next(row for row in TILES if elements <= row[0])
-    block_g = min(rows, _power_of_2(groups))
-    block_c = min(rows // block_g, _power_of_2(channels))
-    steps = 1
-    if block_c == 1:
-        # Evenly filled programs: 6 channels are two steps of 3, not 4 and 2.
-        steps = _ceil_div(channels, _ceil_div(channels, max_steps))
-    tiles = _ceil_div(groups, block_g)
-    chunks = _ceil_div(channels, block_c * steps)
-    programs = samples * tiles * chunks
-    split = length, groups, channels, tiles, chunks, length % 8 == 0, block_c, block_g, steps
-    return Plan(*split, samples, programs, warps)
-
-
 def packed(values: Iterable[int]) -> tuple[int, ...]:
     """Non-negative integers as a tuple argument of a kernel, which reads each by `pixel_tile.unpacked`.
 
@@ -158,6 +76,21 @@ def packed(values: Iterable[int]) -> tuple[int, ...]:
     `do_not_specialize` does not reach into tuples. 2 v + 3 is never 1 and never even.
     """
     return tuple(2 * value + 3 for value in values)
+
+
+class Tile(NamedTuple):
+    """What the kernels of `pixel_tile.py` are compiled for."""
+
+    MASK: str  # see `pixel_tile.load_weight`
+    CHANNELS: int  # neighbours that share a mask value
+    UNIT: int  # of the mask's strides
+    PREDICTIONS: int  # k, of each target
+    SHARED: bool  # whether the predictions of a target share its mask
+    WHOLE: bool  # whether a segment is whole groups of 8
+    BLOCK_C: int
+    BLOCK_G: int
+    STEPS: int
+    WIDTH: int
 
 
 class Layer(NamedTuple):
@@ -168,7 +101,7 @@ class Layer(NamedTuple):
     warps: int
     # `packed`: length, groups, channels, tiles, chunks, samples; strides of the mask by sample and channel, in UNITs.
     sizes: tuple[int, ...]
-    tile: tuple[Any, ...]  # MASK, CHANNELS, UNIT, COPIES, SHARED, WHOLE, BLOCK_C, BLOCK_G, STEPS, WIDTH
+    tile: Tile
 
 
 def make_layer(
@@ -180,22 +113,67 @@ def make_layer(
     width: int,
     elements: int,
     per_sample: bool = False,
+    channels_apart: bool = False,
+    max_steps: int = MAX_STEPS,
 ) -> Layer:
-    """Work split of one layer; `elements` of the largest one choose the tile of all."""
+    """Work split of one layer; `elements` of the largest one choose the tile of all.
+
+    With `signs` the groups of 8 stay where the packed signs have them; `per_sample` keeps samples apart even without
+    a mask, `channels_apart` the planes of a sample whatever the mask. A program does at most `max_steps` steps.
+    """
     ready = prepare_mask(mask, size, channels_last)
-    copies = size[0] // batch
+    predictions = size[0] // batch
+    shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or predictions == 1
+    _, c, h, w = size
+    flat = ready.kind == "channel" and ready.stride_c == h * w and (not signs or h * w % 8 == 0)
+    joins_channels = (flat or ready.kind == "none") and not channels_apart
+    joins_samples = ready.kind == "none" and not per_sample
     # Steps are written out once for every prediction: as many loads in flight as with one.
-    steps = max(1, MAX_STEPS // copies)
-    work, kind = make_plan((batch, *size[1:]), channels_last, ready, signs, per_sample, elements, steps)
-    shared = mask is None or mask.ndim == 2 or mask.shape[0] != size[0] or copies == 1
+    steps = max(1, max_steps // predictions)
+    programs, warps, sizes, tile = _split(
+        batch, c, h * w, channels_last, joins_samples, joins_channels, signs, elements, steps
+    )
+    kind = "plane" if flat and joins_channels else ready.kind
     unit = 1 if ready.stride_n % 8 or ready.stride_c % 8 else 8
     return Layer(
         ready.tensor,
-        work.programs,
-        work.warps,
-        packed((*work[:5], work.samples, ready.stride_n // unit, ready.stride_c // unit)),
-        (kind, size[1] if kind == "interleaved" else 1, unit, copies, shared, *work[5:9], width),
+        programs,
+        warps,
+        packed((*sizes, ready.stride_n // unit, ready.stride_c // unit)),
+        Tile(kind, c if kind == "interleaved" else 1, unit, predictions, shared, *tile, width),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(
+    n: int,
+    c: int,
+    pixels: int,
+    channels_last: bool,
+    joins_samples: bool,
+    joins_channels: bool,
+    signs: bool,
+    elements: int,
+    max_steps: int,
+) -> tuple[int, int, tuple[int, ...], tuple[bool, int, int, int]]:
+    """(programs, warps, the first sizes of `Layer`, WHOLE to STEPS of `Tile`)."""
+    samples, channels, length = (n, 1, pixels * c) if channels_last else (n, c, pixels)
+    if joins_samples:
+        samples, channels = 1, samples * channels
+    if joins_channels and (not signs or length % 8 == 0):
+        channels, length = 1, channels * length
+    groups = triton.cdiv(length, 8)
+    _, rows, warps = next(row for row in TILES if elements <= row[0])
+    block_g = min(rows, triton.next_power_of_2(groups))
+    block_c = min(rows // block_g, triton.next_power_of_2(channels))
+    steps = 1
+    if block_c == 1:
+        # Evenly filled programs: 6 channels are two steps of 3, not 4 and 2.
+        steps = triton.cdiv(channels, triton.cdiv(channels, max_steps))
+    tiles = triton.cdiv(groups, block_g)
+    chunks = triton.cdiv(channels, block_c * steps)
+    sizes = length, groups, channels, tiles, chunks, samples
+    return samples * tiles * chunks, warps, sizes, (length % 8 == 0, block_c, block_g, steps)
 
 
 def empty_signs(like: Tensor, size: Any, channels_last: bool, save: bool = True) -> Tensor:
@@ -219,11 +197,6 @@ def stores_width(*stored: Tensor) -> int:
     Triton writes at most 16 bytes of a row at once and would move longer rows through shared memory first.
     """
     return 4 if any(t.dtype == torch.float32 and t.numel() for t in stored) else 8
-
-
-def no_signs(like: Tensor) -> Tensor:
-    """What an op returns when nothing is saved."""
-    return torch.empty(0, dtype=torch.uint8, device=like.device)
 
 
 def empty_gradients(

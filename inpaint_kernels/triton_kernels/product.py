@@ -1,6 +1,6 @@
 """Matrix products of the Triton kernels of gram and style: precision, and a symmetric matrix times features.
 
-    out[n] = scale * grad * factor[n] F[n], F [C, M], factor [C, C] the sum of several matrices
+    out[n] = scale * grad * factor[n] F[n], F [C, M], factor [C, C]
 
 A program owns a tile of rows and pixels of `out`; channels up to a tile are read once. Half precision runs on the
 tensor cores as it is: the float32 factor is first written as two half matrices under one factor a row
@@ -11,6 +11,7 @@ where torch's setting allows it.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,18 @@ from torch import Tensor
 from . import plan
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Product(NamedTuple):
+    """What `product_kernel` is compiled for."""
+
+    C: int
+    CHANNELS_LAST: bool
+    UNIT: int  # of the number of pixels
+    PRECISION: str  # see `precision`
+    BLOCK_R: int
+    BLOCK_K: int
+    BLOCK_M: int
 
 
 @triton.jit
@@ -78,46 +91,14 @@ def load_features(
     return tl.load(pointer + place, mask=inside, other=0.0)
 
 
-@triton.jit
-def load_factor(
-    factor_ptr,
-    stride_n,
-    stride_r,
-    stride_c,
-    sample,
-    samples,
-    i,
-    j,
-    inside,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """Elements (i, j) of a sample's symmetric matrix: COPIES of it are added up, or (BOTH) it and its transpose."""
-    at = i.to(tl.int64) * stride_r + j.to(tl.int64) * stride_c
-    value = tl.load(factor_ptr + sample * stride_n + at, mask=inside, other=0.0).to(tl.float32)
-    for copy in tl.static_range(1, COPIES):
-        pointer = factor_ptr + (sample + copy * samples) * stride_n
-        value += tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
-    if BOTH:
-        mirrored = j.to(tl.int64) * stride_r + i.to(tl.int64) * stride_c
-        pointer = factor_ptr + sample * stride_n
-        value += tl.load(pointer + mirrored, mask=inside, other=0.0).to(tl.float32)
-    return value
-
-
 @triton.jit(do_not_specialize=["samples"])
 def split_kernel(
-    factor_ptr,  # [COPIES * samples, C, C], any strides
+    factor_ptr,  # [samples, C, C]
     high_ptr,  # [samples, C, C] in the features' dtype
     low_ptr,  # [samples, C, C] in the features' dtype
     rows_ptr,  # [2, samples, C]: factor of a row, and whether its low part is not all 0
-    stride_n,
-    stride_r,
-    stride_c,
     samples,
     C: tl.constexpr,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -132,7 +113,8 @@ def split_kernel(
     i = (program % BLOCKS) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COLS)[None, :]
     inside = (i < C) & (j < C)
-    value = load_factor(factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH)
+    at = sample * (C * C) + i * C + j
+    value = tl.load(factor_ptr + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), axis=1, keep_dims=True)
     # A row of zeros, or with an Inf, is kept as it is.
     largest = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
@@ -140,7 +122,6 @@ def split_kernel(
     high = value.to(high_ptr.dtype.element_ty)
     wide = high.to(tl.float32)
     low = tl.where(tl.abs(wide) < float("inf"), value - wide, 0.0)
-    at = sample * (C * C) + i * C + j
     tl.store(high_ptr + at, high, mask=inside)
     tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=inside)
     row = sample * C + i
@@ -152,38 +133,28 @@ def split_kernel(
 @triton.jit
 def add_product(
     total,  # [BLOCK_R, BLOCK_M], channels_last: [BLOCK_M, BLOCK_R]
-    factor_ptr,  # see `load_factor`
-    strides,
-    samples,
+    factor_ptr,  # [samples, C, C]
     features_ptr,  # first pixel of the tile
     sample,
     row,  # [BLOCK_R]
     pixels,
     left,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
     """total + factor rows times the features of a tile of pixels."""
-    stride_n, stride_r, stride_c = strides
+    C: tl.constexpr = PRODUCT.C
+    CHANNELS_LAST: tl.constexpr = PRODUCT.CHANNELS_LAST
+    PRECISION: tl.constexpr = PRODUCT.PRECISION
+    BLOCK_K: tl.constexpr = PRODUCT.BLOCK_K
     for first in range(0, C, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        x = load_features(features_ptr, k, pixels, left, C, CHANNELS_LAST, BLOCK_K, BLOCK_M)
+        x = load_features(features_ptr, k, pixels, left, C, CHANNELS_LAST, BLOCK_K, PRODUCT.BLOCK_M)
         if CHANNELS_LAST:
             i, j = row[None, :], k[:, None]
         else:
             i, j = row[:, None], k[None, :]
         inside = (i < C) & (j < C)
-        if PRECISION == "half":
-            f = tl.load(factor_ptr + sample * (C * C) + i * C + j, mask=inside, other=0.0)
-        else:
-            f = load_factor(
-                factor_ptr, stride_n, stride_r, stride_c, sample, samples, i, j, inside, COPIES, BOTH
-            )
+        f = tl.load(factor_ptr + sample * (C * C) + i * C + j, mask=inside, other=0.0)
         a, b = (x, f) if CHANNELS_LAST else (f, x)
         if PRECISION == "half":
             # The result is stored in half precision: what truncation does to a sum of C terms does not show.
@@ -196,7 +167,7 @@ def add_product(
 @triton.jit(do_not_specialize=["samples", "length", "tiles"])
 def product_kernel(
     grad_ptr,  # [] or None
-    factor_ptr,  # [COPIES * samples, C, C] with strides, "half": [samples, C, C], the high part
+    factor_ptr,  # [samples, C, C], "half": the high part
     low_ptr,  # "half": [samples, C, C], else None
     rows_ptr,  # "half": [2, samples, C], see `split_kernel`; else None
     features_ptr,  # [samples, C, M], channels_last: [samples, M, C]
@@ -204,34 +175,27 @@ def product_kernel(
     samples,
     length,  # M, in units of UNIT
     tiles,
-    stride_n,
-    stride_r,
-    stride_c,
     scale,
-    C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COPIES: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
+    C: tl.constexpr = PRODUCT.C
+    CHANNELS_LAST: tl.constexpr = PRODUCT.CHANNELS_LAST
+    PRECISION: tl.constexpr = PRODUCT.PRECISION
+    BLOCK_R: tl.constexpr = PRODUCT.BLOCK_R
+    BLOCK_M: tl.constexpr = PRODUCT.BLOCK_M
     BLOCKS: tl.constexpr = (C + BLOCK_R - 1) // BLOCK_R
     program = tl.program_id(0)
     # Rows change fastest: they share the features of a tile of pixels.
     row = (program % BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     tile = (program // BLOCKS) % tiles
     sample = (program // BLOCKS // tiles).to(tl.int64)
-    pixels = length.to(tl.int64) * UNIT
+    pixels = length.to(tl.int64) * PRODUCT.UNIT
     first = tile.to(tl.int64) * BLOCK_M
     start = sample * C * pixels + (first * C if CHANNELS_LAST else first)
     left = pixels - first
     coefficient = scale
     if grad_ptr is not None:
         coefficient *= tl.load(grad_ptr).to(tl.float32)
-    strides = (stride_n, stride_r, stride_c)
     at = features_ptr + start
     pixel = tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:
@@ -249,42 +213,8 @@ def product_kernel(
         row_factor = tl.load(rows_ptr + row, mask=row < C, other=0.0)
         some = tl.load(rows_ptr + samples.to(tl.int64) * C + row, mask=row < C, other=0.0)
         if tl.max(some, axis=0) > 0:
-            total = add_product(
-                total,
-                low_ptr,
-                strides,
-                samples,
-                at,
-                sample,
-                row,
-                pixels,
-                left,
-                C,
-                CHANNELS_LAST,
-                PRECISION,
-                COPIES,
-                BOTH,
-                BLOCK_K,
-                BLOCK_M,
-            )
-    total = add_product(
-        total,
-        factor_ptr,
-        strides,
-        samples,
-        at,
-        sample,
-        row,
-        pixels,
-        left,
-        C,
-        CHANNELS_LAST,
-        PRECISION,
-        COPIES,
-        BOTH,
-        BLOCK_K,
-        BLOCK_M,
-    )
+            total = add_product(total, low_ptr, at, sample, row, pixels, left, PRODUCT)
+    total = add_product(total, factor_ptr, at, sample, row, pixels, left, PRODUCT)
     if PRECISION == "half":
         total *= row_factor[None, :] if CHANNELS_LAST else row_factor[:, None]
     tl.store(out_ptr + start + place, (total * coefficient).to(out_ptr.dtype.element_ty), mask=inside)
@@ -305,13 +235,11 @@ def precision(dtype: torch.dtype) -> str:
 
 def launch_product(
     grad: Tensor | None,  # []
-    factor: Tensor,  # [copies * N, C, C], any strides
+    factor: Tensor,  # [N, C, C]
     features: Tensor,  # [N, C, H, W]
     scale: float,
-    copies: int,
-    both: bool,
 ) -> Tensor:
-    """scale * grad * (the sum of the copies of factor, or factor + its transpose) @ features."""
+    """scale * grad * factor @ features."""
     channels_last = plan.is_channels_last(features)
     features = plan.in_layout(features, channels_last)
     n, c, h, w = features.shape
@@ -319,6 +247,7 @@ def launch_product(
     if out.numel() == 0:
         return out
     mode = precision(features.dtype)
+    factor = factor.contiguous()
     high, low, rows = factor, None, None
     with plan.on_device(features):
         if mode == "half":
@@ -327,26 +256,23 @@ def launch_product(
             rows = torch.empty((2, n, c), dtype=torch.float32, device=features.device)
             cols = triton.next_power_of_2(c)
             block = max(1, 2048 // cols)
-            split_kernel[(n * -(-c // block),)](
+            split_kernel[(n * triton.cdiv(c, block),)](
                 factor,
                 high,
                 low,
                 rows,
-                *factor.stride(),
                 n,
                 c,
-                copies,
-                both,
                 block,
                 cols,
                 num_warps=4,
             )
-            copies, both = 1, False
         block_r = min(max(triton.next_power_of_2(c), 16), 128 if mode == "half" else 64)
         block_k = min(max(triton.next_power_of_2(c), 16), 64 if mode == "half" else 32)
         unit = 1 if channels_last or (h * w) % 8 else 8
-        tiles = -(-(h * w) // 128)
-        product_kernel[(n * tiles * -(-c // block_r),)](
+        block_m = 128
+        tiles = triton.cdiv(h * w, block_m)
+        product_kernel[(n * tiles * triton.cdiv(c, block_r),)](
             grad,
             high,
             low,
@@ -356,17 +282,8 @@ def launch_product(
             n,
             h * w // unit,
             tiles,
-            *high.stride(),
             scale,
-            c,
-            channels_last,
-            unit,
-            mode,
-            copies,
-            both,
-            block_r,
-            block_k,
-            128,
+            Product(c, channels_last, unit, mode, block_r, block_k, block_m),
             num_warps=8 if block_r == 128 or mode != "half" else 4,
         )
     return out

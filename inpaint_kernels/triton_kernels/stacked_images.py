@@ -13,7 +13,8 @@ element, and a swap reads element by element; what is written goes in whole rows
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,22 +22,33 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .pixel_tile import load_weight, program_place, step_start, tile_rows
+from .pixel_tile import layer_place, load_weight, step_start
 
 # Times that the code of one part stands in a kernel, for a channel each: more would take the compiler minutes.
 MAX_WRITTEN_OUT = 24
 
-# A size that happens to be 1 or divisible by 16 must not cost another compilation.
-_SIZES = ["length", "groups", "channels", "tiles", "chunks", "samples"]
+
+class Stack(NamedTuple):
+    """What both kernels are compiled for beside the tile."""
+
+    SHARES: tuple[str, ...]  # of pred and target in the first part, in the second, ...
+    PARTS: int
+    CONSTANTS: int  # of the channels: all or one
+    SWAP: bool  # whether the channels are reversed
+    REPEATS: int  # of an image's channel in the stacked batch
+    PIXEL: int  # neighbours that are the channels of one pixel, 1 in NCHW
+
+
+@triton.constexpr_function
+def share_of(STACK, INDEX):
+    """Triton 3.6 cannot pass a string out of a tuple on to a function."""
+    return STACK.SHARES[INDEX]
 
 
 @triton.jit
-def add_share(total, value, weight, SHARES: tl.constexpr, INDEX: tl.constexpr):
-    """Adds what a part shows of an image. The map is linear: backward, what a part's gradient sends to it.
-
-    The tuple and an index: Triton 3.6 cannot pass a string out of a tuple on to a function.
-    """
-    SHARE: tl.constexpr = SHARES[INDEX]
+def add_share(total, value, weight, STACK: tl.constexpr, INDEX: tl.constexpr):
+    """Adds the share of an image in a part. The map is linear: backward, the part's gradient has the same share."""
+    SHARE: tl.constexpr = share_of(STACK, INDEX)
     if SHARE == "all":
         total += value
     elif SHARE != "none":
@@ -49,123 +61,89 @@ def add_share(total, value, weight, SHARES: tl.constexpr, INDEX: tl.constexpr):
 @triton.jit
 def pick(values, index, COUNT: tl.constexpr):
     """values[index] of a tuple, for an index that is known on the GPU alone."""
-    found = values[0]
+    value = values[0]
     for i in tl.static_range(1, COUNT):
-        found = tl.where(index == i, values[i], found)
-    return found
+        value = tl.where(index == i, values[i], value)
+    return value
 
 
 @triton.jit
-def reverse(
-    length,
-    groups,
-    tile,
-    rows,  # three [ROWS, 1], see `tile_rows`
-    element,  # [ROWS, WIDTH]
-    SWAP: tl.constexpr,
-    PIXEL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def reverse(counts, tile, inner, STACK: tl.constexpr, TILE: tl.constexpr):
     """(channel, offset) of the elements of a tile, counted from its first, and the offset on the side with the
     channels reversed, where there are such sides.
-
-    PIXEL: neighbours that are the channels of one pixel, 1 in NCHW.
     """
+    length, groups, _, _, _, _ = counts
+    rows, _, element, _ = inner
     row_c, row_p, _ = rows
-    WIDTH: tl.constexpr = element.shape[1]
+    WIDTH: tl.constexpr = TILE.WIDTH
+    PIXEL: tl.constexpr = STACK.PIXEL
     other = element
     if PIXEL > 1:
-        start = tile * (BLOCK_G * 8)
+        start = tile * (TILE.BLOCK_G * 8)
         # Not `%`: Triton's interpreter has none of an int by a constexpr.
-        place = (start - start // PIXEL * PIXEL).to(tl.int32) + row_p * WIDTH + tl.arange(0, WIDTH)[None, :]
-        channel = place - place // PIXEL * PIXEL
-        if SWAP:
+        position = (
+            (start - start // PIXEL * PIXEL).to(tl.int32) + row_p * WIDTH + tl.arange(0, WIDTH)[None, :]
+        )
+        channel = position - position // PIXEL * PIXEL
+        if STACK.SWAP:
             other = element + (PIXEL - 1 - 2 * channel)
-    elif BLOCK_C > 1:
+    elif TILE.BLOCK_C > 1:
         channel = row_c
-        if SWAP:
+        if STACK.SWAP:
             channel = -row_c
             # Written as a multiple of 16, which is how the compiler knows that wide accesses are aligned.
-            other = element - row_c * (groups * 16 if WHOLE else length * 2)
+            other = element - row_c * (groups * 16 if TILE.WHOLE else length * 2)
     else:
         channel = 0
     return channel, other
 
 
 @triton.jit
-def stacked_start(
-    length,
-    groups,
-    channels,
-    samples,
-    part,
-    sample,
-    channel,
-    copy,
-    tile,
-    SWAP: tl.constexpr,
-    COPIES: tl.constexpr,
-    PIXEL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def stacked_start(counts, part, sample, channel, repeat, tile, STACK: tl.constexpr, TILE: tl.constexpr):
     """(channel, offset) in the stacked batch of the first element of an image's tile."""
-    out = channel + copy
-    if SWAP and PIXEL == 1:
+    length, groups, channels, samples, _, _ = counts
+    out = channel + repeat
+    if STACK.SWAP and STACK.PIXEL == 1:
         out = channels - 1 - channel
     sample = samples.to(tl.int64) * part + sample
-    _, start = step_start(length, groups, channels * COPIES, sample, out, tile, WHOLE, BLOCK_G)
+    _, start = step_start(length, groups, channels * STACK.REPEATS, sample, out, tile, TILE)
     return out, start
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def forward_kernel(
     pred_ptr,  # [samples, channels, length], None where no part shows it
     target_ptr,  # likewise
     mask_ptr,  # see `load_weight`; None for MASK "none"
-    stacked_ptr,  # [parts, samples, channels * COPIES, length]
+    stacked_ptr,  # [parts, samples, channels * REPEATS, length]
     scale,  # of every channel of `stacked`, or one for all
     shift,
-    length,
-    groups,
-    channels,
-    tiles,
-    chunks,
-    samples,
-    stride_n,
-    stride_c,
-    SHARES: tl.constexpr,  # of pred and target in the first part, in the second, ...
-    PARTS: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    SWAP: tl.constexpr,
-    COPIES: tl.constexpr,
-    PIXEL: tl.constexpr,
-    MASK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    sizes,  # see `plan.Layer`
+    STACK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
-    rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    STEPS: tl.constexpr = TILE.STEPS
+    PARTS: tl.constexpr = STACK.PARTS
+    REPEATS: tl.constexpr = STACK.REPEATS
+    CONSTANTS: tl.constexpr = STACK.CONSTANTS
+    counts, place, inner = layer_place(tl.program_id(0), sizes, TILE)
+    length, groups, channels, _, stride_n, stride_c = counts
+    sample, first, tile = place
+    rows, _, element, inside = inner
     row_c, _, _ = rows
     mask = mask_ptr, stride_n, stride_c
-    place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)
-    stacked_element = element if PIXEL > 1 else other
-    image_element = other if PIXEL > 1 else element
+    place_c, other = reverse(counts, tile, inner, STACK, TILE)
+    stacked_element = element if STACK.PIXEL > 1 else other
+    image_element = other if STACK.PIXEL > 1 else element
     weight = 0.0
-    if MASK == "plane" or MASK == "interleaved":
-        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
+    if TILE.MASK == "plane" or TILE.MASK == "interleaved":
+        weight = load_weight(mask, sample, first, tile, rows, inside, TILE)
     for step in tl.static_range(STEPS):
-        channel = first + step * BLOCK_C
-        _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+        channel = first + step * TILE.BLOCK_C
+        _, start = step_start(length, groups, channels, sample, channel, tile, TILE)
         exists = inside & (row_c < channels - channel)
-        if MASK == "channel":
-            weight = load_weight(mask, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
+        if TILE.MASK == "channel":
+            weight = load_weight(mask, sample, channel, tile, rows, exists, TILE)
         pred = 0.0
         if pred_ptr is not None:
             pred = tl.load(pred_ptr + start + image_element, mask=exists, other=0.0).to(tl.float32)
@@ -174,113 +152,69 @@ def forward_kernel(
             target = tl.load(target_ptr + start + image_element, mask=exists, other=0.0).to(tl.float32)
         for part in tl.static_range(PARTS):
             value = tl.zeros(element.shape, tl.float32)
-            value = add_share(value, pred, weight, SHARES, 2 * part)
-            value = add_share(value, target, weight, SHARES, 2 * part + 1)
-            for copy in tl.static_range(COPIES):
-                out, start = stacked_start(
-                    length,
-                    groups,
-                    channels,
-                    samples,
-                    part,
-                    sample,
-                    channel,
-                    copy,
-                    tile,
-                    SWAP,
-                    COPIES,
-                    PIXEL,
-                    WHOLE,
-                    BLOCK_G,
-                )
-                stacked = value * pick(scale, out + place, CONSTANTS) + pick(shift, out + place, CONSTANTS)
-                tl.store(
-                    stacked_ptr + start + stacked_element,
-                    stacked.to(stacked_ptr.dtype.element_ty),
-                    mask=exists,
-                )
+            value = add_share(value, pred, weight, STACK, 2 * part)
+            value = add_share(value, target, weight, STACK, 2 * part + 1)
+            for repeat in tl.static_range(REPEATS):
+                out, start = stacked_start(counts, part, sample, channel, repeat, tile, STACK, TILE)
+                c = out + place_c
+                stacked = value * pick(scale, c, CONSTANTS) + pick(shift, c, CONSTANTS)
+                stacked = stacked.to(stacked_ptr.dtype.element_ty)
+                tl.store(stacked_ptr + start + stacked_element, stacked, mask=exists)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def backward_kernel(
-    grad_ptr,  # [parts, samples, channels * COPIES, length]
+    grad_ptr,  # [parts, samples, channels * REPEATS, length]
     mask_ptr,  # see `load_weight`; None for MASK "none"
     grad_pred_ptr,  # [samples, channels, length] or None
     grad_target_ptr,  # [samples, channels, length] or None
     scale,  # of every channel of `grad`, or one for all
-    length,
-    groups,
-    channels,
-    tiles,
-    chunks,
-    samples,
-    stride_n,
-    stride_c,
-    SHARES: tl.constexpr,  # as forward, "none" for an image whose gradient nobody wants
-    PARTS: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    SWAP: tl.constexpr,
-    COPIES: tl.constexpr,
-    PIXEL: tl.constexpr,
-    MASK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    sizes,  # see `plan.Layer`
+    STACK: tl.constexpr,  # the share of an image whose gradient nobody wants is "none"
+    TILE: tl.constexpr,
 ):
-    sample, first, tile = program_place(tl.program_id(0), tiles, chunks, BLOCK_C, STEPS)
-    rows, _, element, inside = tile_rows(length, groups, tile, WHOLE, BLOCK_C, BLOCK_G, WIDTH)
+    STEPS: tl.constexpr = TILE.STEPS
+    PARTS: tl.constexpr = STACK.PARTS
+    REPEATS: tl.constexpr = STACK.REPEATS
+    CONSTANTS: tl.constexpr = STACK.CONSTANTS
+    counts, place, inner = layer_place(tl.program_id(0), sizes, TILE)
+    length, groups, channels, _, stride_n, stride_c = counts
+    sample, first, tile = place
+    rows, _, element, inside = inner
     row_c, _, _ = rows
     mask = mask_ptr, stride_n, stride_c
-    place, other = reverse(length, groups, tile, rows, element, SWAP, PIXEL, WHOLE, BLOCK_C, BLOCK_G)
-    if SWAP and PIXEL > 1:
-        place = PIXEL - 1 - place
+    place_c, other = reverse(counts, tile, inner, STACK, TILE)
+    if STACK.SWAP and STACK.PIXEL > 1:
+        place_c = STACK.PIXEL - 1 - place_c
     weight = 0.0
-    if MASK == "plane" or MASK == "interleaved":
-        weight = load_weight(mask, sample, first, tile, rows, inside, MASK, CHANNELS, BLOCK_G)
+    if TILE.MASK == "plane" or TILE.MASK == "interleaved":
+        weight = load_weight(mask, sample, first, tile, rows, inside, TILE)
     for step in tl.static_range(STEPS):
-        channel = first + step * BLOCK_C
+        channel = first + step * TILE.BLOCK_C
         exists = inside & (row_c < channels - channel)
-        if MASK == "channel":
-            weight = load_weight(mask, sample, channel, tile, rows, exists, MASK, CHANNELS, BLOCK_G)
+        if TILE.MASK == "channel":
+            weight = load_weight(mask, sample, channel, tile, rows, exists, TILE)
         to_pred = tl.zeros(element.shape, tl.float32)
         to_target = tl.zeros(element.shape, tl.float32)
         for part in tl.static_range(PARTS):
-            if SHARES[2 * part] != "none" or SHARES[2 * part + 1] != "none":
-                for copy in tl.static_range(COPIES):
-                    out, start = stacked_start(
-                        length,
-                        groups,
-                        channels,
-                        samples,
-                        part,
-                        sample,
-                        channel,
-                        copy,
-                        tile,
-                        SWAP,
-                        COPIES,
-                        PIXEL,
-                        WHOLE,
-                        BLOCK_G,
-                    )
+            if share_of(STACK, 2 * part) != "none" or share_of(STACK, 2 * part + 1) != "none":
+                for repeat in tl.static_range(REPEATS):
+                    out, start = stacked_start(counts, part, sample, channel, repeat, tile, STACK, TILE)
                     grad = tl.load(grad_ptr + start + other, mask=exists, other=0.0).to(tl.float32)
-                    grad *= pick(scale, out + place, CONSTANTS)
-                    to_pred = add_share(to_pred, grad, weight, SHARES, 2 * part)
-                    to_target = add_share(to_target, grad, weight, SHARES, 2 * part + 1)
-        _, start = step_start(length, groups, channels, sample, channel, tile, WHOLE, BLOCK_G)
+                    grad *= pick(scale, out + place_c, CONSTANTS)
+                    to_pred = add_share(to_pred, grad, weight, STACK, 2 * part)
+                    to_target = add_share(to_target, grad, weight, STACK, 2 * part + 1)
+        _, start = step_start(length, groups, channels, sample, channel, tile, TILE)
         if grad_pred_ptr is not None:
-            tl.store(grad_pred_ptr + start + element, to_pred.to(grad_pred_ptr.dtype.element_ty), mask=exists)
+            to_pred = to_pred.to(grad_pred_ptr.dtype.element_ty)
+            tl.store(grad_pred_ptr + start + element, to_pred, mask=exists)
         if grad_target_ptr is not None:
-            tl.store(
-                grad_target_ptr + start + element, to_target.to(grad_target_ptr.dtype.element_ty), mask=exists
-            )
+            to_target = to_target.to(grad_target_ptr.dtype.element_ty)
+            tl.store(grad_target_ptr + start + element, to_target, mask=exists)
 
 
 def _shares(parts: list[int], mask_is_hole: bool, need_pred: bool, need_target: bool) -> tuple[str, ...]:
-    """The weight of pred and of target in every part: 0, 1, the mask, or what the mask leaves to 1."""
+    """The weight of pred and of target in every part: 0, 1, the mask, or 1 - the mask."""
     hole, valid = ("mask", "rest") if mask_is_hole else ("rest", "mask")
     # In the order of `reference/stacked_images.py`: raw, composite, target, hole_raw, hole_target.
     pred, target = ("all", hole, "none", hole, "none"), ("none", valid, "all", "none", hole)
@@ -300,29 +234,25 @@ def _plan(
     constants: int,
     swap: bool,
     width: int,
-) -> tuple[Tensor | None, int, tuple[Any, ...], tuple[Any, ...], int]:
-    """(mask, programs, run-time arguments, compile-time arguments, warps) that both kernels share."""
-    channels = size[1]
-    used = mask if "mask" in shares or "rest" in shares else None
-    ready = plan.prepare_mask(used, size, channels_last)
+) -> tuple[plan.Layer, Stack]:
+    """Work split and compiled settings that both kernels share."""
+    parts, repeats = len(shares) // 2, out_channels // size[1]
     # Every part of every channel of a step is written out.
-    steps = max(1, MAX_WRITTEN_OUT // (len(shares) // 2 * (out_channels // channels)))
-    steps = min(steps, plan.MAX_STEPS)
-    work, kind = plan.make_plan(size, channels_last, ready, False, True, max_steps=steps, channels_apart=True)
-    numbers = (*work[:5], work.samples, ready.stride_n, ready.stride_c)
-    compiled = (
-        shares,
-        len(shares) // 2,
-        constants,
-        swap and channels > 1,
-        out_channels // channels,
-        channels if channels_last else 1,
-        kind,
-        channels if kind == "interleaved" else 1,
-        *work[5:9],
-        width,
+    steps = max(1, min(MAX_WRITTEN_OUT // (parts * repeats), plan.MAX_STEPS))
+    layer = plan.make_layer(
+        size,
+        size[0],
+        channels_last,
+        mask if "mask" in shares or "rest" in shares else None,
+        signs=False,
+        width=width,
+        elements=math.prod(size),
+        per_sample=True,
+        channels_apart=True,
+        max_steps=steps,
     )
-    return ready.tensor, work.programs, numbers, compiled, work.warps
+    pixel = size[1] if channels_last else 1
+    return layer, Stack(shares, parts, constants, swap and size[1] > 1, repeats, pixel)
 
 
 def forward(
@@ -348,20 +278,21 @@ def forward(
         mask = mask.flip(1)
     constants = max(len(scale), len(shift), 1)
     shares = _shares(parts, mask_is_hole, True, True)
-    ready, programs, numbers, compiled, warps = _plan(
+    layer, stack = _plan(
         pred.shape, channels_last, mask, shares, channels, constants, swap, plan.stores_width(out)
     )
     with plan.on_device(pred):
-        forward_kernel[(programs,)](
+        forward_kernel[(layer.programs,)](
             plan.in_layout(pred, channels_last) if set(shares[::2]) != {"none"} else None,
             plan.in_layout(target, channels_last) if set(shares[1::2]) != {"none"} else None,
-            ready,
+            layer.mask,
             out,
             _constants(scale, 1.0, constants),
             _constants(shift, 0.0, constants),
-            *numbers,
-            *compiled,
-            num_warps=warps,
+            layer.sizes,
+            stack,
+            layer.tile,
+            num_warps=layer.warps,
         )
     return out
 
@@ -389,19 +320,18 @@ def backward(
     constants = max(len(scale), 1)
     shares = _shares(parts, mask_is_hole, need_pred, need_target)
     width = plan.stores_width(grad_pred, grad_target)
-    ready, programs, numbers, compiled, warps = _plan(
-        size, channels_last, mask, shares, grad.shape[1], constants, swap, width
-    )
+    layer, stack = _plan(size, channels_last, mask, shares, grad.shape[1], constants, swap, width)
     with plan.on_device(grad):
-        backward_kernel[(programs,)](
+        backward_kernel[(layer.programs,)](
             plan.in_layout(grad, channels_last),
-            ready,
+            layer.mask,
             grad_pred if need_pred else None,
             grad_target if need_target else None,
             _constants(scale, 1.0, constants),
-            *numbers,
-            *compiled,
-            num_warps=warps,
+            layer.sizes,
+            stack,
+            layer.tile,
+            num_warps=layer.warps,
         )
     return grad_pred, grad_target
 

@@ -26,9 +26,9 @@ from .product import gram_scale, launch_product, style_coefficient
 # The losses of a layer begin where those of the layer before end, aligned or not.
 @triton.jit(do_not_specialize=["losses_ptr", "samples", "splits", "target_splits"])
 def difference_kernel(
-    sums_ptr,  # [COPIES * samples, splits, pairs, BLOCK_C, BLOCK_C]
+    sums_ptr,  # [PREDICTIONS * samples, splits, pairs, BLOCK_C, BLOCK_C]
     target_ptr,  # [samples, target_splits, pairs, BLOCK_C, BLOCK_C], IS_GRAM: [samples, C, C]
-    factor_ptr,  # [COPIES * samples, C, C] or None
+    factor_ptr,  # [PREDICTIONS * samples, C, C] or None
     losses_ptr,  # [programs]
     samples,
     splits,
@@ -43,7 +43,7 @@ def difference_kernel(
     PENALTY: tl.constexpr,
     IS_GRAM: tl.constexpr,
     C: tl.constexpr,
-    COPIES: tl.constexpr,
+    PREDICTIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     sample, pair, place, i, j, inside = second_stage_place(C, BLOCK_C)
@@ -51,18 +51,18 @@ def difference_kernel(
         target_ptr += sample * stride_n
         at = i.to(tl.int64) * stride_r + j.to(tl.int64) * stride_c
         mirrored = j.to(tl.int64) * stride_r + i.to(tl.int64) * stride_c
-        goal = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
         # What the caller calls a Gram matrix need not be symmetric.
-        goal_mirrored = tl.load(target_ptr + mirrored, mask=inside, other=0.0).to(tl.float32)
+        target_mirrored = tl.load(target_ptr + mirrored, mask=inside, other=0.0).to(tl.float32)
     else:
-        goal = add_splits(target_ptr, sample, target_splits, pair, place, C, BLOCK_C) * target_scale
-        goal_mirrored = goal
+        target = add_splits(target_ptr, sample, target_splits, pair, place, C, BLOCK_C) * target_scale
+        target_mirrored = target
     loss = tl.zeros(place.shape, tl.float32)
-    for copy in tl.static_range(COPIES):
-        at_sample = sample + copy * samples.to(tl.int64)
+    for prediction in tl.static_range(PREDICTIONS):
+        at_sample = sample + prediction * samples.to(tl.int64)
         value = add_splits(sums_ptr, at_sample, splits, pair, place, C, BLOCK_C) * scale
-        d = value - goal
-        d_mirrored = value - goal_mirrored
+        d = value - target
+        d_mirrored = value - target_mirrored
         if PENALTY == "l1":
             loss += tl.abs(d) + tl.where(i == j, 0.0, tl.abs(d_mirrored))
             # Comparisons, so that a NaN has sign 0.
@@ -92,20 +92,17 @@ def _launch_layer(
     pixels = x.shape[2] * x.shape[3]
     channels_last = plan.is_channels_last(x)
     x = plan.in_layout(x, channels_last)
-    strides: tuple[int, ...] = (0, 0, 0)
-    target_splits = 1
-    if target_is_gram:
-        sums, splits = gram.launch_gram(x, None, channels_last, block_c)
-        target_sums, strides = y, y.stride()
+    target_last = not target_is_gram and plan.is_channels_last(y)
+    together = not target_is_gram and target_last == channels_last and y.dtype == x.dtype
+    if not target_is_gram:
+        y = plan.in_layout(y, target_last)
+    sums, splits = gram.launch_gram(x, y if together else None, channels_last, block_c)
+    if together:
+        target_sums, target_splits = sums[n:], splits
+    elif target_is_gram:
+        target_sums, target_splits = y, 1
     else:
-        target_channels_last = plan.is_channels_last(y)
-        y = plan.in_layout(y, target_channels_last)
-        if target_channels_last == channels_last and y.dtype == x.dtype:
-            sums, splits = gram.launch_gram(x, y, channels_last, block_c)
-            target_sums, target_splits = sums[n:], splits
-        else:
-            sums, splits = gram.launch_gram(x, None, channels_last, block_c)
-            target_sums, target_splits = gram.launch_gram(y, None, target_channels_last, block_c)
+        target_sums, target_splits = gram.launch_gram(y, None, target_last, block_c)
     gram_normalize = "none" if normalize == "gatys" else normalize
     scale = gram_scale(gram_normalize, c, pixels)
     target_scale = 1.0 if target_is_gram else gram_scale(gram_normalize, c, y.shape[2] * y.shape[3])
@@ -118,7 +115,7 @@ def _launch_layer(
         y.shape[0],
         splits,
         target_splits,
-        *strides,
+        *(y.stride() if target_is_gram else (0, 0, 0)),
         scale,
         target_scale,
         coefficient,
@@ -175,7 +172,7 @@ def forward(
                 normalize,
                 target_is_gram,
             )
-        pixel_forward.launch_finalise(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
+        pixel_forward.launch_finalize(losses, (loss,), unused, (0, losses.shape[0]), (1,), "sum", 1)
     return loss.view(()), factors
 
 
@@ -186,7 +183,9 @@ def backward(
     sign: float,
 ) -> list[Tensor]:
     """Gradient of each layer's features: sign * grad * (the sum of its k factors) @ features."""
-    return [
-        launch_product(grad, factor, x, sign, factor.shape[0] // max(1, x.shape[0]), False)
-        for factor, x in zip(factors, features, strict=True)
-    ]
+    grads = []
+    for factor, x in zip(factors, features, strict=True):
+        if factor.shape[0] > x.shape[0]:
+            factor = factor.unflatten(0, (-1, x.shape[0])).sum(0)
+        grads.append(launch_product(grad, factor, x, sign))
+    return grads
