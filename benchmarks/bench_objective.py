@@ -1,6 +1,6 @@
 """The whole generator loss of each method, on a trunk with random weights; logits and features of critics lie ready.
 
-The plain formula is the one that was released (`examples/published.py`): one trunk pass for every image and term.
+The plain formula is the one that was released (`examples/published`): one trunk pass for every image and term.
 `ik-plain` is our objective, `ik-chunk1` the one that streams single samples. Almost all of the time goes into the
 convolutions.
 """

@@ -187,10 +187,9 @@ def _eager_features(features: FeatureTerms) -> Comparison:
         pred: Tensor, composite: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *found, truth = (trunk(images) for images in (pred, composite, target))
-        ones = (1.0,) * len(truth)
         total, perceptual, style = truth[0].new_zeros(()), None, None
         if features.perceptual:
-            perceptual = torch.stack([published.perceptual_l1(maps, truth, ones) for maps in found]).sum()
+            perceptual = torch.stack([published.perceptual_l1(maps, truth) for maps in found]).sum()
             total = total + features.perceptual * perceptual
         if features.style:
             style = torch.stack([published.style_l1(maps, truth) for maps in found]).sum()
