@@ -66,25 +66,25 @@ def lama_vgg_perceptual(trunk: Trunk, pred: Tensor, target: Tensor, mask: Tensor
         for i in range(count)
     ]
     x, y = (trunk(normalized(images, IMAGENET), layers) for images in (pred, target))
-    found = []
+    distances = []
     for a, b in zip(x, y, strict=True):
         hole = F.interpolate(mask, size=a.shape[-2:], mode="bilinear", align_corners=False)
-        found.append((F.mse_loss(a, b, reduction="none") * (1 - hole)).mean((1, 2, 3)))
-    return torch.stack(found).sum()
+        distances.append((F.mse_loss(a, b, reduction="none") * (1 - hole)).mean((1, 2, 3)))
+    return torch.stack(distances).sum()
 
 
 def lama_feature_matching(
     fake: Sequence[Tensor], real: Sequence[Tensor], mask: Tensor | None = None
 ) -> Tensor:
     """Mean over the layers; with a mask of known pixels alone, divided by all of them."""
-    found = []
+    distances = []
     for a, b in zip(fake, real, strict=True):
         if mask is None:
-            found.append(F.mse_loss(a, b))
+            distances.append(F.mse_loss(a, b))
         else:
             hole = F.interpolate(mask, size=a.shape[-2:], mode="bilinear", align_corners=False)
-            found.append(((a - b).pow(2) * (1 - hole)).mean())
-    return torch.stack(found).mean()
+            distances.append(((a - b).pow(2) * (1 - hole)).mean())
+    return torch.stack(distances).mean()
 
 
 def lama_generator(

@@ -40,9 +40,9 @@ def partial_conv(
     image = composite(pred, target, mask)
     tv = variation_around(image, 1 - mask)
     layers = ("pool1", "pool2", "pool3")
-    *found, truth = (trunk(normalized(images, IMAGENET), layers) for images in (pred, image, target))
-    perceptual = torch.stack([perceptual_l1(maps, truth) for maps in found]).sum()
-    style = torch.stack([style_l1(maps, truth) for maps in found]).sum()
+    *predictions, truth = (trunk(normalized(images, IMAGENET), layers) for images in (pred, image, target))
+    perceptual = torch.stack([perceptual_l1(maps, truth) for maps in predictions]).sum()
+    style = torch.stack([style_l1(maps, truth) for maps in predictions]).sum()
     return with_total(
         hole=(hole_weight, hole),
         valid=(valid_weight, valid),

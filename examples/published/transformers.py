@@ -110,11 +110,11 @@ def lpips(trunk: Trunk, x: Tensor, y: Tensor, heads: Sequence[Tensor]) -> Tensor
     """The distance by each layer of AlexNet of each sample, (5, N); LPIPS is their sum over the layers."""
     layers = ("relu1", "relu2", "relu3", "relu4", "relu5")
     maps = [trunk(normalized(images, LPIPS), layers) for images in (x, y)]
-    found = []
+    distances = []
     for a, b, head in zip(*maps, heads, strict=True):
         difference = (unit_vectors(a) - unit_vectors(b)) ** 2
-        found.append(F.conv2d(difference, head.view(1, -1, 1, 1)).mean((1, 2, 3)))
-    return torch.stack(found)
+        distances.append(F.conv2d(difference, head.view(1, -1, 1, 1)).mean((1, 2, 3)))
+    return torch.stack(distances)
 
 
 def unit_vectors(features: Tensor, eps: float = 1e-10) -> Tensor:
