@@ -48,14 +48,14 @@ def eager(case: Case) -> Formula:
         def trunk(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
             places = dict(zip(network.names, network.taps, strict=True))
             wanted = [places[layer] for layer in layers]
-            found = {}
+            maps = {}
             for place, layer in network.features.named_children():
                 images = layer(images)
                 if place in wanted:
-                    found[place] = images
-                if len(found) == len(wanted):
+                    maps[place] = images
+                if len(maps) == len(wanted):
                     break
-            return [found[place] for place in wanted]
+            return [maps[place] for place in wanted]
 
         return (method.formula(trunk, inputs, outputs),)
 
