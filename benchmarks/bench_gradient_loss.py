@@ -25,15 +25,15 @@ def pooled(hole: Tensor) -> Tensor:
 
 def doubled(hole: Tensor) -> Tensor:
     """`pooled` by maxima of neighbours, of pairs of them and so on."""
-    found = F.pad(hole, (RING,) * 4, value=-torch.inf)
+    largest = F.pad(hole, (RING,) * 4, value=-torch.inf)
     for _ in range(2):
         size = 1
         while size < 2 * RING + 1:
             step = min(size, 2 * RING + 1 - size)
-            found = torch.maximum(found[..., :-step, :], found[..., step:, :])
+            largest = torch.maximum(largest[..., :-step, :], largest[..., step:, :])
             size += step
-        found = found.mT
-    return found
+        largest = largest.mT
+    return largest
 
 
 def mean_of_pairs(down: Tensor, across: Tensor, region: Tensor) -> Tensor:

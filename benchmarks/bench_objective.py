@@ -1,6 +1,6 @@
 """The whole generator loss of each method, on a trunk with random weights; logits and features of critics lie ready.
 
-The plain formula is the one that was released (`examples/published.py`): one trunk pass for every image and term.
+The plain formula is the one that was released (`examples/published`): one trunk pass for every image and term.
 `ik-plain` is our objective, `ik-chunk1` the one that streams single samples. Almost all of the time goes into the
 convolutions.
 """
@@ -48,14 +48,14 @@ def eager(case: Case) -> Formula:
         def trunk(images: Tensor, layers: Sequence[str]) -> list[Tensor]:
             places = dict(zip(network.names, network.taps, strict=True))
             wanted = [places[layer] for layer in layers]
-            found = {}
+            maps = {}
             for place, layer in network.features.named_children():
                 images = layer(images)
                 if place in wanted:
-                    found[place] = images
-                if len(found) == len(wanted):
+                    maps[place] = images
+                if len(maps) == len(wanted):
                     break
-            return [found[place] for place in wanted]
+            return [maps[place] for place in wanted]
 
         return (method.formula(trunk, inputs, outputs),)
 

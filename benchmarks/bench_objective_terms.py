@@ -23,7 +23,7 @@ from .methods import BARE, built, layer_shape, method_inputs, method_of, outputs
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     n, c, h, w = case.shape
     method = method_of(case)
-    found = method_inputs(case, device, generator)
+    inputs = method_inputs(case, device, generator)
 
     def positive(channels: int, step: int) -> Tensor:
         shape = (n, channels, h // step, w // step)
@@ -34,12 +34,12 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
             channels, step = layer_shape(method.net, layer)
             # Channels of the target by turns half and four times as large: no entry of Gram matrices is near a tie.
             scale = torch.where(torch.arange(channels, device=device) % 2 == 0, 0.5, 4.0).view(1, -1, 1, 1)
-            found[f"map_{layer}"] = positive(channels, step).to(case.dtype).requires_grad_()
-            found[f"truth_{layer}"] = (positive(channels, step) * scale).to(case.dtype)
+            inputs[f"map_{layer}"] = positive(channels, step).to(case.dtype).requires_grad_()
+            inputs[f"truth_{layer}"] = (positive(channels, step) * scale).to(case.dtype)
         back = torch.randn(n, c, h, w, generator=generator, device=device) / case.numel
-        found[f"back{place}"] = back.to(case.dtype)
-    found["sink"] = torch.zeros(1, device=device, dtype=case.dtype)
-    return found
+        inputs[f"back{place}"] = back.to(case.dtype)
+    inputs["sink"] = torch.zeros(1, device=device, dtype=case.dtype)
+    return inputs
 
 
 class _Ready:
@@ -84,8 +84,8 @@ def fused(case: Case, backend: str) -> Formula:
         ready: _Ready
 
         def forward(self, images: Tensor, layers: Sequence[str] | None = None) -> list[Tensor]:
-            found: list[Tensor] = self.ready(images, layers or self.names)
-            return found
+            maps: list[Tensor] = self.ready(images, layers or self.names)
+            return maps
 
     @functools.cache
     def objective(heads: tuple[Tensor, ...]) -> Any:

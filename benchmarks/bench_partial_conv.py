@@ -91,8 +91,8 @@ def minimum_bytes(case: Case) -> Bytes:
 
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
-    found = image_inputs(case, device, generator)
-    image, mask = found["pred"], found["mask"]
+    images = image_inputs(case, device, generator)
+    image, mask = images["pred"], images["mask"]
     assert image is not None and mask is not None
     n, c, h, w = case.shape
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format

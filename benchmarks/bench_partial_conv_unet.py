@@ -81,9 +81,13 @@ def _formula(kind: str) -> Formula:
 
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
-    found = image_inputs(case, device, generator)
+    images = image_inputs(case, device, generator)
     upstream = torch.randn(case.shape, generator=generator, device=device).to(case.dtype)
-    inputs: dict[str, Tensor | None] = {"image": found["target"], "mask": found["mask"], "upstream": upstream}
+    inputs: dict[str, Tensor | None] = {
+        "image": images["target"],
+        "mask": images["mask"],
+        "upstream": upstream,
+    }
     for name, parameter in _network("plain").named_parameters():
         value = parameter.detach().to(device, case.dtype)
         inputs[name.replace(".", "__")] = value.clone().requires_grad_()

@@ -58,13 +58,13 @@ def _make_trunk(
 def features_of(images: Tensor) -> list[Tensor]:
     trunk = trunk_of(images.device, images.dtype)
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    value, found = (images - mean) / std, []
+    value, maps = (images - mean) / std, []
     assert isinstance(trunk.features, torch.nn.Sequential)
     for layer in trunk.features:
         value = layer(value)
         if isinstance(layer, torch.nn.MaxPool2d):
-            found.append(value)
-    return found
+            maps.append(value)
+    return maps
 
 
 def gram(features: Tensor) -> Tensor:

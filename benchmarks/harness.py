@@ -154,7 +154,7 @@ def feature_inputs(
     Channels of the target are by turns half and four times as large as those of the input, so that no entry of
     the Gram matrices is near a tie, whose sign rounding decides.
     """
-    found: dict[str, Tensor | None] = {}
+    inputs: dict[str, Tensor | None] = {}
     memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     n = case.shape[0]
 
@@ -167,11 +167,11 @@ def feature_inputs(
             t.to(case.dtype).contiguous(memory_format=memory_format)
             for t in (positive(copies * n, (c, h, w)), positive(n, (c, h, w)) * scale)
         )
-        found[f"input{layer}"], found[f"target{layer}"] = stacked.requires_grad_(), target
+        inputs[f"input{layer}"], inputs[f"target{layer}"] = stacked.requires_grad_(), target
         if copies > 1:
             for j, part in enumerate(stacked.detach().split(n)):
-                found[f"input{layer}_part{j}"] = part.requires_grad_()
-    return found
+                inputs[f"input{layer}_part{j}"] = part.requires_grad_()
+    return inputs
 
 
 def layers(case: Case) -> list[tuple[int, int, int]]:

@@ -22,8 +22,8 @@ def device_name(device: torch.device) -> str:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
         cpuinfo = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    model = " ".join(found[1].split()) if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    model = " ".join(match[1].split()) if match else platform.processor() or platform.machine()
     # Virtual machines call several generations of a processor by one name.
     return f"{model} {torch.backends.cpu.get_cpu_capability()}"
 

@@ -205,13 +205,13 @@ def method_inputs(case: Case, device: torch.device, generator: torch.Generator) 
 
 def outputs_of(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of `method_inputs` as the formulas take them; they are taken out of `inputs`."""
-    found: dict[str, Any] = {"fake": [], "fake_features": [], "real_features": [], "heads": []}
+    outputs: dict[str, Any] = {"fake": [], "fake_features": [], "real_features": [], "heads": []}
     for name in list(inputs):
         stem = name.rstrip("0123456789")
         key = {"head": "heads"}.get(stem, stem)
-        if key in found:
-            found[key].append(inputs.pop(name))
-    return found
+        if key in outputs:
+            outputs[key].append(inputs.pop(name))
+    return outputs
 
 
 def built(
@@ -232,8 +232,8 @@ def built(
         options["heads"] = [head.float() for head in heads]
     if method.objective == "LaMaObjective" and trunk is not None:
         options["perceptual_layers"] = _STAGES
-    found: Objective = getattr(ik.objectives, method.objective)(method.preset, **options)
-    return found
+    objective: Objective = getattr(ik.objectives, method.objective)(method.preset, **options)
+    return objective
 
 
 def total(objective: Objective, images: dict[str, Tensor], outputs: dict[str, Any]) -> Tensor:

@@ -53,10 +53,10 @@ def _entry(parts: list[str], benchmarks: Mapping[str, Benchmark]) -> Entry:
     if not named:
         cases = dict.fromkeys(case.name for case in benchmark.cases)
         raise ValueError(f"{op} has no case {name!r}; there are: {', '.join(cases)}")
-    found = [case for case in named if case.dtype_name == dtype]
-    if not found:
+    matches = [case for case in named if case.dtype_name == dtype]
+    if not matches:
         raise ValueError(f"{op}, {name}: no dtype {dtype!r}; there are: {[c.dtype_name for c in named]}")
-    case, patterns = found[0], tuple(names.split())
+    case, patterns = matches[0], tuple(names.split())
     known = {n for device in _DEVICES for n in providers(benchmark, case, torch.device(device))}
     unknown = [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]
     if unknown or not patterns:

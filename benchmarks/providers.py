@@ -105,13 +105,13 @@ def build(benchmark: Benchmark, case: Case, name: str) -> Provider:
 
 def gradients_of(inputs: Inputs) -> dict[str, Tensor | None]:
     """Gradients by leaf; one whose parts a formula took instead (see `feature_inputs`) is put together."""
-    found = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
-    for name in [n for n in found if f"{n}_part0" in found]:
-        parts = [found.pop(part) for part in list(found) if part.startswith(f"{name}_part")]
-        if found[name] is None:
+    gradients = {name: t.grad for name, t in inputs.items() if t is not None and t.requires_grad}
+    for name in [n for n in gradients if f"{n}_part0" in gradients]:
+        parts = [gradients.pop(part) for part in list(gradients) if part.startswith(f"{name}_part")]
+        if gradients[name] is None:
             given = [part for part in parts if part is not None]
-            found[name] = torch.cat(given) if len(given) == len(parts) else None
-    return found
+            gradients[name] = torch.cat(given) if len(given) == len(parts) else None
+    return gradients
 
 
 def truth_of(benchmark: Benchmark, case: Case, inputs: Inputs) -> Exact:

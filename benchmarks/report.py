@@ -77,12 +77,12 @@ class Group:
 
 def groups(rows: Sequence[Row]) -> list[Group]:
     """Ops in alphabetic order, cases in the order they stand in the file."""
-    found: dict[tuple[str, str, str], Group] = {}
+    by_case: dict[tuple[str, str, str], Group] = {}
     for row in rows:
         key = row["op"], row["case"], row["dtype"]
-        group = found.setdefault(key, Group(*key, rows={}))
+        group = by_case.setdefault(key, Group(*key, rows={}))
         group.rows[row["provider"], row["mode"]] = row
-    return sorted(found.values(), key=lambda group: group.op)
+    return sorted(by_case.values(), key=lambda group: group.op)
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -214,11 +214,11 @@ def methods_block(results: Path) -> str:
     start, end = MARKERS["methods"]
     parts = [start]
     for path in sorted(results.glob("*.csv")):
-        found = groups(read_rows(path))
+        all_groups = groups(read_rows(path))
         # The smallest images show what a call costs the host.
-        large = [g for g in found if not _is_small(next(iter(g.rows.values())))]
+        large = [g for g in all_groups if not _is_small(next(iter(g.rows.values())))]
         outside = {g.case: g for g in large if g.op == "objective_terms"}
-        whole = {g.case: g for g in found if g.op == "objective"}
+        whole = {g.case: g for g in all_groups if g.op == "objective"}
         lines = [
             "| " + " | ".join(_METHODS_HEADER) + " |",
             "| --- |" + " ---: |" * (len(_METHODS_HEADER) - 1),

@@ -49,8 +49,8 @@ class Work(NamedTuple):
 def discover() -> dict[str, Benchmark]:
     """Every `bench_<op>.py` of this folder, by op."""
     modules = sorted(m.name for m in pkgutil.iter_modules(_package_path) if m.name.startswith("bench_"))
-    found = [importlib.import_module(f"{__package__}.{name}").BENCHMARK for name in modules]
-    return {benchmark.op: benchmark for benchmark in found}
+    benchmarks = [importlib.import_module(f"{__package__}.{name}").BENCHMARK for name in modules]
+    return {benchmark.op: benchmark for benchmark in benchmarks}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,9 +125,9 @@ def _work(
             names = matching(names, arguments.providers)
         if arguments.compile_only:
             names = [name for name in names if name.startswith("compile")]
-        found = Work(benchmark, tiny(case) if arguments.tiny else case, names)
-        if names and str(found) not in begun:
-            work.append(found)
+        item = Work(benchmark, tiny(case) if arguments.tiny else case, names)
+        if names and str(item) not in begun:
+            work.append(item)
     if missing := [name for name in arguments.providers or () if not fnmatch.filter(known, name)]:
         raise ValueError(f"nothing to run: no provider {', '.join(missing)}")
     if not work and not begun:

@@ -70,11 +70,11 @@ def measure_case(
     report = Report()
     admitted: list[Provider] = []
     for name in names:
-        found = admit(benchmark, case, name, ring, truth)
-        if isinstance(found, Refusal):
-            report.refusals.append(found)
+        admission = admit(benchmark, case, name, ring, truth)
+        if isinstance(admission, Refusal):
+            report.refusals.append(admission)
         else:
-            admitted.append(found)
+            admitted.append(admission)
         yield None
 
     samples = {p.name: Samples() for p in admitted}

@@ -65,8 +65,8 @@ class Discriminators(nn.ModuleList):
 
     def forward(self, shown: Tensor | list[Tensor]) -> Judged:
         if isinstance(shown, Tensor):
-            found: Judged = self[0](shown)
-            return found
+            judged: Judged = self[0](shown)
+            return judged
         return [head(images) for head, images in zip(self, shown, strict=True)]
 
 
@@ -114,7 +114,7 @@ class Adversary:
                 with torch.no_grad():
                     real = self.net(self.objective.shown(batch.images, batch.images, batch.masks))
             graph = self.net(self.objective.shown(pred, batch.images, batch.masks))
-        return Judgement(graph, mapped(lambda found: found.detach().requires_grad_(), graph), real)
+        return Judgement(graph, mapped(lambda tensor: tensor.detach().requires_grad_(), graph), real)
 
     def step(self, pred: Tensor, batch: Batch, rate: float, step: int) -> list[Tensor]:
         """Trains the discriminators; returns their loss, and the penalty when it was last taken."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pictures import InputError
+from errors import InputError
 
 NAME, PREVIOUS, EARLIER = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.earlier-run.pt"
 FORMAT = 1

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import InputError, Mask, Pixels, list_pictures, note, picture_size, read_hole, read_rgb
+from errors import InputError
+from pictures import Mask, Pixels, list_pictures, note, picture_size, read_hole, read_rgb
 from PIL import Image, ImageDraw
 
 MaskMaker = Callable[[np.random.Generator], Pixels]

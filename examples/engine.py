@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from adversarial import Adversary
 from data import Batch, Sampler
+from errors import InputError
 from memory import PeakMemory, release_freed
 from methods import Objective, Published, Terms
 from model import PartialConvUNet
 from options import Settings
-from pictures import InputError
 from torch import Tensor
 from tqdm import tqdm
 from world import World

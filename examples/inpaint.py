@@ -25,8 +25,9 @@ try:
     import numpy as np
     import torch
     import torch.nn.functional as F
+    from errors import InputError
     from model import PartialConvUNet
-    from pictures import InputError, Mask, Stored, png, read, read_hole
+    from pictures import Mask, Stored, png, read, read_hole
     from torch import Tensor
 except ModuleNotFoundError as error:
     print(

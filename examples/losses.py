@@ -13,8 +13,8 @@ from typing import Any
 import published
 import torch
 import torch.distributed as dist
+from errors import InputError
 from methods import Eager, FeatureTerms, Fused, Method, Objective, Terms
-from pictures import InputError
 from torch import Tensor
 
 # Of the pixel objective; it takes its perceptual and style weights as options.
@@ -55,9 +55,11 @@ def make_objective(
 
     def terms(pred: Tensor, target: Tensor, mask: Tensor) -> Terms:
         composite = published.composite(pred, target, mask)
-        found = pixels(pred, target, mask)
+        pixel_terms = pixels(pred, target, mask)
         weighted_sum, perceptual, style = compare(pred.to(composite.dtype), composite, target)
-        return found._replace(total=found.total + weighted_sum, perceptual=perceptual, style=style)
+        return pixel_terms._replace(
+            total=pixel_terms.total + weighted_sum, perceptual=perceptual, style=style
+        )
 
     return Objective(terms)
 
@@ -186,14 +188,13 @@ def _eager_features(features: FeatureTerms) -> Comparison:
     def compare(
         pred: Tensor, composite: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        *found, truth = (trunk(images) for images in (pred, composite, target))
-        ones = (1.0,) * len(truth)
+        *predictions, truth = (trunk(images) for images in (pred, composite, target))
         total, perceptual, style = truth[0].new_zeros(()), None, None
         if features.perceptual:
-            perceptual = torch.stack([published.perceptual_l1(maps, truth, ones) for maps in found]).sum()
+            perceptual = torch.stack([published.perceptual_l1(maps, truth) for maps in predictions]).sum()
             total = total + features.perceptual * perceptual
         if features.style:
-            style = torch.stack([published.style_l1(maps, truth) for maps in found]).sum()
+            style = torch.stack([published.style_l1(maps, truth) for maps in predictions]).sum()
             total = total + features.style * style
         return total, perceptual, style
 

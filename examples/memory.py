@@ -100,8 +100,8 @@ class PeakMemory:
     def _resident(self) -> int | None:
         if not self._known:
             return None
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return None if found is None else int(found[1]) * 1024
+        match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return None if match is None else int(match[1]) * 1024
 
 
 def release_freed() -> None:

@@ -124,8 +124,8 @@ class Method:
     @property
     def layers(self) -> list[str]:
         """Of the trunk, what the terms read."""
-        found = [value for name, value in vars(self.settings).items() if name.endswith("layers")]
-        return list(dict.fromkeys(layer for layers in found for layer in layers))
+        lists = [value for name, value in vars(self.settings).items() if name.endswith("layers")]
+        return list(dict.fromkeys(layer for layers in lists for layer in layers))
 
 
 class Published(Objective):
@@ -195,8 +195,8 @@ class Fused(Published):
 
     def seen(self, image: Tensor, target: Tensor, mask: Tensor) -> Tensor | list[Tensor]:
         stages = [image] * self.method.heads if self.method.heads > 1 else image
-        found: Tensor | list[Tensor] = self.objective.discriminator_input(stages, target, mask)
-        return found
+        images: Tensor | list[Tensor] = self.objective.discriminator_input(stages, target, mask)
+        return images
 
     def discriminator_loss(self, real: Judged, fake: Judged, mask: Tensor) -> Tensor:
         loss: Tensor = self.objective.discriminator_loss(real=real, fake=fake, mask=mask).total
@@ -223,10 +223,10 @@ class Eager(Published):
         if self.matches_features:
             judged |= {"fake_features": _features(fake), "real_features": _features(real)}
         mask = 1 - mask if self.method.hole_mask else mask
-        found = self.method.formula(self.trunk, pred.float(), target, mask, **judged)
-        if "adversarial_stage1" in found:
-            found["adversarial"] = found["adversarial"] + found.pop("adversarial_stage1")
-        return Terms(**found)
+        terms = self.method.formula(self.trunk, pred.float(), target, mask, **judged)
+        if "adversarial_stage1" in terms:
+            terms["adversarial"] = terms["adversarial"] + terms.pop("adversarial_stage1")
+        return Terms(**terms)
 
     def seen(self, image: Tensor, target: Tensor, mask: Tensor) -> Tensor | list[Tensor]:
         if self.settings.discriminator_image == "composite" and image is not target:
@@ -247,8 +247,8 @@ class Eager(Published):
 
 
 def _logits(judged: Any) -> Any:
-    found = getattr(judged, "logits", judged)
-    return found.float() if isinstance(found, Tensor) else [logits.float() for logits in found]
+    outputs = getattr(judged, "logits", judged)
+    return outputs.float() if isinstance(outputs, Tensor) else [logits.float() for logits in outputs]
 
 
 def _features(judged: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from errors import InputError
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -44,10 +45,6 @@ TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
 OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line and says what to do."""
-
-
 @functools.cache
 def note(text: str) -> None:
     """Says it on stderr, once."""
@@ -65,7 +62,7 @@ def list_pictures(folder: Path, what: str) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{what}: the folder {folder} does not exist")
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     visited = set()
     for where, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(where)) in visited:
@@ -76,10 +73,10 @@ def list_pictures(folder: Path, what: str) -> list[Path]:
         for name in sorted(names):
             path = Path(where, name)
             if not name.startswith(".") and path.suffix.lower() in SUFFIXES and path.is_file():
-                found.setdefault(os.path.realpath(path), path)
-    if not found:
+                paths.setdefault(os.path.realpath(path), path)
+    if not paths:
         raise InputError(f"{what}: no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}")
-    return sorted(found.values())
+    return sorted(paths.values())
 
 
 @dataclass

@@ -25,8 +25,9 @@ try:
     import numpy as np
     import torch
     from checkpoint import write_atomically
+    from errors import InputError
     from options import number
-    from pictures import InputError, read_rgb
+    from pictures import read_rgb
     from PIL import Image
     from torch import Tensor
     from tqdm import tqdm
@@ -95,9 +96,9 @@ def find_picture(name: str) -> Path:
     spec = importlib.util.find_spec("skimage")
     shipped = sorted((Path(spec.origin).parent / "data").glob("*.*")) if spec and spec.origin else []
     pictures = [p for p in shipped if p.suffix in (".png", ".jpg")]
-    for found in pictures:
-        if found.stem == name:
-            return found
+    for picture in pictures:
+        if picture.stem == name:
+            return picture
     names = ", ".join(p.stem for p in pictures) or "none, scikit-image is missing"
     raise InputError(f"there is no file {name}, and no picture of that name in skimage.data ({names})")
 
@@ -118,14 +119,14 @@ def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor
 
     style_places, content_place = places
     with torch.no_grad():
-        goal = trunk(contents)[content_place]
+        target = trunk(contents)[content_place]
         maps = trunk(style)
         grams = [ik.gram_matrix(maps[i], normalize="none") for i in style_places]
 
     def distances(images: Tensor) -> tuple[Tensor, Tensor]:
         maps = trunk(images)
         return (
-            ik.feature_distance(maps[content_place], goal, penalty="l2"),
+            ik.feature_distance(maps[content_place], target, penalty="l2"),
             ik.style_loss([maps[i] for i in style_places], grams, normalize="gatys", target_is_gram=True),
         )
 
@@ -175,7 +176,7 @@ def make_objective(args: argparse.Namespace, contents: Tensor, style: Tensor) ->
     return objective
 
 
-def optimise(
+def optimize(
     args: argparse.Namespace, objective: Callable[[Tensor], Terms], contents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The pictures after the last step, or the one before Ctrl-C, and the terms of every step [steps, 4]."""
@@ -291,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
         print(RANDOM_WARNING.format(name=args.trunk, option="--weights"), flush=True)
     objective = make_objective(args, contents, style)
     begin = time.perf_counter()
-    results, history = optimise(args, objective, contents)
+    results, history = optimize(args, objective, contents)
     seconds = time.perf_counter() - begin
     weights = "random weights" if args.weights is None else f"weights {Path(args.weights).name}"
     title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {args.trunk}, {weights}"

@@ -157,7 +157,7 @@ def write(
     batch = fused.sampler.training(fused.step).to(device)
     pred = fused.fill(batch).to(AMP_DTYPES[fused.settings.amp])
     figures = measure(trainers, pred, batch, trunk)
-    found = {name: curves(trainer) for name, trainer in trainers.items()}
+    all_curves = {name: curves(trainer) for name, trainer in trainers.items()}
     if not fused.world.leads:
         return ""
 
@@ -170,7 +170,7 @@ def write(
     last = min(trainer.step for trainer in trainers.values())
     terms = {
         variant: {name: float(values[last - 1]) for name, values in named.items()}
-        for variant, named in found.items()
+        for variant, named in all_curves.items()
     }
     result: dict[str, Any] = {
         "device": device_name(device),
@@ -193,13 +193,13 @@ def write(
     shown = [(variant, last, values) for variant, values in terms.items()]
     if fused.step > last:
         shown.append(
-            ("fused", fused.step, {name: float(values[-1]) for name, values in found["fused"].items()})
+            ("fused", fused.step, {name: float(values[-1]) for name, values in all_curves["fused"].items()})
         )
     for variant, step, values in shown:
         spelled = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         lines.append(f"  {variant}, step {step}: {spelled}")
     if "eager" in trainers:
-        pair = [found[name]["total"][first_step:last] for name in ("fused", "eager")]
+        pair = [all_curves[name]["total"][first_step:last] for name in ("fused", "eager")]
         difference, where = largest_difference(*pair)
         first, _ = largest_difference(*(total[:FIRST_STEPS] for total in pair))
         result |= {
@@ -219,7 +219,8 @@ def write(
     )
 
     arrays = {
-        variant: {name: values.numpy() for name, values in named.items()} for variant, named in found.items()
+        variant: {name: values.numpy() for name, values in named.items()}
+        for variant, named in all_curves.items()
     }
     plots.loss_curves(
         out / CURVES,

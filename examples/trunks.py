@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pictures import InputError
+from errors import InputError
 
 if TYPE_CHECKING:
     from inpaint_kernels.features import FrozenTrunk

@@ -57,7 +57,7 @@ def thin_reference(config: pytest.Config, items: list[pytest.Item]) -> None:
             # Of a test over many ops each op's cases by themselves.
             op = getattr(options.get("op"), "name", "")
             cases.setdefault(f"{item.nodeid.partition('[')[0]} {op}", []).append(item)
-    many = [item for found in cases.values() if len(found) > 16 for item in found]
+    many = [item for items_of in cases.values() if len(items_of) > 16 for item in items_of]
     dropped = {item for item in many if zlib.crc32(item.nodeid.encode()) % 4}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]

@@ -21,11 +21,13 @@ from harness import INTERPRETING
 from PIL import Image
 
 import inpaint_kernels as ik
+from inpaint_kernels.features import torchvision_nets
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import plots  # noqa: E402
+import summary  # noqa: E402
 import train  # noqa: E402
 
 picks_its_own_backend = pytest.mark.skipif(INTERPRETING, reason="the examples pick their own backend")
@@ -41,6 +43,13 @@ Result = tuple[int, str, str]
 Run = Callable[..., Result]
 
 
+# An eighth of the channels of each trunk. LPIPS has weights for every channel of AlexNet, which is small anyway.
+NARROW = {
+    name: [item // 8 if isinstance(item, int) else item for item in getattr(torchvision_nets, name)]
+    for name in ("_VGG16", "_VGG19")
+}
+
+
 def write_noise(path: Path, seed: int = 0, size: int = 72) -> None:
     """A smooth colour picture."""
     noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -48,8 +57,17 @@ def write_noise(path: Path, seed: int = 0, size: int = 72) -> None:
 
 
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing, the slow part, is left to the one test that looks at it."""
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trunks of an eighth of the channels, and few rounds of timing."""
+    for name, channels in NARROW.items():
+        monkeypatch.setattr(torchvision_nets, name, channels)
+    for rounds in ("ROUNDS", "TRUNK_ROUNDS"):
+        monkeypatch.setattr(summary, rounds, 2)
+
+
+@pytest.fixture
+def light(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow, and without drawing, the slow part, which one test does."""
     monkeypatch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
 
 
@@ -63,11 +81,12 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, photos: Path, no_plots: None, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, photos: Path, light: None, capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls train.py in this process."""
 
     def call(*options: object, out: Path = tmp_path / "out", images: Path = photos) -> Result:
-        status = train.main([*TINY, "--images", str(images), "--out", str(out), *map(str, options)])
+        words = [*TINY, "--images", images, "--out", out, *options]
+        status = train.main([str(word) for word in words])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -80,8 +99,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return content
 
 
 def assert_same(a: Any, b: Any, path: str = "state") -> None:
@@ -106,8 +125,15 @@ def assert_one_line(result: Result, *words: str, program: str = "train.py") -> N
         assert word in err
 
 
-def two_processes(program: Path, *options: str) -> subprocess.Popen[str]:
-    """The program under torchrun."""
+def two_processes(folder: Path, *options: object) -> subprocess.Popen[str]:
+    """train.py under torchrun, with narrow trunks."""
+    program = folder / "narrow_train.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import plots, train\nfrom inpaint_kernels.features import torchvision_nets\n"
+        f"vars(torchvision_nets).update({NARROW})\n"
+        "plots.write_png = lambda figure, path: None\nsys.exit(train.main())\n"
+    )
     package = Path(ik.__file__).resolve().parents[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]),
@@ -115,30 +141,6 @@ def two_processes(program: Path, *options: str) -> subprocess.Popen[str]:
         "PYTHONUNBUFFERED": "1",
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launch, program, *TINY, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launch, str(program), *TINY, *options], env=environment, **pipes)
-
-
-def check_two_processes(
-    run: Run, photos: Path, out: Path, options: list[str], program: Path, exact: int = 1
-) -> None:
-    """Two processes of batch 2, with region means over both shards, train what one of batch 4 does.
-
-    Up to rounding in the first `exact` steps.
-    """
-    two, one = out / "two", out / "one"
-    job = two_processes(program, "--images", str(photos), "--out", str(two), *options)
-    try:
-        printed, err = job.communicate(timeout=240)
-    finally:
-        job.kill()
-    assert job.returncode == 0, err
-    assert printed.count("largest relative difference") == 1
-    assert report(two)["processes"] == 2
-    assert run(*options, "--batch", 4, "--no-compare", out=one)[0] == 0
-    a, b = (load(folder / "checkpoint.pt") for folder in (two, one))
-    # Perceptual terms have kinks, and networks that learn from each other amplify a rounding.
-    torch.testing.assert_close(a["history"][:exact], b["history"][:exact], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(a["history"], b["history"], rtol=1e-3, atol=1e-6)
-    for name, value in b["model"].items():
-        torch.testing.assert_close(a["model"][name], value, rtol=1e-3, atol=1e-4)
+    return subprocess.Popen(list(map(str, words)), env=environment, **pipes)

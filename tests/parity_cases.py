@@ -211,7 +211,7 @@ class Parity:
     def maps(
         self, images: Tensor, taps: Sequence[str], net: str | None = None, average_pooling: bool = False
     ) -> list[Tensor]:
-        """The same by a loop over the layers that uses nothing of the package: a trunk for examples/published.py."""
+        """The same by a loop over the layers that uses nothing of the package: a trunk for examples/published."""
         layers, names = _frozen_stack(net or _FILES[self.name].net, average_pooling, self.dtype)
         found = {}
         for name, layer in layers.named_children():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+ROOT = Path(__file__).resolve().parent.parent
 WORLD = 2
 
 Worker = Callable[[int], dict[Any, Any]]
@@ -50,6 +51,18 @@ def run_code(code: str, environment: Mapping[str, str]) -> subprocess.CompletedP
     return subprocess.CompletedProcess(code, status, out, err)
 
 
+def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`run_code` on this checkout; settings of this test run must not colour what a fresh process says."""
+    return run_code(code, {**clean_environment(), **environment})
+
+
+def clean_environment() -> dict[str, str]:
+    # A library that stands in another folder, as with sanitizers, is still the one under test.
+    own = {name for name in os.environ if name.startswith(("INPAINT_KERNELS_", "TRITON_"))}
+    kept = {name: v for name, v in os.environ.items() if name not in own - {"INPAINT_KERNELS_LIBRARY_DIR"}}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))}
+
+
 def _execute(code: str, environment: dict[str, str], connection: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -70,9 +83,9 @@ def run(worker: Worker, folder: Path) -> list[dict[Any, Any]]:
     """What `worker(rank)` returned in each of WORLD processes."""
     if not dist.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
-    arguments = (worker, str(folder / "store"), str(folder / "found"))
+    arguments = (worker, str(folder / "store"), str(folder / "results"))
     torch.multiprocessing.start_processes(_process, arguments, nprocs=WORLD, start_method="forkserver")
-    return [torch.load(f"{folder / 'found'}.{rank}") for rank in range(WORLD)]
+    return [torch.load(f"{folder / 'results'}.{rank}") for rank in range(WORLD)]
 
 
 def _process(rank: int, worker: Worker, store: str, results: str) -> None:

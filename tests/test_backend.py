@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import INTERPRETING, Backend, backends_under_test
 from pixel_cases import image_pair, make_mask, on_device
-from processes import run_code
+from processes import fresh_python
 from training_checks import ops_called
 
 import inpaint_kernels as ik
@@ -29,17 +30,9 @@ images = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
 """
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, because backends and libraries are found at import."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("INPAINT_KERNELS_", "TRITON_"))}
-    package = str(Path(ik.__file__).parent.parent)
-    clean["PYTHONPATH"] = os.pathsep.join(filter(None, (package, clean.get("PYTHONPATH"))))
-    return run_code(PRELUDE + code, {**clean, **environment})
-
-
-def answer(code: str, **environment: str) -> object:
-    """What the code prints last, as JSON."""
-    result = run_python(code, **environment)
+def answer(code: str, **environment: str) -> Any:
+    """What a fresh process, because backends and libraries are found at import, prints last, as JSON."""
+    result = fresh_python(PRELUDE + code, **environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -111,47 +104,25 @@ def logged(op, backend, *rest):
     ran.append(f"{op.name}_{backend}")
     return call(op, backend, *rest)
 _library.Op.__call__ = logged
-ik.masked_l1_loss(*images, None CALL)
-print(json.dumps(ran))
+ik.masked_l1_loss(*images)
+ik.masked_l1_loss(*images, backend="cpu")
+print(json.dumps([ran, "triton" in sys.modules]))
 """
 
 
 def test_environment_sets_the_default_and_the_argument_wins() -> None:
-    assert answer(RAN.replace("CALL", ""), INPAINT_KERNELS_BACKEND="reference") == []
-    forced = answer(RAN.replace("CALL", ", backend='cpu'"), INPAINT_KERNELS_BACKEND="reference")
-    assert forced == ["masked_l1_cpu"]
-    assert answer(RAN.replace("CALL", ""), INPAINT_KERNELS_BACKEND="") == ["masked_l1_cpu"]
+    """And no Triton is imported."""
+    assert answer(RAN, INPAINT_KERNELS_BACKEND="reference") == [["masked_l1_cpu"], False]
+    assert answer(RAN, INPAINT_KERNELS_BACKEND="") == [["masked_l1_cpu", "masked_l1_cpu"], False]
 
 
 def test_environment_with_an_unknown_name_is_an_error() -> None:
-    result = run_python("import inpaint_kernels", INPAINT_KERNELS_BACKEND="fast")
+    result = fresh_python("import inpaint_kernels", INPAINT_KERNELS_BACKEND="fast")
     assert result.returncode != 0
     assert "INPAINT_KERNELS_BACKEND is 'fast'; allowed: " in result.stderr
 
 
-FORCED = """
-import inpaint_kernels as ik
-loss = ik.masked_l1_loss(*images)
-try:
-    ik.masked_l1_loss(*images, backend="cpu")
-    print(json.dumps("ran"))
-except RuntimeError as error:
-    print(json.dumps(str(error)))
-"""
-
-
-def test_missing_library(tmp_path: Path) -> None:
-    """The automatic choice still answers, the forced one says what is missing."""
-    said = str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
-    assert "cannot run: _C.so is not installed" in said
-
-
-def test_broken_library(tmp_path: Path) -> None:
-    (tmp_path / "_C.so").write_text("no library")
-    assert "is broken" in str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
-
-
-WARNED = """
+LOSSES_OF = """
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import inpaint_kernels as ik
@@ -160,8 +131,14 @@ with warnings.catch_warnings(record=True) as caught:
         losses += [ik.masked_l1_loss(*images BACKEND), ik.masked_l1_loss(*(i.double() for i in images) BACKEND)]
         losses += [ik.total_variation_loss(images[1] BACKEND), sum(ik.hole_valid_loss(*images, images[1] BACKEND))]
 said = [[str(w.message), w.filename] for w in caught if "inpaint_kernels" in str(w.message)]
-print(json.dumps([said, [float(loss) for loss in losses]]))
+try:
+    ik.masked_l1_loss(*images, backend="cpu")
+    forced = "ran"
+except RuntimeError as error:
+    forced = str(error)
+print(json.dumps([[float(loss) for loss in losses], said, forced]))
 """
+AUTOMATIC, REFERENCE = (LOSSES_OF.replace("BACKEND", text) for text in ("", ", backend='reference'"))
 LOSSES = [1.0, 1.0, 0.0, 1.0]
 
 
@@ -192,37 +169,26 @@ def spoil(state: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("state", ["missing", "left out", "broken", "empty"])
 def test_a_library_that_cannot_run_says_so_once(state: str, tmp_path: Path) -> None:
+    """The automatic choice still answers; the backend asked for says what is wrong."""
     reason = spoil(state, tmp_path)
-    warned, losses = answer(WARNED.replace("BACKEND", ""), INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))  # type: ignore[misc]
+    losses, warned, forced = answer(AUTOMATIC, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
     assert losses == 2 * LOSSES
     assert len(warned) == 1
     message, blamed = warned[0]
     assert message.startswith(f"inpaint_kernels: cpu tensors run on 'reference' because {reason}")
     assert "To mend it: run `make build`, and unset INPAINT_KERNELS_LIBRARY_DIR" in message
     assert blamed == "<string>", "the warning should point at the user's line"
+    assert f"cannot run: {reason}" in forced
 
 
-@pytest.mark.parametrize("state", ["missing", "empty"])
-def test_who_asks_for_the_reference_is_not_warned(state: str, tmp_path: Path) -> None:
-    spoil(state, tmp_path)
-    folder = str(tmp_path)
-    asked = answer(WARNED.replace("BACKEND", ", backend='reference'"), INPAINT_KERNELS_LIBRARY_DIR=folder)
-    default = answer(
-        WARNED.replace("BACKEND", ""),
-        INPAINT_KERNELS_LIBRARY_DIR=folder,
-        INPAINT_KERNELS_BACKEND="reference",
-    )
-    assert asked == default == [[], 2 * LOSSES]
+@pytest.mark.parametrize(("code", "default"), [(REFERENCE, ""), (AUTOMATIC, "reference")])
+def test_who_asks_for_the_reference_is_not_warned(code: str, default: str, tmp_path: Path) -> None:
+    environment = {"INPAINT_KERNELS_LIBRARY_DIR": str(tmp_path), "INPAINT_KERNELS_BACKEND": default}
+    assert answer(code, **environment)[:2] == [2 * LOSSES, []]
 
 
 def test_a_library_that_runs_is_quiet() -> None:
-    assert answer(WARNED.replace("BACKEND", "")) == [[], 2 * LOSSES]
-
-
-def test_forced_on_a_library_without_kernels(tmp_path: Path) -> None:
-    spoil("empty", tmp_path)
-    said = str(answer(FORCED, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)))
-    assert "cannot run: _C.so was built from other sources: it lacks " in said
+    assert answer(AUTOMATIC) == [2 * LOSSES, [], "ran"]
 
 
 COMPILED = """
@@ -240,13 +206,11 @@ print(json.dumps([len(said), losses]))
 """
 
 
-@pytest.mark.parametrize("state", ["missing", "empty"])
-def test_compiled_code_warns_once(state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("forget", "warnings"), [("0", 1), ("1", 0)])
+def test_compiled_code_warns_once(forget: str, warnings: int, tmp_path: Path) -> None:
     """And its graph stays whole: warning happens while torch.compile traces, not inside what it traces."""
-    spoil(state, tmp_path)
-    folder = str(tmp_path)
-    assert answer(COMPILED.replace("FORGET", "0"), INPAINT_KERNELS_LIBRARY_DIR=folder) == [1, [1.0, 1.0]]
-    assert answer(COMPILED.replace("FORGET", "1"), INPAINT_KERNELS_LIBRARY_DIR=folder) == [0, [1.0, 1.0]]
+    code = COMPILED.replace("FORGET", forget)
+    assert answer(code, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path)) == [warnings, [1.0, 1.0]]
 
 
 FALLBACK = """
@@ -267,20 +231,12 @@ print(json.dumps([[str(w.message), w.filename] for w in caught if "masked_l1" in
 
 def test_fallback_on_a_gpu_warns_once_with_the_reasons(tmp_path: Path) -> None:
     warned = answer(FALLBACK, INPAINT_KERNELS_LIBRARY_DIR=str(tmp_path))
-    assert isinstance(warned, list)
     assert len(warned) == 1
     message, blamed = warned[0]
     assert message.startswith("masked_l1 runs on 'reference' because ")
     assert "cuda: " in message
     assert "triton: triton is not installed" in message
     assert blamed == "<string>", "the warning should point at the user's line"
-
-
-def test_import_loads_no_triton() -> None:
-    code = (
-        "import inpaint_kernels as ik; ik.masked_l1_loss(*images); print(json.dumps('triton' in sys.modules))"
-    )
-    assert answer(code) is False
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
@@ -296,7 +252,8 @@ def test_core_cases_on_every_instruction_set(isa: str) -> None:
     environment = {"INPAINT_KERNELS_CPU_ISA": isa}
     code = "from inpaint_kernels import _extension; print(json.dumps(_extension.cpu_isa()))"
     assert answer(code, **environment) == isa
-    tests = [f"{TESTS / 'test_values.py'}::{test}" for test in CORE_TESTS]
+    names = ("test_core", "test_dtypes", "test_sizes", "test_mask_dtypes")
+    tests = [f"{TESTS / 'test_values.py'}::{name}" for name in names]
     tests += ["-k", "masked_l1 or hole_valid"]
     # One in four; tools/asan.sh runs every test of every op on every instruction set.
     plugin = ["-p", "pytest_share"]
@@ -311,6 +268,3 @@ def test_core_cases_on_every_instruction_set(isa: str) -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-
-
-CORE_TESTS = ("test_core", "test_dtypes", "test_sizes", "test_mask_dtypes")

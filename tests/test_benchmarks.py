@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from benchmark_cases import CPU, FIRST, benchmark, call, mean_l1
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import harness, machine, memory, providers, report, run, table
-from benchmarks.harness import Benchmark, Bytes, Case, Formula
-from benchmarks.providers import Refusal
-
-CPU = torch.device("cpu")
-TINY = Case((1, 3, 8, 8), quick=True)
-
-
-def mean_l1(case: Case, backend: str = "") -> Formula:
-    return lambda pred, target, mask: (((pred - target).abs() * mask).sum() / (3 * mask.sum()),)
-
-
-def tiny(fused: Callable[[Case, str], Formula] = mean_l1) -> Benchmark:
-    return Benchmark(
-        op="tiny",
-        cases=[TINY],
-        make_inputs=harness.image_inputs,
-        eager=mean_l1,
-        fused=fused,
-        minimum_bytes=lambda case: Bytes(8 * case.numel, 4 * case.numel),
-        tolerances={torch.float32: 1e-5},
-    )
+from benchmarks.harness import Case, Formula
 
 
 class WrongGradient(torch.autograd.Function):
@@ -44,7 +22,7 @@ class WrongGradient(torch.autograd.Function):
     def forward(ctx, pred, target, mask, spoil):
         ctx.save_for_backward(pred, target, mask)
         ctx.spoil = spoil
-        return mean_l1(TINY)(pred, target, mask)[0]
+        return mean_l1(FIRST)(pred, target, mask)[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -56,23 +34,9 @@ def spoiled(spoil: Callable[[Tensor], Tensor]) -> Formula:
     return lambda pred, target, mask: (WrongGradient.apply(pred, target, mask, spoil),)
 
 
-@pytest.fixture(autouse=True)
-def _same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def main(folder: Path, benchmark: Benchmark, *arguments: str) -> tuple[int, list[dict[str, str]]]:
-    command = ["--quick", "--threads", "1", "--out", str(folder), *arguments]
-    status = run.main(command, {benchmark.op: benchmark})
-    files = list(folder.glob("*.csv"))
-    return status, table.read_rows(files[0]) if files else []
-
-
-def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
+def test_quick_run_writes_rows_and_a_second_run_replaces_them(call):
     chosen = ("--providers", "eager", "ik-cpu")
-    status, rows = main(tmp_path, tiny(), *chosen)
+    status, rows, _ = call(benchmark(), *chosen)
     assert status == 0
     assert [(row["provider"], row["mode"]) for row in rows] == [
         *[(provider, mode) for provider in ("eager", "ik-cpu") for mode in harness.MODES],
@@ -86,11 +50,11 @@ def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
         assert row["cuda"] == ""
         assert row["heap"] == "stock"
     full = rows[2]
-    assert float(full["gbps"]) == pytest.approx(12 * TINY.numel / float(full["p50_ms"]) / 1e6, rel=1e-4)
+    assert float(full["gbps"]) == pytest.approx(12 * FIRST.numel / float(full["p50_ms"]) / 1e6, rel=1e-4)
     # |d| keeps d for its sign, the product keeps |d| and the mask, the quotient keeps both of its sides.
-    assert int(full["saved_bytes"]) >= TINY.numel * 4
+    assert int(full["saved_bytes"]) >= FIRST.numel * 4
 
-    status, again = main(tmp_path, tiny(), *chosen)
+    status, again, _ = call(benchmark(), *chosen)
     assert status == 0
     assert len(again) == len(rows)
 
@@ -98,9 +62,9 @@ def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        (lambda pred, target, mask: (1.001 * mean_l1(TINY)(pred, target, mask)[0],), "float64 gives"),
+        (lambda pred, target, mask: (1.001 * mean_l1(FIRST)(pred, target, mask)[0],), "float64 gives"),
         (lambda pred, target, mask: (pred.sum() * float("nan"),), "float64 gives"),
-        (lambda pred, target, mask: mean_l1(TINY)(pred, target, mask) * 2, "2 terms, 1 expected"),
+        (lambda pred, target, mask: mean_l1(FIRST)(pred, target, mask) * 2, "2 terms, 1 expected"),
         (spoiled(lambda grad: 1.001 * grad), "gradient of pred is off"),
         (
             spoiled(lambda grad: grad.clone().index_fill_(3, torch.tensor([3]), 0.0)),
@@ -111,18 +75,18 @@ def test_quick_run_writes_rows_and_a_second_run_replaces_them(tmp_path):
     ],
     ids=["loss", "nan", "terms", "gradient-scale", "gradient-column", "gradient-nan", "crash"],
 )
-def test_wrong_provider_is_not_timed(tmp_path, capsys, wrong, complaint):
+def test_wrong_provider_is_not_timed(call, tmp_path, capsys, wrong, complaint):
     path = tmp_path / f"{machine.slug(CPU, 1)}.csv"
     before = {
-        "op": "tiny",
-        "case": TINY.name,
+        "op": "op",
+        "case": FIRST.name,
         "dtype": "float32",
         "device": machine.device_name(CPU),
         "threads": 1,
     }
     table.write_rows(path, [{**before, "provider": "ik-cpu", "mode": mode} for mode in harness.MODES])
 
-    status, rows = main(tmp_path, tiny(lambda case, backend: wrong), "--providers", "eager", "ik-cpu")
+    status, rows, _ = call(benchmark(fused=lambda case, backend: wrong), "--providers", "eager", "ik-cpu")
     assert status == 1
     # The times of the run before are gone, too: the same name now stands for something wrong.
     assert {row["provider"] for row in rows} == {"eager", "copy"}
@@ -132,56 +96,49 @@ def test_wrong_provider_is_not_timed(tmp_path, capsys, wrong, complaint):
 
 
 @pytest.mark.slow
-def test_compiled_providers(tmp_path):
-    status, rows = main(tmp_path, dataclasses.replace(tiny(), rewrite=mean_l1))
+def test_compiled_providers(call):
+    status, rows, _ = call(benchmark(rewrite=mean_l1))
     assert status == 0
     assert {"eager", "rewrite", "compile", "compile-rewrite"} < {row["provider"] for row in rows}
 
 
-def test_provider_that_cannot_run_is_left_out_and_fails_only_when_asked_for(tmp_path, capsys):
+def test_provider_that_cannot_run_is_left_out_and_fails_only_when_asked_for(call, capsys):
     def fused(case: Case, backend: str) -> Formula:
-        raise RuntimeError("tiny: backend 'cpu' cannot run: no library")
+        raise RuntimeError("op: backend 'cpu' cannot run: no library")
 
-    benchmark = tiny(fused)
-    inputs = harness.image_inputs(TINY, CPU, torch.Generator().manual_seed(0))
-    refusal = providers.admit(benchmark, TINY, "ik-cpu", [inputs])
-    assert isinstance(refusal, Refusal)
-    assert not refusal.red
-    assert main(tmp_path, benchmark, "--providers", "ik-cpu")[0] == 1
-    assert "left out: RuntimeError: tiny: backend 'cpu' cannot run: no library" in capsys.readouterr().out
+    only = benchmark(fused=fused, compiled=False)
+    assert call(only)[0] == 0
+    assert call(only, "--providers", "ik-cpu")[0] == 1
+    assert "left out: RuntimeError: op: backend 'cpu' cannot run: no library" in capsys.readouterr().out
 
 
-def test_command_line_errors_name_what_exists(capsys):
-    assert run.main(["nope"], {"tiny": tiny()}) == 1
-    assert "no benchmark of nope; there are: tiny" in capsys.readouterr().err
-    assert run.main(["--providers", "fastest"], {"tiny": tiny()}) == 1
-    assert "no provider fastest" in capsys.readouterr().err
-    assert run.main(["--dtypes", "float16"], {"tiny": tiny()}) == 1
-    assert "no such case" in capsys.readouterr().err
+def test_command_line_errors_name_what_exists(call, capsys):
+    for arguments, words in (
+        (["nope"], "no benchmark of nope; there are: op"),
+        (["--providers", "fastest"], "no provider fastest"),
+        (["--dtypes", "float16"], "no such case"),
+    ):
+        assert call(benchmark(), *arguments)[0] == 1
+        assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("possible", [True, False])
-def test_kept_heap_is_asked_for_and_recorded(tmp_path, capsys, monkeypatch, possible):
-    calls = []
-    monkeypatch.setattr(run, "keep_heap", lambda: calls.append(1) or possible)
-    status, rows = main(tmp_path, tiny(), "--providers", "eager", "--keep-heap")
-    assert calls
-    assert status == (0 if possible else 1)
-    assert {row["heap"] for row in rows} == ({"kept"} if possible else set())
-    assert ("--keep-heap: this C library cannot" in capsys.readouterr().err) is not possible
-
-
-def test_kept_heap_is_not_saved_among_the_results(capsys, monkeypatch):
-    monkeypatch.setattr(run, "keep_heap", lambda: True)
+def test_kept_heap_is_recorded_and_saved_only_on_request(call, capsys, monkeypatch):
+    possible = False
+    monkeypatch.setattr(run, "keep_heap", lambda: possible)
+    arguments = ("--providers", "eager", "--keep-heap")
+    assert call(benchmark(), *arguments)[:2] == (1, [])
+    assert "--keep-heap: this C library cannot" in capsys.readouterr().err
+    possible = True
+    status, rows, _ = call(benchmark(), *arguments)
+    assert status == 0
+    assert {row["heap"] for row in rows} == {"kept"}
     monkeypatch.setattr(run, "write_rows", lambda *arguments: pytest.fail("saved"))
-    arguments = ["--threads", "1", "--rounds", "2", "--keep-heap", "--providers", "eager"]
-    assert run.main(arguments, {"tiny": tiny()}) == 0
+    assert run.main(["--threads", "1", "--rounds", "2", *arguments], {"op": benchmark()}) == 0
     assert "not saved: give --out DIR" in capsys.readouterr().out
 
 
-def test_heavy_op_has_variants_and_no_bandwidth_and_may_be_without_compiled_providers(tmp_path):
-    benchmark = dataclasses.replace(tiny(), heavy=True, compiled=False, variants=("plain", "chunk1"))
-    status, rows = main(tmp_path, benchmark)
+def test_heavy_op_has_variants_and_no_bandwidth_and_may_be_without_compiled_providers(call, tmp_path):
+    status, rows, _ = call(benchmark(heavy=True, compiled=False, variants=("plain", "chunk1")))
     assert status == 0
     assert [row["provider"] for row in rows[::3]] == ["eager", "ik-plain", "ik-chunk1", "copy"]
     assert {(row["gbps"], row["copy_share"]) for row in rows if row["provider"] != "copy"} == {("", "")}
@@ -190,8 +147,9 @@ def test_heavy_op_has_variants_and_no_bandwidth_and_may_be_without_compiled_prov
     assert "| `chunk1` |" in report.block(tmp_path)
 
 
-@pytest.mark.parametrize("benchmark", run.discover().values(), ids=lambda b: b.op)
-def test_formulas_of_every_benchmark_pass_its_gate(benchmark):
+@pytest.mark.parametrize("op", run.discover())
+def test_formulas_of_every_benchmark_pass_its_gate(op):
+    benchmark = run.discover()[op]
     # Half precision of a whole trunk takes a CPU without such arithmetic a minute.
     cases = [c for c in benchmark.cases if not benchmark.heavy or "cpu" in c.devices]
     for case in {c.variant + c.dtype_name: c for c in cases}.values():
@@ -224,30 +182,23 @@ def test_gradient_of_stacked_predictions_may_come_in_parts():
         return formula
 
     case = Case((1, 4, 8, 8))
-    benchmark = dataclasses.replace(tiny(), eager=lambda case: formula)
+    plain = benchmark(eager=lambda case: formula)
     inputs = harness.feature_inputs(case, CPU, torch.Generator().manual_seed(0), copies=2)
     assert set(inputs) == {"input0", "target0", "input0_part0", "input0_part1"}
     assert len(memory.storages(inputs)) == 2
-    for factor, complaint in ((2.0, None), (1.0, "gradient of input0 is off")):
-        fused = dataclasses.replace(benchmark, fused=lambda case, backend, factor=factor: stacked(factor))
-        found = providers.gate(fused, case, providers.build(fused, case, "ik-cpu"), inputs)
-        assert found is None if complaint is None else complaint in str(found)
 
     def one_part(**maps: Tensor) -> tuple[Tensor, ...]:
         part = 2 * (maps["input0_part1"] * maps["target0"]).sum()
         return (part + (maps["input0_part0"].detach() * maps["target0"]).sum(),)
 
-    fused = dataclasses.replace(benchmark, fused=lambda case, backend: one_part)
-    assert "missing" in str(providers.gate(fused, case, providers.build(fused, case, "ik-cpu"), inputs))
-
-
-def test_no_gram_entry_of_the_inputs_is_near_a_tie():
-    case = Case((2, 6, 32, 32))
-    inputs = harness.feature_inputs(case, CPU, torch.Generator().manual_seed(0))
-    grams = [torch.einsum("nchw,ndhw->ncd", t, t) for t in (inputs["input0"], inputs["target0"])]
-    ratio = grams[1] / grams[0]
-    assert (ratio - 1).abs().min() > 0.3
-    assert 0.2 < (ratio > 1).float().mean() < 0.8
+    for wrong, complaint in (
+        (stacked(2.0), "None"),
+        (stacked(1.0), "gradient of input0 is off"),
+        (one_part, "missing"),
+    ):
+        fused = dataclasses.replace(plain, fused=lambda case, backend, wrong=wrong: wrong)
+        refusal = providers.gate(fused, case, providers.build(fused, case, "ik-cpu"), inputs)
+        assert complaint in str(refusal)
 
 
 def test_saved_bytes_count_each_storage_once_and_inputs_apart():

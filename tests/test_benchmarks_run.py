@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_cases import CPU, FIRST, SECOND, benchmark, call, mean_l1
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import harness, measure, priority, progress, providers, run, table
-from benchmarks.harness import Benchmark, Bytes, Case, Formula
+from benchmarks import harness, measure, priority, progress, providers, run
+from benchmarks.harness import Case, Formula
 from inpaint_kernels import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 LIST = ROOT / "benchmarks" / "gpu_priority.txt"
-FIRST, SECOND = Case((1, 3, 8, 8), "first", quick=True), Case((1, 3, 8, 8), "second", quick=True)
-
-
-def mean_l1(case: Case, backend: str = "") -> Formula:
-    return lambda pred, target, mask: (((pred - target).abs() * mask).sum() / (3 * mask.sum()),)
-
-
-def benchmark(op: str = "op", **changes: object) -> Benchmark:
-    made = Benchmark(
-        op=op,
-        cases=[FIRST, SECOND],
-        make_inputs=harness.image_inputs,
-        eager=mean_l1,
-        fused=mean_l1,
-        minimum_bytes=lambda case: Bytes(8 * case.numel, 4 * case.numel),
-        tolerances={torch.float32: 1e-5},
-    )
-    return dataclasses.replace(made, **changes)
-
-
-@pytest.fixture
-def call(tmp_path: Path) -> Callable[..., tuple[int, list[dict[str, str]], str]]:
-    """Exit status, rows and failures of a run of the benchmarks."""
-
-    def call(benchmarks: Mapping[str, Benchmark], *arguments: str) -> tuple[int, list[dict[str, str]], str]:
-        failures, threads = tmp_path / "failures.txt", torch.get_num_threads()
-        command = [
-            "--quick",
-            "--threads",
-            "1",
-            "--out",
-            str(tmp_path),
-            "--failures",
-            str(failures),
-            *arguments,
-        ]
-        try:
-            status = run.main(command, benchmarks)
-        finally:
-            torch.set_num_threads(threads)
-        rows = [row for path in tmp_path.glob("*.csv") for row in table.read_rows(path)]
-        return status, rows, failures.read_text() if failures.exists() else ""
-
-    return call
+BOTH = [FIRST, SECOND]
 
 
 def order(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
@@ -87,8 +40,10 @@ def test_every_entry_of_the_list_exists_on_a_gpu_and_is_there_once() -> None:
 
 
 def test_a_case_is_known_by_name_and_dtype() -> None:
-    for found in run.discover().values():
-        assert len({(case.name, case.dtype) for case in found.cases}) == len(found.cases), found.op
+    for benchmark_of in run.discover().values():
+        assert len({(case.name, case.dtype) for case in benchmark_of.cases}) == len(benchmark_of.cases), (
+            benchmark_of.op
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +64,7 @@ def test_a_wrong_line_of_a_list_is_named(tmp_path: Path, line: str, complaint: s
     path = tmp_path / "list.txt"
     path.write_text(f"# comment\n{line}\n")
     with pytest.raises(ValueError, match=complaint):
-        priority.read(path, {"op": benchmark()})
+        priority.read(path, {"op": benchmark(cases=BOTH)})
 
 
 def test_a_list_says_what_runs_and_in_which_order(tmp_path: Path, call, capsys) -> None:
@@ -117,11 +72,11 @@ def test_a_list_says_what_runs_and_in_which_order(tmp_path: Path, call, capsys) 
     path.write_text(
         "op | 1x3x8x8 second | float32 | ik-* # own\nop | 1x3x8x8 first | float32 | ik-cpu eager\n"
     )
-    status, rows, failures = call({"op": benchmark()}, "--priority", str(path))
+    status, rows, failures = call(benchmark(cases=BOTH), "--priority", str(path))
     assert (status, failures) == (0, "")
     assert order(rows) == [("second", "ik-cpu"), ("first", "eager"), ("first", "ik-cpu")]
     path.write_text("op | third | float32 | eager\n")
-    assert call({"op": benchmark()}, "--priority", str(path))[0] == 1
+    assert call(benchmark(cases=BOTH), "--priority", str(path))[0] == 1
     assert f"{path}, line 1: op has no case 'third'" in capsys.readouterr().err
 
 
@@ -129,7 +84,7 @@ def test_after_the_deadline_no_case_begins_and_rows_are_saved(call, capsys, monk
     # One look at the clock for the start of the run, one before each case.
     clock = iter([0.0, 1.0, 11.0])
     monkeypatch.setattr(run, "monotonic", lambda: next(clock))
-    status, rows, _ = call({"op": benchmark()}, "--providers", "eager", "--deadline", "10")
+    status, rows, _ = call(benchmark(cases=BOTH), "--providers", "eager", "--deadline", "10")
     assert status == 0
     assert order(rows) == [("first", "eager")]
     assert "time is up, 1 left out: op 1x3x8x8 second float32" in capsys.readouterr().out
@@ -146,7 +101,7 @@ def test_compile_only_runs_compiled_providers_and_saves_nothing(call, capsys, mo
         return step
 
     monkeypatch.setattr(torch, "compile", compile)
-    status, rows, _ = call({"op": benchmark(rewrite=mean_l1)}, "--compile-only")
+    status, rows, _ = call(benchmark(cases=BOTH, rewrite=mean_l1), "--compile-only")
     assert (status, rows) == (0, [])
     assert len(compiled) == 4
     assert "nothing timed" in capsys.readouterr().out
@@ -154,7 +109,7 @@ def test_compile_only_runs_compiled_providers_and_saves_nothing(call, capsys, mo
     def broken(case: Case) -> Formula:
         return lambda **inputs: 1 / 0
 
-    status, _, failures = call({"op": benchmark(eager=broken)}, "--compile-only", "--cases", "first")
+    status, _, failures = call(benchmark(cases=BOTH, eager=broken), "--compile-only", "--cases", "first")
     assert status == 1
     assert (
         failures == "op 1x3x8x8 first float32  compile: RED, not timed: ZeroDivisionError: division by zero\n"
@@ -166,7 +121,7 @@ def test_a_case_that_cannot_be_made_does_not_stop_the_next(call) -> None:
         assert case is SECOND, "no memory"
         return harness.image_inputs(case, *arguments)
 
-    status, rows, failures = call({"op": benchmark(make_inputs=inputs)}, "--providers", "eager")
+    status, rows, failures = call(benchmark(cases=BOTH, make_inputs=inputs), "--providers", "eager")
     assert status == 1
     assert order(rows) == [("second", "eager")]
     assert failures.startswith("op 1x3x8x8 first float32  AssertionError: no memory")
@@ -181,21 +136,21 @@ def test_a_run_that_lost_the_device_is_continued_behind_the_case(call, tmp_path,
 
     monkeypatch.setattr(providers, "raise_if_lost", lost)
     chosen = ("--providers", "ik-cpu", "--resume", str(tmp_path / "begun"))
-    status, rows, failures = call({"op": benchmark(fused=fused)}, *chosen)
+    status, rows, failures = call(benchmark(cases=BOTH, fused=fused), *chosen)
     assert (status, rows) == (run.LOST, [])
     assert "the device is lost after ik-cpu: ZeroDivisionError" in failures
-    status, rows, _ = call({"op": benchmark(fused=fused)}, *chosen)
+    status, rows, _ = call(benchmark(cases=BOTH, fused=fused), *chosen)
     assert status == 0
     assert order(rows) == [("second", "ik-cpu")]
-    assert call({"op": benchmark(fused=fused)}, *chosen)[0] == 0
+    assert call(benchmark(cases=BOTH, fused=fused), *chosen)[0] == 0
 
 
 def test_tiny_takes_every_case_on_every_device(call) -> None:
     large = Case((16, 3, 512, 512), "first", devices=("cuda",))
-    _, rows, _ = call({"op": benchmark(cases=[large])}, "--providers", "eager", "--tiny", "--quick")
+    _, rows, _ = call(benchmark(cases=[large]), "--providers", "eager", "--tiny", "--quick")
     assert not rows
-    found = harness.tiny(large)
-    assert (found.shape, found.devices) == ((2, 3, 64, 64), ("cpu", "cuda"))
+    small = harness.tiny(large)
+    assert (small.shape, small.devices) == ((2, 3, 64, 64), ("cpu", "cuda"))
 
 
 class FactoriesOn(TorchFunctionMode):
@@ -214,10 +169,10 @@ class FactoriesOn(TorchFunctionMode):
 
 @pytest.mark.parametrize("op", run.discover())
 def test_inputs_are_made_on_the_device(op: str) -> None:
-    found = run.discover()[op]
-    case = harness.tiny(next(case for case in found.cases if case.quick))
+    benchmark_of = run.discover()[op]
+    case = harness.tiny(next(case for case in benchmark_of.cases if case.quick))
     with FactoriesOn(CPU) as factories:
-        found.make_inputs(case, CPU, torch.Generator(CPU).manual_seed(0))
+        benchmark_of.make_inputs(case, CPU, torch.Generator(CPU).manual_seed(0))
     assert factories.calls
 
 

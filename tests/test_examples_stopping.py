@@ -6,87 +6,91 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from example_runs import (
     EXAMPLES,
     PIXEL,
     Run,
+    assert_same,
+    light,
     load,
-    no_plots,
+    narrow,
     photos,
     picks_its_own_backend,
     run,
     two_processes,
 )
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(EXAMPLES))
 
-import engine
-import train
+import plots
 
 pytestmark = picks_its_own_backend
 
+Stop = Callable[..., None]
 
-def stop_in_step(patch: pytest.MonkeyPatch, at: int, *signals: signal.Signals) -> None:
-    """Sends the signals to this process while the step after `at` runs, that is before it counts."""
-    step = engine.Trainer._one_step
 
-    def stopped(trainer: engine.Trainer, *args: Any) -> None:
-        step(trainer, *args)
-        if trainer.step == at:
-            for number in signals:
-                signal.raise_signal(number)
+@pytest.fixture
+def stop() -> Iterator[Stop]:
+    """`stop(at, *signals)` sends the signals to this process while the step after `at` runs, once."""
+    hooks = []
+    # A background job of a shell ignores SIGINT, and so do the tests started by one.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    patch.setattr(engine.Trainer, "_one_step", stopped)
+    def stop(at: int, *signals: signal.Signals) -> None:
+        steps: list[None] = []
+
+        def hook(*_: Any) -> None:
+            steps.append(None)
+            if len(steps) == at + 1:
+                for number in signals:
+                    signal.raise_signal(number)
+
+        hooks.append(register_optimizer_step_post_hook(hook))
+
+    yield stop
+    signal.signal(signal.SIGINT, handler)
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_stopped_run_saves_the_step_it_was_in(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    run: Run, tmp_path: Path, stop: Stop, number: signal.Signals
 ) -> None:
-    # A background job of a shell ignores SIGINT, and so do the tests started by one.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            stop_in_step(patch, 6, number)
-            status, _, err = run(*PIXEL, "--steps", 10, "--no-compare")
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    out = tmp_path / "out"
+    options = (*PIXEL, "--steps", 10, "--no-compare")
+    stop(6, number)
+    status, _, err = run(*options)
+    out, whole = tmp_path / "out", tmp_path / "whole"
     last = err.splitlines()[-1]
     assert status == 2
     assert f"stopped at step 7. {out / 'checkpoint.pt'} is saved" in last
     assert last.endswith(f"--out {out} --objective pixel --steps 10 --no-compare --resume")
     assert load(out / "checkpoint.pt")["step"] == 7
     assert load(out / "checkpoint.previous.pt")["step"] == 6
-    assert run(*PIXEL, "--steps", 10, "--no-compare", "--resume")[0] == 0
-    assert run(*PIXEL, "--steps", 10, "--no-compare", out=tmp_path / "whole")[0] == 0
-    whole, stopped = (load(folder / "checkpoint.pt") for folder in (tmp_path / "whole", out))
-    assert torch.equal(whole["history"], stopped["history"]) and whole["held_out"] == stopped["held_out"]
-    for name, value in whole["model"].items():
-        assert torch.equal(value, stopped["model"][name])
+    assert run(*options, "--resume")[0] == 0
+    assert run(*options, out=whole)[0] == 0
+    assert_same(load(whole / "checkpoint.pt"), load(out / "checkpoint.pt"))
 
 
-def test_second_interrupt_stops_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_interrupt_stops_at_once(run: Run, tmp_path: Path, stop: Stop) -> None:
     """A second SIGTERM, which torchrun sends, changes nothing."""
-    stop_in_step(monkeypatch, 3, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    stop(3, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     status, _, err = run(*PIXEL, "--steps", 10, "--no-compare")
     assert status == 2
     assert "stopped at step 3; the checkpoint is at step 2" in err.splitlines()[-1]
     assert load(tmp_path / "out" / "checkpoint.pt")["step"] == 2
 
 
-def test_what_the_shell_has_ignored_stays_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_in_step(monkeypatch, 1, signal.SIGINT)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert run(*PIXEL, "--steps", 4, "--no-compare")[0] == 0
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def test_what_the_shell_has_ignored_stays_ignored(run: Run, stop: Stop) -> None:
+    stop(1, signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert run(*PIXEL, "--steps", 4, "--no-compare")[0] == 0
 
 
 def test_stop_while_writing_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +113,10 @@ def test_stop_while_writing_a_checkpoint(run: Run, tmp_path: Path, monkeypatch: 
 
 
 def test_stop_during_the_comparison(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = train.Job._write_pictures
-
-    def stopped(job: train.Job, *args: Any) -> None:
-        validate(job, *args)
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Job, "_write_pictures", stopped)
+    monkeypatch.setattr(plots, "write_png", interrupted)
     status, _, err = run(*PIXEL, "--steps", 2)
     assert status == 2
     assert "the training is finished" in err
@@ -125,8 +126,8 @@ def test_stop_during_the_comparison(run: Run, monkeypatch: pytest.MonkeyPatch) -
 def test_processes_stop_after_the_same_step(tmp_path: Path, photos: Path) -> None:
     """One of them is told to; all save, and none waits for another."""
     out = tmp_path / "two"
-    options = (*PIXEL, "--images", str(photos), "--out", str(out), "--steps", "100000")
-    job = two_processes(EXAMPLES / "train.py", *options, "--save-every", "5")
+    options = (*PIXEL, "--images", photos, "--out", out, "--steps", "100000", "--save-every", "5")
+    job = two_processes(tmp_path, *options)
     try:
         begin = time.monotonic()
         while not (out / "checkpoint.pt").exists():

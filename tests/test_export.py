@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from harness import INTERPRETING, covering, generator
-from processes import run_code
+from processes import fresh_python
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -25,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE, OTHER_SIZE = (2, 4, 12, 14), (3, 4, 16, 22)
 
 
@@ -75,9 +73,9 @@ def check_program(program: Any, network: nn.Module, *sizes: tuple[int, ...], cha
         for layout in (torch.contiguous_format, torch.channels_last):
             x = x.contiguous(memory_format=layout)
             for name, mask in masks(size, channels).items():
-                found = module(x, mask)
-                assert type(found) is ik.PartialConvOutput
-                for got, want in zip(found, network(x, mask), strict=True):
+                output = module(x, mask)
+                assert type(output) is ik.PartialConvOutput
+                for got, want in zip(output, network(x, mask), strict=True):
                     torch.testing.assert_close(
                         got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                     )
@@ -157,13 +155,13 @@ class Losses(nn.Module):
 def test_named_tuples_come_back_from_a_file() -> None:
     pred, target = (torch.rand(2, 3, 8, 9, generator=generator(seed)) for seed in (0, 1))
     given = (pred, target, masks((2, 3, 8, 9), channels=False)["plain"])
-    found = saved_and_loaded(torch.export.export(Losses(), given)).module()(*given)
+    results = saved_and_loaded(torch.export.export(Losses(), given)).module()(*given)
     want = Losses()(*given)
-    assert type(found["pixel"]) is ik.InpaintingPixel and type(found["hole_valid"]) is ik.HoleValid
-    torch.testing.assert_close(found["pixel"].total, want["pixel"].total)
-    torch.testing.assert_close(tuple(found["hole_valid"]), tuple(want["hole_valid"]))
-    assert type(found["objective"]) is ik.objectives.DeepFillTerms
-    torch.testing.assert_close(tuple(found["objective"]), tuple(want["objective"]))
+    assert type(results["pixel"]) is ik.InpaintingPixel and type(results["hole_valid"]) is ik.HoleValid
+    torch.testing.assert_close(results["pixel"].total, want["pixel"].total)
+    torch.testing.assert_close(tuple(results["hole_valid"]), tuple(want["hole_valid"]))
+    assert type(results["objective"]) is ik.objectives.DeepFillTerms
+    torch.testing.assert_close(tuple(results["objective"]), tuple(want["objective"]))
 
 
 def test_another_process_loads_the_program(tmp_path: Path) -> None:
@@ -174,11 +172,11 @@ def test_another_process_loads_the_program(tmp_path: Path) -> None:
     code = f"""
 import torch, inpaint_kernels as ik
 program = torch.export.load({str(path)!r})
-found = program.module()(torch.ones({SIZE}), torch.ones({SIZE}))
-assert type(found) is ik.PartialConvOutput, type(found)
-print(bool((found.new_mask == 1).all()))
+output = program.module()(torch.ones({SIZE}), torch.ones({SIZE}))
+assert type(output) is ik.PartialConvOutput, type(output)
+print(bool((output.new_mask == 1).all()))
 """
-    done = run_code(code, {**os.environ, "PYTHONPATH": str(ROOT)})
+    done = fresh_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
 

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_cases import CPU, benchmark, mean_l1
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import run
+from benchmarks.harness import Case, Formula
+from inpaint_kernels import _library
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import gpu_smoke
 import gpu_smoke_checks
 
-from benchmarks import harness, run
-from benchmarks.harness import Benchmark, Bytes, Case, Formula
-from inpaint_kernels import _library
-
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
 TESTS = """
 import os, pathlib, pytest, pytest_gpu
@@ -44,18 +43,9 @@ def pytest_run(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """Exit status, output and failures of pytest with the plugin."""
     (folder / "test_it.py").write_text(TESTS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "pytest_gpu",
-        "-p",
-        "no:cacheprovider",
-        "--no-summary",
-    ]
-    command += ["--tb=short", "--failures", "failures.txt", "--without", "size=batch", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_gpu", "-p", "no:cacheprovider"]
+    command += ["--no-summary", "--tb=short", "--failures", "failures.txt", "--without", "size=batch"]
+    command += arguments
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     failures = folder / "failures.txt"
     return done.returncode, done.stdout + done.stderr, failures.read_text() if failures.exists() else ""
@@ -101,10 +91,6 @@ def test_smoke_has_every_op_and_what_breaks_kernels() -> None:
             assert {(c.dtype_name, c.layout) for c in cases if c.shape[2:] == size} == kinds, (op, size)
 
 
-def mean_l1(case: Case, backend: str = "") -> Formula:
-    return lambda pred, target, mask: (((pred - target).abs() * mask).sum() / (3 * mask.sum()),)
-
-
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
@@ -119,15 +105,7 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch, capsys, wrong, complaint: str |
         right = mean_l1(case)
         return right if backend == "reference" else lambda **inputs: (wrong(right(**inputs)[0]),)
 
-    made = Benchmark(
-        op="masked_l1",
-        cases=[Case((1, 3, 8, 8), "first")],
-        make_inputs=harness.image_inputs,
-        eager=mean_l1,
-        fused=fused,
-        minimum_bytes=lambda case: Bytes(0, 0),
-        tolerances={torch.float32: 1e-5, torch.bfloat16: 2.0**-6},
-    )
+    made = benchmark(op="masked_l1", fused=fused, tolerances={torch.float32: 1e-5, torch.bfloat16: 2.0**-6})
     monkeypatch.setattr(gpu_smoke_checks, "discover", lambda: {"masked_l1": made})
     status = gpu_smoke_checks.check("masked_l1", "cpu", CPU, tiny=True, bare=False)
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""examples/published.py where no objective of the package stands beside it, and methods without figures by hand.
+"""examples/published where no objective of the package stands beside it, and methods without figures by hand.
 
 For the others test_examples_methods.py and test_objective_parity.py compare it, term by term, with the package's
 objectives, which test_objective_parity.py checks against the figures of the released training codes.

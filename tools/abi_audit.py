@@ -42,14 +42,14 @@ def torch_versions(library: Path) -> list[str]:
     )
     if run.returncode not in (0, 1):
         return [f"torch-abi-audit failed: {run.stderr.strip()}"]
-    found = json.loads(run.stdout)["bundled_libs"][0]["torch"]
-    print(f"  {found['stable_shim_count']} C functions of torch, oldest torch {found['min_torch_version']}")
+    report = json.loads(run.stdout)["bundled_libs"][0]["torch"]
+    print(f"  {report['stable_shim_count']} C functions of torch, oldest torch {report['min_torch_version']}")
     problems = []
-    if run.returncode != 0 or not found["stable"] or found["unknown_shim_symbols"]:
-        symbols = found["unstable_symbols"] + found["unknown_shim_symbols"]
+    if run.returncode != 0 or not report["stable"] or report["unknown_shim_symbols"]:
+        symbols = report["unstable_symbols"] + report["unknown_shim_symbols"]
         problems.append(f"it uses symbols outside the stable ABI: {symbols}")
-    if tuple(int(part) for part in found["min_torch_version"].split(".")[:2]) > OLDEST_TORCH:
-        problems.append(f"it needs torch {found['min_torch_version']}: {found['version_defining_symbols']}")
+    if tuple(int(part) for part in report["min_torch_version"].split(".")[:2]) > OLDEST_TORCH:
+        problems.append(f"it needs torch {report['min_torch_version']}: {report['version_defining_symbols']}")
     return problems
 
 
@@ -80,9 +80,9 @@ def stability(library: Path) -> list[str]:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("torch is not installed; its headers tell what is stable")
-    found = unstable(undefined_symbols(library), stable_names(Path(spec.origin).parent / "include"))
-    print(f"  not of the stable ABI: {', '.join(found) or 'nothing'}")
-    return [f"it uses symbols outside the stable ABI: {', '.join(found)}"] if found else []
+    symbols = unstable(undefined_symbols(library), stable_names(Path(spec.origin).parent / "include"))
+    print(f"  not of the stable ABI: {', '.join(symbols) or 'nothing'}")
+    return [f"it uses symbols outside the stable ABI: {', '.join(symbols)}"] if symbols else []
 
 
 def linkage(library: Path) -> list[str]:
@@ -101,7 +101,7 @@ def linkage(library: Path) -> list[str]:
     undefined = undefined_symbols(library)
     if python := sorted(name for name in undefined if re.match(r"_?Py[A-Z_]", name)):
         problems.append(f"it uses the Python C API: {python}")
-    glibc = [tuple(map(int, found)) for found in re.findall(r"GLIBC_(\d+)\.(\d+)", " ".join(undefined))]
+    glibc = [tuple(map(int, version)) for version in re.findall(r"GLIBC_(\d+)\.(\d+)", " ".join(undefined))]
     print(f"  glibc {'.'.join(map(str, max(glibc)))} or later")
     paths = re.findall(r"/(?:home|root|Users|tmp)/[\w./-]+", output_of("strings", "-n", "8", str(library)))
     if paths:
@@ -111,12 +111,12 @@ def linkage(library: Path) -> list[str]:
 
 def initialisers(objects: Path) -> list[str]:
     """Start-up code compiled for AVX would run, on any machine, before the choice of instruction set."""
-    found = [
+    names = [
         path.name
         for path in [*objects.glob("*.avx2.o"), *objects.glob("*.avx512.o")]
         if ".init_array" in output_of("readelf", "-SW", str(path))
     ]
-    return [f"{name} has a static initialiser compiled for its instruction set" for name in found]
+    return [f"{name} has a static initialiser compiled for its instruction set" for name in names]
 
 
 def main() -> int:
@@ -130,8 +130,8 @@ def main() -> int:
     problems = []
     for library in libraries:
         print(library.name)
-        found = [text for check in (torch_versions, stability, linkage) for text in check(library)]
-        problems += [f"{library.name}: {text}" for text in found]
+        complaints = [text for check in (torch_versions, stability, linkage) for text in check(library)]
+        problems += [f"{library.name}: {text}" for text in complaints]
     for folder in (root / "build").glob("temp.*/cpu"):
         problems += initialisers(folder)
     print("\n".join(problems) or "every check passed")

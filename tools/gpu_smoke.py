@@ -64,7 +64,7 @@ class Job:
 
 def jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
     """All of a call, in the order in which they start; their logs go to `folder`."""
-    found = []
+    all_jobs = []
     for op in arguments.ops:
         for kind in TOOLS if arguments.sanitizer else BACKENDS[arguments.device]:
             backend, command, environment = kind, [sys.executable, __file__], dict(os.environ)
@@ -82,8 +82,8 @@ def jobs(arguments: argparse.Namespace, folder: Path) -> list[Job]:
                 environment["TRITON_INTERPRET"] = "1"
             command += ["--one", op, backend, "--device", arguments.device]
             command += ["--bare", "--tiny"] if arguments.sanitizer else ["--tiny"] * arguments.tiny
-            found.append(Job(f"{op} {kind}", command, environment, folder / f"{op}-{kind}.log"))
-    return found
+            all_jobs.append(Job(f"{op} {kind}", command, environment, folder / f"{op}-{kind}.log"))
+    return all_jobs
 
 
 def publish(job: Job, red: bool, failures: Path | None) -> None:

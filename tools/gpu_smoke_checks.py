@@ -104,13 +104,13 @@ def captured(benchmark: Benchmark, case: Case, provider: Provider, device: torch
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = evaluate(benchmark, provider, inputs)
+        replayed = evaluate(benchmark, provider, inputs)
     with torch.no_grad():
         for t, other in zip(tensors(inputs), tensors(others), strict=True):
             t.copy_(other)
     graph.replay()
     torch.cuda.synchronize()
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(replayed, expected, strict=True):
         # Convolutions may take another algorithm while they are captured.
         if not (got - want).abs().max() <= 1e-5 * want.abs().max():
             return f"a replayed graph is off by {float((got - want).abs().max()):.3g}"

@@ -38,12 +38,12 @@ def find_ninja() -> str:
     try:
         import ninja
     except ImportError:
-        found = shutil.which("ninja")
+        program = shutil.which("ninja")
     else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
-    if found is None:
+        program = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+    if program is None:
         raise LeftOut("ninja is missing; pip install ninja")
-    return found
+    return program
 
 
 def find_cxx() -> list[str]:
@@ -74,9 +74,9 @@ def find_nvcc() -> str:
             if (Path(home) / "bin/nvcc").is_file():
                 return str(Path(home) / "bin/nvcc")
             raise LeftOut(f"{variable}={home} has no bin/nvcc")
-    found = shutil.which("nvcc")
-    if found:
-        return found
+    program = shutil.which("nvcc")
+    if program:
+        return program
     # nvidia-cuda-nvcc from PyPI unpacks to nvidia/cu13 (nvidia/cuda_nvcc before CUDA 13).
     site = Path(sysconfig.get_path("purelib")) / "nvidia"
     for folder in [*sorted(site.glob("cu[0-9]*"), reverse=True), site / "cuda_nvcc", Path("/usr/local/cuda")]:
@@ -100,8 +100,8 @@ def default_archs(nvcc: str) -> str:
     allow do not count.
     """
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = set(printed(query, r"\d+\.\d"))
-    present = [capability for capability in found if number(capability) >= number(RELEASE_ARCHS[0])]
+    capabilities = set(printed(query, r"\d+\.\d"))
+    present = [capability for capability in capabilities if number(capability) >= number(RELEASE_ARCHS[0])]
     known = [int(arch) for arch in printed([nvcc, "--list-gpu-arch"], r"(?<=compute_)\d+")]
     wanted = {number(capability) for capability in present or RELEASE_ARCHS}
     if known and present:
