@@ -289,6 +289,7 @@ def _gradients(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tens
 def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The three gradients as differentiable expressions."""
     input, weight, mask, output, ratio, new_mask = ctx.saved_tensors
+    input_size, weight_size = ctx.sizes
     _, _, dtype, windows, how, slope = ctx.settings
     finish = reference.Finish.of(how)
     ratio, new_mask = (reference.channel_planes(planes, grad.shape[1]) for planes in (ratio, new_mask))
@@ -304,7 +305,9 @@ def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     if not finish.scale_bias:
         value = value * ratio
     x = input if input is None or mask is None else masked_input(input, mask)
-    grad_input, grad_weight = _convolution_backward(value.to(dtype), x, weight, *ctx.sizes, windows)
+    grad_input, grad_weight = _convolution_backward(
+        value.to(dtype), x, weight, input_size, weight_size, windows
+    )
     if grad_input is not None and mask is not None:
         grad_input = masked_input(grad_input, mask)
     return grad_input, grad_weight, grad_bias

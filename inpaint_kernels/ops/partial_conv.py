@@ -332,7 +332,7 @@ def _remembered_plan(dims: int, kinds: Kinds, settings: Settings) -> _Plan:
     types = {type(n) for value in sizes for n in (value if isinstance(value, tuple) else (value,))}
     if not types <= {int, str}:
         return _make_plan(dims, kinds, settings)
-    return _remembered(dims, kinds, (*sizes, *settings[4:]))  # type: ignore[arg-type]
+    return _remembered(dims, kinds, (*sizes, *settings[4:]))
 
 
 def _check_layer(dims: int, kinds: Kinds, groups: int) -> None:
