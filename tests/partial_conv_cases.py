@@ -1,14 +1,14 @@
 """Formulas, inputs and checks shared by the tests of partial convolution.
 
 The formulas are written here from the definition and from the layers people copy, without the package's reference,
-so that the two cannot be wrong together: window sums are a float64 convolution with ones.
+so that the two cannot be wrong together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +23,7 @@ from harness import (
     assert_within_budget,
     evaluate,
     generator,
+    gradient_of,
     laid_out,
     poisoned_allocations,
     same_bits,
@@ -37,10 +38,6 @@ FUNCTIONS: dict[int, Callable[..., Any]] = {2: ik.partial_conv2d, 3: ik.partial_
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {2: F.conv2d, 3: F.conv3d}
 # Unlike the default, so that an ignored one shows.
 SLOPE = 0.2
-# Added to the window sums by the layers in the wild, 1e-8 there. So small, it leaves float64 nothing to allow for.
-EPSILON = 1e-13
-
-
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "relu": {"activation": "relu"},
@@ -98,71 +95,6 @@ def exact_convolutions() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-# ---- layers in the wild ------------------------------------------------------------------------------------------
-
-
-class Layer(NamedTuple):
-    output: Tensor
-    new_mask: Tensor
-
-
-def nvidia_layer(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    mask: Tensor | None,
-    *,
-    multi_channel: bool,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-) -> Layer:
-    """NVIDIA/partialconv: models/partialconv2d.py and partialconv3d.py."""
-    conv, where = CONVOLUTIONS[x.dim() - 2], (stride, padding, dilation)
-    with torch.no_grad():
-        ones = torch.ones_like(w) if multi_channel else torch.ones_like(w[:1, :1])
-        if mask is not None:
-            seen = mask
-        else:
-            seen = torch.ones_like(x) if multi_channel else torch.ones_like(x[:1, :1])
-        update = conv(seen, ones, None, *where)
-        ratio = ones[0].numel() / (update + EPSILON)
-        update = update.clamp(0, 1)
-        ratio = ratio * update
-    raw = conv(x if mask is None else x * mask, w, b, *where)
-    if b is None:
-        return Layer(raw * ratio, update)
-    bias = b.view(1, -1, *[1] * (x.dim() - 2))
-    return Layer(((raw - bias) * ratio + bias) * update, update)
-
-
-def naoto_layer(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor, **where: Any) -> Layer:
-    """naoto0804/pytorch-inpainting-with-partial-conv: net.py. The mask has the channels of the input."""
-    raw = F.conv2d(x * mask, w, b, **where)
-    bias = torch.zeros_like(raw) if b is None else b.view(1, -1, 1, 1).expand_as(raw)
-    with torch.no_grad():
-        total = F.conv2d(mask, torch.ones_like(w), **where)
-    empty = total == 0
-    output = (raw - bias) / total.masked_fill(empty, 1.0) + bias
-    return Layer(output.masked_fill(empty, 0.0), torch.ones_like(raw).masked_fill(empty, 0.0))
-
-
-def mat_layer(
-    x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor, gains: tuple[float, float], **where: Any
-) -> Layer:
-    """fenglinglwb/MAT: networks/mat.py, Conv2dLayerPartial, with the gains of the weight and the activation.
-
-    Without the low-pass filter that it puts before a stride of 2; test_partial_conv_mat.py has that.
-    """
-    with torch.no_grad():
-        update = F.conv2d(mask, torch.ones_like(w[:1, :1]), **where)
-        ratio = w[0, 0].numel() / (update + EPSILON)
-        update = update.clamp(0, 1)
-    return Layer(
-        F.leaky_relu(F.conv2d(x, w * gains[0], b, **where), 0.2) * gains[1] * (ratio * update), update
-    )
-
-
 # ---- definition --------------------------------------------------------------------------------------------------
 
 
@@ -174,50 +106,35 @@ class Result(NamedTuple):
     before: Tensor
 
 
-def window_sums(case: Case, mask: Tensor | None, multi_channel: bool) -> tuple[Tensor, int]:
-    """((N, 1 or groups, ...) sums in float64, mask values in a window)."""
-    channels = case.size[1]
-    members = channels // case.groups if multi_channel else 1
-    groups = case.groups if multi_channel else 1
-    full = torch.ones(1, 1, *case.size[2:]) if mask is None else mask.detach().cpu()
-    full = full.double()[(None,) * (case.dims + 2 - full.dim())]
-    if multi_channel:
-        full = full.expand(-1, channels, *full.shape[2:])
-    ones = torch.ones(groups, members, *case.windows, dtype=torch.float64)
-    sums = CONVOLUTIONS[case.dims](full, ones, None, *case.geometry[:3], groups)
-    return sums, members * math.prod(case.windows)
-
-
-def planes_formula(
-    case: Case, mask: Tensor | None, *, numerator: str = "window", mask_update: str = "clamp"
-) -> tuple[Tensor, Tensor]:
-    """(ratio, new mask) in float64, with one channel, or one for each output."""
-    multi = case.options.get("multi_channel")
-    if multi is None:
-        multi = mask is not None and mask.dim() > case.dims and mask.shape[1] > 1
-    sums, size = window_sums(case, mask, multi)
-    if multi:
-        sums = sums.repeat_interleave(case.outputs // sums.shape[1], 1)
-    empty = sums == 0
-    new_mask = {"clamp": sums.clamp(max=1), "binary": (~empty).double(), "proportional": sums / size}[
-        mask_update
-    ]
-    ratio = (size if numerator == "window" else 1.0) / sums.masked_fill(empty, 1.0)
-    if mask_update == "clamp":
-        ratio = ratio * new_mask
-    return ratio.masked_fill(empty, 0.0), new_mask
-
-
 def definition(case: Case, x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None) -> Result:
     """The convolution in the dtype of `x`, everything else in float32, or in float64 if `x` is."""
-    options = {name: value for name, value in case.options.items() if name != "multi_channel"}
+    options = dict(case.options)
+    multi = options.pop("multi_channel", None)
     numerator, update = options.pop("numerator", "window"), options.pop("mask_update", "clamp")
     mask_input, scale_bias = options.pop("mask_input", True), options.pop("scale_bias", False)
     activation, slope = options.pop("activation", "none"), options.pop("negative_slope", 0.01)
     assert not options, f"the definition knows no {list(options)}"
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ratio, new_mask = (
-        p.to(x.device, acc) for p in planes_formula(case, mask, numerator=numerator, mask_update=update)
+    if multi is None:
+        multi = mask is not None and mask.dim() > case.dims and mask.shape[1] > 1
+    # Window sums, a convolution with ones in float64: (N, 1 or groups, ...), and for every output (N, Cout, ...).
+    groups, members = (case.groups, case.size[1] // case.groups) if multi else (1, 1)
+    known = torch.ones(1, 1, *case.size[2:]) if mask is None else mask.detach().cpu()
+    known = known.double()[(None,) * (case.dims + 2 - known.dim())]
+    if multi:
+        known = known.expand(-1, case.size[1], *known.shape[2:])
+    ones = torch.ones(groups, members, *case.windows, dtype=torch.float64)
+    sums = CONVOLUTIONS[case.dims](known, ones, None, *case.geometry[:3], groups)
+    if multi:
+        sums = sums.repeat_interleave(case.outputs // groups, 1)
+    size = members * math.prod(case.windows)
+    empty = sums == 0
+    new_mask = {"clamp": sums.clamp(max=1), "binary": (~empty).double(), "proportional": sums / size}[update]
+    ratio = (size if numerator == "window" else 1.0) / sums.masked_fill(empty, 1.0)
+    if update == "clamp":
+        ratio = ratio * new_mask
+    ratio, new_mask, empty = (
+        t.to(x.device) for t in (ratio.masked_fill(empty, 0.0).to(acc), new_mask.to(acc), empty)
     )
     if mask is not None and mask_input:
         full = mask if mask.dim() == x.dim() else mask[None, None]
@@ -226,7 +143,7 @@ def definition(case: Case, x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor 
     bias = 0.0 if b is None else b.to(acc).view(-1, *[1] * case.dims)
     if not scale_bias:
         value = value * ratio
-    value = (value + bias).masked_fill(new_mask == 0, 0.0)
+    value = (value + bias).masked_fill(empty, 0.0)
     if b is not None and update == "clamp" and not scale_bias:
         value = value * new_mask
     output = value
@@ -304,7 +221,7 @@ def run(backend: Backend | None, case: Case, given: Sequence[Tensor | None]) -> 
 
 
 def with_options(case: Case, **options: Any) -> Case:
-    return Case(**{**case.__dict__, "options": options})
+    return replace(case, options={**case.options, **options})
 
 
 def output_of(backend: Backend | None, case: Case, mask: Any) -> Any:
@@ -324,6 +241,13 @@ def _allowance(dtype: torch.dtype, acc: torch.dtype, rounded: Tensor | float, te
     return (unit * rounded + floor * terms) / (storage + floor)
 
 
+def layout_of(*tensors: Tensor) -> torch.memory_format:
+    """channels_last if a tensor is that and not contiguous as well, contiguous for all else."""
+    last = torch.channels_last if tensors[0].dim() == 4 else torch.channels_last_3d
+    found = [t for t in tensors if not t.is_contiguous() and t.is_contiguous(memory_format=last)]
+    return last if found else torch.contiguous_format
+
+
 def check(
     backend: Backend | None,
     case: Case,
@@ -331,13 +255,17 @@ def check(
     *,
     wanted: Sequence[int] = (0, 1, 2),
     upstream_layout: str = "contiguous",
+    create_graph: bool = False,
+    special: float | None = None,
 ) -> None:
-    """Output, new mask and gradients within budget of the definition in float64.
+    """Output, new mask and gradients within budget of the definition in float64, and their layouts.
 
     Convolutions are sums of both signs: an error may be some ulps of the summed absolute terms (`terms`). With half
     inputs a convolution of torch besides rounds to half what it is given and what it returns, whoever calls it. The
     plain error is that of eager PyTorch with the same halves; roundings that happened to be small there are allowed
     their half ulp: the masked input of a fractional mask, the convolution's result, the gradient sent into it.
+
+    `create_graph`: of the backward. `special`: what is sent back into empty windows, from where no gradient flows.
     """
     device = None if backend is None else backend.device
     if backend is not None:
@@ -350,7 +278,7 @@ def check(
     exact = [None if t is None else t.detach().cpu().double() for t in given[:3]]
     sizes = [None if t is None else t.abs() for t in exact]
     cpu_mask = None if mask is None else mask.cpu()
-    linear = Case(**{**case.__dict__, "options": {**case.options, "activation": "none"}})
+    linear = with_options(case, activation="none")
     truth = definition(case, *exact, cpu_mask)
     whole = definition(linear, *sizes, cpu_mask)
     convolved = definition(linear, *exact[:2], None, cpu_mask)
@@ -361,26 +289,32 @@ def check(
     output_size = _allowance(x.dtype, acc, rounded, whole.output)
 
     upstream = torch.randn(truth.output.shape, generator=generator(3)).to(x.dtype)
+    empty = truth.new_mask == 0
     if case.options.get("activation", "none") != "none":
         # Where roundings decide the side of the kink, no gradient is right. In an empty window none flows.
         before = truth.before.abs()
         unsure = before <= 2 * value_budget(
             0 * before, _allowance(x.dtype, acc, 4 * whole.before, whole.before), x.dtype, acc
         )
-        assert unsure.double().mean() <= 0.5 + (truth.new_mask == 0).double().mean()
-        upstream = upstream.masked_fill(unsure & (truth.new_mask != 0), 0.0)
+        assert unsure.sum() <= 0.5 * unsure.numel() + empty.expand_as(unsure).sum()
+        upstream = upstream.masked_fill(unsure & ~empty, 0.0)
+    if special is not None:
+        upstream = upstream.masked_fill(empty, special)
     upstream = laid_out(upstream, upstream_layout).to(device)
 
     masks = []
 
     def call(*leaves: Tensor | None) -> Tensor:
-        found = run(backend, case, [*leaves, mask])
-        masks.append(found.new_mask)
-        return found.output
+        result = run(backend, case, [*leaves, mask])
+        masks.append(result.new_mask)
+        return result.output
 
     before_call = [None if t is None else (t.clone(), t._version) for t in given]
     with poisoned_allocations():
         (output,), gradients, _ = evaluate(call, given[:3], wanted, [upstream])
+        if create_graph and wanted:
+            leaves = [t if t is None else t.detach().requires_grad_() for t in given[:3]]
+            gradients = gradient_of(call, wanted)(*leaves, upstream)
     for i, (t, old) in enumerate(zip(given, before_call, strict=True)):
         if t is not None and old is not None:
             assert t._version == old[1] and same_bits(t, old[0]), f"input {i} was changed in place"
@@ -395,9 +329,11 @@ def check(
     )[1]
     assert output.dtype == x.dtype, f"output has dtype {output.dtype}"
     assert_within_budget(output, plain, truth.output, acc=acc, what="output", magnitude=output_size)
-    (new_mask,) = masks
+    new_mask = masks[0]
     assert new_mask.dtype == acc and not new_mask.requires_grad
     assert_within_budget(new_mask, truth.new_mask, truth.new_mask, acc=acc, what="new mask")
+    # Several channels of one group are a view.
+    assert new_mask.shape[1] == 1 or case.groups > 1 or new_mask.stride(1) == 0
     # Roundings to half of what is sent into the convolution (they follow the terms) and of what comes out.
     # A fractional mask adds one; a bias knows only that of the result.
     steps = ((1, 1 + fractional), (1 + fractional, 1), (0, 1))
@@ -407,3 +343,7 @@ def check(
         assert got.dtype == given[i].dtype, f"gradient of input {i} has dtype {got.dtype}"
         size = _allowance(got.dtype, acc, steps[i][0] * terms + steps[i][1] * want.abs(), terms)
         assert_gradient(got, usual, want, acc=acc, what=f"gradient of input {i}", magnitude=size)
+    if backend is not None and backend.name != "reference" and not create_graph:
+        assert output.is_contiguous(memory_format=layout_of(*given[:2]))
+        for i, got in zip(wanted, gradients, strict=True):
+            assert i == 2 or got.is_contiguous(memory_format=layout_of(given[i]))

@@ -66,26 +66,3 @@ def test_layer(layer: str, lrelu: bool, down: int, dtype: str, backend: Backend)
     for name, got in figures.items():
         error = got.detach().cpu().double() - want[name]
         assert float(error.norm() / want[name].norm()) < bound, name
-
-
-def test_one_strided_convolution_is_not_mats(backend: Backend) -> None:
-    """Without the low-pass filter: what the two steps are for."""
-    case = load("MAT_partial_conv", torch.float32)
-    want = case.under("partial2.")
-    x, mask = case.images("x").to(backend.device), case.masks["binary"].to(backend.device)
-    weight, bias = (want[name].to(x) for name in ("weight", "bias"))
-    out, new_mask = ik.partial_conv2d(
-        x,
-        weight * math.sqrt(2 / 27),
-        bias * math.sqrt(2),
-        mask,
-        stride=2,
-        padding=1,
-        mask_input=False,
-        scale_bias=True,
-        activation="leaky_relu",
-        negative_slope=0.2,
-        backend=backend.name,
-    )
-    assert torch.equal(new_mask.double().cpu(), want["new_mask"])
-    assert float((out.cpu() - want["out"]).norm() / want["out"].norm()) > 0.05

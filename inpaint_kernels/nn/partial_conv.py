@@ -66,25 +66,13 @@ class _PartialConv(nn.Module):
             if mask is not None:
                 raise TypeError("mask and mask_in are one argument, got both")
             mask = mask_in
-        found: PartialConvOutput = layer._function(
-            input,
-            layer.weight,
-            layer.bias,
-            mask,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            multi_channel=self.multi_channel,
-            numerator=self.numerator,
-            mask_update=self.mask_update,
-            mask_input=self.mask_input,
-            scale_bias=self.scale_bias,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            backend=self.backend,
-        )
-        return found if self.return_mask else found.output
+        result: PartialConvOutput = layer._function(
+            input, layer.weight, layer.bias, mask, layer.stride, layer.padding, layer.dilation, layer.groups,
+            multi_channel=self.multi_channel, numerator=self.numerator, mask_update=self.mask_update,
+            mask_input=self.mask_input, scale_bias=self.scale_bias, activation=self.activation,
+            negative_slope=self.negative_slope, backend=self.backend,
+        )  # fmt: skip
+        return result if self.return_mask else result.output
 
 
 class PartialConv2d(_PartialConv, nn.Conv2d):

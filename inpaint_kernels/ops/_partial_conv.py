@@ -20,7 +20,8 @@ def _window_fake(
     mask: Tensor, multiplicity: int, windows: Sequence[int], numerator: float, update: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     where = Windows.of(windows)
-    size = [mask.shape[0], 1 if mask.shape[1] == 1 else where.groups, *where.output_size(mask.shape[2:])]
+    planes = 1 if mask.shape[1] == 1 else where.groups
+    size = [mask.shape[0], planes, *where.output_size(mask.shape[2:])]
     return mask.new_empty(size, dtype=dtype), mask.new_empty(size, dtype=dtype)
 
 
@@ -89,8 +90,13 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.is_contiguous() or is_last(t) else t.contiguous()
 
 
+def _empty(like: Tensor, size: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    memory_format = dense_format(len(size), channels_last)
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
 class _Inner(NamedTuple):
-    """Dtype of the library convolution, and the layout of all it reads and writes, by what it computes."""
+    """Dtype of the CPU's convolution, and the layout of all it reads and writes, by what it computes."""
 
     dtype: torch.dtype
     last: bool  # channels_last: output, gradient to the input
@@ -98,21 +104,19 @@ class _Inner(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _inner(
-    device_type: str, dtype: torch.dtype, last: bool, dims: int, channels_out: int, channels_in: int
-) -> _Inner:
+def _inner(dtype: torch.dtype, last: bool, dims: int, channels_out: int, channels_in: int) -> _Inner:
     """The fastest of what the library offers; the kernels before and after it touch every element anyway.
 
     `last`: input or weight are channels_last. `channels_in` of a group.
 
-    On the CPU oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128,
-    two threads of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow
-    there (64 to 64 at 4x64x128x128: 184 ms, 76 in NCHW), with AVX-512 it is not.
+    oneDNN is several times faster on channels_last when there are few channels (19 to 3 at 4x19x128x128, two threads
+    of an AMD EPYC: 2.3 ms forward instead of 6.8). With AVX2 alone its gradient to the weight is slow there (64 to 64
+    at 4x64x128x128: 184 ms, 76 in NCHW), with AVX-512 it is not.
 
     Half types the CPU has no arithmetic for are computed in float32: of that size a float16 convolution took 6.9 s
     forward, a bfloat16 one 8.3 s without AVX-512, float32 40 ms.
     """
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
         return _Inner(dtype, last, last)
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not _torch_private.has_fast_bfloat16()):
         dtype = torch.float32
@@ -123,15 +127,16 @@ def _inner(
     return _Inner(dtype, last, last and torch.backends.cpu.get_cpu_capability() != "AVX2")
 
 
-def _operand(
-    backend: str, input: Tensor, mask: Tensor | None, memory_format: torch.memory_format, dtype: torch.dtype
+def _masked(
+    backend: str, x: Tensor, mask: Tensor | None, memory_format: torch.memory_format, in_place: bool = False
 ) -> Tensor:
-    """What is convolved: the masked input in the library's layout and dtype."""
-    input = _dense(input)
-    if mask is None and input.dtype == dtype and input.is_contiguous(memory_format=memory_format):
-        return input
-    out = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
-    _mask_input[backend](input, mask, out)
+    """x times the mask, in this layout: x itself if nothing is to be done, or if it may be overwritten."""
+    x = _dense(x)
+    fits = x.is_contiguous(memory_format=memory_format)
+    if mask is None and fits:
+        return x
+    out = x if in_place and fits else torch.empty_like(x, memory_format=memory_format)
+    _mask_input[backend](x, mask, out)
     return out
 
 
@@ -139,67 +144,41 @@ def _convolution_backward(
     grad: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
-    input_size: Any,
-    weight_size: Any,
-    where: Windows,
-) -> tuple[Tensor, Tensor]:
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    windows: Sequence[int],
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the input if the weight is given, to the weight if the input is."""
     wanted = (weight is not None, input is not None, False)
     if not any(wanted):
-        return grad, grad
+        return None, None
     # Of an operand that is not read the shape counts, and a dense layout: another one would be copied.
-    layout = dense_format(grad.ndim, is_last(grad))
-    x = (
-        torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
-        if input is None
-        else input
-    )
+    x = _empty(grad, input_size, grad.dtype, is_last(grad)) if input is None else input
     w = grad.new_empty(weight_size) if weight is None else weight
-    zeros = [0] * len(where.stride)
-    found = torch.ops.aten.convolution_backward.default(
-        grad, x, w, None, where.stride, where.padding, where.dilation, False, zeros, where.groups, wanted
+    _, stride, padding, dilation, groups = Windows.of(windows)
+    zeros = [0] * len(stride)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, w, None, stride, padding, dilation, False, zeros, groups, wanted
     )
-    return found[0], found[1]
+    return grad_input, grad_weight
 
 
 def _forward(
-    backend: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    ratio: Tensor,
-    new_mask: Tensor,
-    windows: Sequence[int],
-    how: int,
-    slope: float,
+    backend: str, input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *planes: Any
 ) -> Tensor:
-    outer = is_last(input) or is_last(weight)
-    inner = _inner(input.device.type, input.dtype, outer, input.ndim - 2, weight.shape[0], weight.shape[1])
+    """`planes`: what the schema has after the mask."""
+    last = is_last(input) or is_last(weight)
     mask = None if mask is None else _dense(mask)
     if backend == "cpu":
-        return _layer["cpu"](
-            input, weight, bias, mask, ratio, new_mask, windows, how, slope, inner.dtype, inner.last, outer
-        )
-    x = _operand(backend, input, mask, dense_format(input.ndim, inner.last), inner.dtype)
-    where = Windows.of(windows)
-    zeros = [0] * len(where.stride)
-    raw = torch.convolution(
-        x,
-        weight.to(inner.dtype),
-        None,
-        where.stride,
-        where.padding,
-        where.dilation,
-        False,
-        zeros,
-        where.groups,
-    )
+        inner = _inner(input.dtype, last, input.ndim - 2, weight.shape[0], weight.shape[1])
+        return _layer["cpu"](input, weight, bias, mask, *planes, inner.dtype, inner.last, last)
+    ratio, new_mask, windows, how, slope = planes
+    memory_format = dense_format(input.ndim, last)
+    x = _masked(backend, input, mask, memory_format)
+    raw = _dense(reference.convolve(x, weight, Windows.of(windows)))
     del x
-    out = raw = _dense(raw)
-    memory_format = dense_format(input.ndim, outer)
-    if inner.dtype != input.dtype or not raw.is_contiguous(memory_format=memory_format):
-        out = torch.empty(raw.shape, dtype=input.dtype, device=raw.device, memory_format=memory_format)
+    fits = raw.is_contiguous(memory_format=memory_format)
+    out = raw if fits else torch.empty_like(raw, memory_format=memory_format)
     _finish[backend](raw, ratio, new_mask, bias, how, slope, out)
     return out
 
@@ -211,84 +190,68 @@ def _backward(
     weight: Tensor | None,
     mask: Tensor | None,
     output: Tensor | None,
-    ratio: Tensor,
-    new_mask: Tensor,
-    input_size: list[int],
-    weight_size: list[int],
-    input_last: bool,
-    weight_last: bool,
-    dtype: torch.dtype,
-    windows: Sequence[int],
-    how: int,
-    slope: float,
-    need_bias: bool,
+    *planes: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inner = _inner(
-        grad.device.type, dtype, input_last or weight_last, grad.ndim - 2, weight_size[0], weight_size[1]
-    )
+    """`planes`: what the schema has after the output."""
+    (
+        ratio,
+        new_mask,
+        input_size,
+        weight_size,
+        input_last,
+        weight_last,
+        dtype,
+        windows,
+        how,
+        slope,
+        need_bias,
+    ) = planes
+    last = input_last or weight_last
     mask = None if mask is None else _dense(mask)
     if backend == "cpu":
-        return _layer_backward["cpu"](
-            grad, input, weight, mask, output, ratio, new_mask, input_size, weight_size, input_last, weight_last,
-            dtype, windows, how, slope, need_bias, *inner,
-        )  # fmt: skip
-    grad = _dense(grad)
-    layout, weight_layout, input_format, weight_format = (
-        dense_format(grad.ndim, last) for last in (inner.last, inner.weight_last, input_last, weight_last)
+        inner = _inner(dtype, last, grad.ndim - 2, weight_size[0], weight_size[1])
+        return _layer_backward["cpu"](grad, input, weight, mask, output, *planes, *inner)
+    raw_grad = _empty(grad, grad.shape, dtype, last)
+    grad_bias = _finish_backward[backend](
+        _dense(grad), output, ratio, new_mask, how, slope, need_bias, raw_grad
     )
-    raw_grad = torch.empty(
-        grad.shape,
-        dtype=inner.dtype,
-        device=grad.device,
-        memory_format=layout if input is None else weight_layout,
-    )
-    bias_grad = _finish_backward[backend](grad, output, ratio, new_mask, how, slope, need_bias, raw_grad)
-    x = None if input is None else _operand(backend, input, mask, weight_layout, inner.dtype)
-    w = None if weight is None else weight.to(inner.dtype)
-    where = (input_size, weight_size, Windows.of(windows))
-    if x is None or w is None or layout == weight_layout:
-        raw, grad_weight = _convolution_backward(raw_grad, x, w, *where)
-    else:
-        _, grad_weight = _convolution_backward(raw_grad, x, None, *where)
-        raw_grad = _operand(backend, raw_grad, None, layout, inner.dtype)
-        raw, _ = _convolution_backward(raw_grad, None, w, *where)
+    x = None if input is None else _masked(backend, input, mask, dense_format(grad.ndim, last))
+    raw, grad_weight = _convolution_backward(raw_grad, x, weight, input_size, weight_size, windows)
     del raw_grad, x
-    if input is None:
-        grad_weight = grad.new_empty(0, dtype=dtype)
-    else:
-        grad_weight = grad_weight.to(dtype).contiguous(memory_format=weight_format)
-    if weight is None:
-        return grad.new_empty(0, dtype=dtype), grad_weight, bias_grad
-    grad_input = raw = _dense(raw)
-    if raw.dtype != dtype or not raw.is_contiguous(memory_format=input_format):
-        grad_input = torch.empty(raw.shape, dtype=dtype, device=raw.device, memory_format=input_format)
-    if mask is not None or grad_input is not raw:
-        _mask_input[backend](raw, mask, grad_input)
-    return grad_input, grad_weight, bias_grad
+    if raw is not None:
+        raw = _masked(backend, raw, mask, dense_format(grad.ndim, input_last), in_place=True)
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=dense_format(grad.ndim, weight_last))
+    return _given(raw, grad), _given(grad_weight, grad), grad_bias
 
 
-def _fake(backend: str, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    ratio = rest[2]
+def _given(gradient: Tensor | None, grad: Tensor) -> Tensor:
+    """Operators return a tensor also where no gradient is wanted."""
+    return grad.new_empty(0) if gradient is None else gradient
+
+
+def _fake(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ratio: Tensor,
+    *rest: Any,
+) -> Tensor:
     size = (input.shape[0], weight.shape[0], *ratio.shape[2:])
-    return torch.empty(
-        size,
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=dense_format(input.ndim, is_last(input) or is_last(weight)),
-    )
+    return _empty(input, size, input.dtype, is_last(input) or is_last(weight))
 
 
 def _backward_fake(
     grad: Tensor, input: Tensor | None, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     ratio, _, input_size, weight_size, input_last, weight_last, dtype = rest[2:9]
-    found = [
-        grad.new_empty(0, dtype=dtype)
-        if other is None
-        else torch.empty(size, dtype=dtype, device=grad.device, memory_format=dense_format(grad.ndim, last))
-        for other, size, last in ((weight, input_size, input_last), (input, weight_size, weight_last))
-    ]
-    return found[0], found[1], ratio.new_empty(grad.shape[1] if rest[-1] else 0)
+    return (
+        _given(None if weight is None else _empty(grad, input_size, dtype, input_last), grad),
+        _given(None if input is None else _empty(grad, weight_size, dtype, weight_last), grad),
+        ratio.new_empty(grad.shape[1] if rest[-1] else 0),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -304,22 +267,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ratio,
         new_mask,
     )
-    ctx.settings = (windows, how, slope)
     ctx.sizes = (tuple(input.shape), tuple(weight.shape))
-    ctx.channels_last = (is_last(input), is_last(weight))
-    ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+    ctx.settings = (is_last(input), is_last(weight), input.dtype, windows, how, slope)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
-    saved: tuple[Any, ...] = (grad, *ctx.saved_tensors, *ctx.sizes)
     if op is None:
-        saved += (ctx.dtype, *ctx.settings)
-        found = _formula(*saved)
+        grad_input, grad_weight, grad_bias = _formula(ctx, grad)
     else:
-        found = op(*saved, *ctx.channels_last, ctx.dtype, *ctx.settings, needs[2])
-    grad_input, grad_weight, grad_bias = found
+        grad_input, grad_weight, grad_bias = op(grad, *ctx.saved_tensors, *ctx.sizes, *ctx.settings, needs[2])
     return (
         grad_input if needs[0] else None,
         grad_weight if needs[1] else None,
@@ -327,26 +286,13 @@ def _gradients(ctx: Any, op: Any, needs: Any, grad: Tensor | None) -> tuple[Tens
     )
 
 
-def _formula(
-    grad: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    output: Tensor | None,
-    ratio: Tensor,
-    new_mask: Tensor,
-    input_size: Any,
-    weight_size: Any,
-    dtype: torch.dtype,
-    windows: Sequence[int],
-    how: int,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The three gradients as differentiable expressions."""
+    input, weight, mask, output, ratio, new_mask = ctx.saved_tensors
+    input_size, weight_size = ctx.sizes
+    _, _, dtype, windows, how, slope = ctx.settings
     finish = reference.Finish.of(how)
-    channels = grad.shape[1]
-    ratio = reference.channel_planes(ratio, channels)
-    new_mask = reference.channel_planes(new_mask, channels)
+    ratio, new_mask = (reference.channel_planes(planes, grad.shape[1]) for planes in (ratio, new_mask))
     zero = torch.zeros((), dtype=ratio.dtype, device=grad.device)
     value = torch.where(new_mask == 0, zero, grad.to(ratio.dtype))
     if finish.scale_bias:
@@ -355,15 +301,14 @@ def _formula(
         value = torch.where(output > 0, value, value * slope)
     if finish.weigh_bias:
         value = value * new_mask
-    others = [0, *range(2, grad.ndim)]
-    grad_bias = value.sum(others)
+    grad_bias = value.sum([0, *range(2, grad.ndim)])
     if not finish.scale_bias:
         value = value * ratio
     x = input if input is None or mask is None else masked_input(input, mask)
     grad_input, grad_weight = _convolution_backward(
-        value.to(dtype), x, weight, input_size, weight_size, Windows.of(windows)
+        value.to(dtype), x, weight, input_size, weight_size, windows
     )
-    if weight is not None and mask is not None:
+    if grad_input is not None and mask is not None:
         grad_input = masked_input(grad_input, mask)
     return grad_input, grad_weight, grad_bias
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -22,8 +23,12 @@ ACTIVATIONS = reference.ACTIVATIONS
 NUMERATORS = ("window", "one")
 UPDATES = ("clamp", "binary", "proportional")
 Size = int | Sequence[int]
+SPATIAL = {2: "H, W", 3: "D, H, W"}
 # Of a tensor what its values do not change: shape, dtype, device.
 Kind = tuple[torch.Size, torch.dtype, torch.device]
+Kinds = tuple[Kind, Kind, Kind | None, Kind | None]  # input, weight, bias, mask
+# What a user sets, from `stride` to `negative_slope`, without `mask_input`.
+Settings = tuple[Size, Size | str, Size, int, bool | None, str, str, bool, str, float]
 
 
 @serializable
@@ -119,10 +124,11 @@ def partial_conv2d(
         >>> out[0, 0, 0], new_mask[0, 0, 0]
         (tensor([9., 9., 9., 0.]), tensor([1., 1., 1., 0.]))
     """
-    return _partial_conv(
-        2, input, weight, bias, mask, stride, padding, dilation, groups, multi_channel, numerator, mask_update,
-        mask_input, scale_bias, activation, negative_slope, backend,
+    settings = (
+        stride, padding, dilation, groups, multi_channel, numerator, mask_update, scale_bias, activation,
+        negative_slope,
     )  # fmt: skip
+    return _partial_conv(2, input, weight, bias, mask, mask_input, settings, backend)
 
 
 def partial_conv3d(
@@ -171,10 +177,11 @@ def partial_conv3d(
         >>> out.shape, float(out[0, 0, 0, 0, 0])
         (torch.Size([1, 3, 4, 4, 4]), 54.0)
     """
-    return _partial_conv(
-        3, input, weight, bias, mask, stride, padding, dilation, groups, multi_channel, numerator, mask_update,
-        mask_input, scale_bias, activation, negative_slope, backend,
+    settings = (
+        stride, padding, dilation, groups, multi_channel, numerator, mask_update, scale_bias, activation,
+        negative_slope,
     )  # fmt: skip
+    return _partial_conv(3, input, weight, bias, mask, mask_input, settings, backend)
 
 
 def _partial_conv(
@@ -183,17 +190,8 @@ def _partial_conv(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-    multi_channel: bool | None,
-    numerator: str,
-    update: str,
     mask_input: bool,
-    scale_bias: bool,
-    activation: str,
-    slope: float,
+    settings: Settings,
     backend: str | None,
 ) -> PartialConvOutput:
     for name, value in (("input", input), ("weight", weight), ("bias", bias), ("mask", mask)):
@@ -201,19 +199,17 @@ def _partial_conv(
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if mask is not None:
         mask = _checks.binary(mask)
-    tensors = (input, weight, bias, mask)
     device = input.device
+    plain = _library.is_plain((input, weight, bias, mask))
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         low = torch.get_autocast_dtype(device.type)
         input, weight = (
             t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (input, weight)
         )
-    plain = _library.is_plain(tensors)
-    arguments: tuple[Any, ...] = (
-        dims, *(None if t is None else (t.shape, t.dtype, t.device) for t in (input, weight, bias, mask)),
-        stride, padding, dilation, groups, multi_channel, numerator, update, scale_bias, activation, slope,
-    )  # fmt: skip
-    plan = _remembered_plan(*arguments) if plain else _make_plan(*arguments)
+    kinds: Any = tuple(
+        None if t is None else (t.shape, t.dtype, t.device) for t in (input, weight, bias, mask)
+    )
+    plan = (_remembered_plan if plain else _make_plan)(dims, kinds, settings)
     if plan.around is not None:
         if mask is None:
             mask = torch.ones((1, 1, *input.shape[2:]), dtype=torch.float32, device=device)
@@ -235,14 +231,10 @@ def _partial_conv(
             torch.compiler.is_compiling() and not exporting and _library.transform_of((mask,)) is None
         )
         known = mask = _as_planes(mask.contiguous() if exporting else mask, dims, narrow and not weighted)
-    if chosen == "reference":
-        ratio, new_mask = reference.window_planes(known, *plan.window)
-    elif plain:
-        # Kernels know no autograd: below it, this takes 3 us less.
-        with _library.below_autograd():
-            ratio, new_mask = window[chosen](known, *plan.window)
-    else:
-        ratio, new_mask = window[chosen](known, *plan.window)
+    window_planes = reference.window_planes if chosen == "reference" else window[chosen]
+    # Kernels know no autograd: below it, this takes 3 us less.
+    with _library.below_autograd() if plain and chosen != "reference" else contextlib.nullcontext():
+        ratio, new_mask = window_planes(known, *plan.window)
     given = (
         input, weight, bias, mask if mask_input else None, ratio, new_mask, plan.windows, plan.how, plan.slope,
     )  # fmt: skip
@@ -284,25 +276,13 @@ class _Plan(NamedTuple):
     around: list[int] | None  # of F.pad: what "same" adds at the end for an even kernel
 
 
-def _make_plan(
-    dims: int,
-    input: Kind,
-    weight: Kind,
-    bias: Kind | None,
-    mask: Kind | None,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-    multi_channel: bool | None,
-    numerator: str,
-    update: str,
-    scale_bias: bool,
-    activation: str,
-    slope: float,
-) -> _Plan:
+def _make_plan(dims: int, kinds: Kinds, settings: Settings) -> _Plan:
     """Raises for arguments that do not fit together."""
-    _check_layer(dims, input, weight, bias, groups)
+    stride, padding, dilation, groups, multi_channel, numerator, update, scale_bias, activation, slope = (
+        settings
+    )
+    input, weight, bias, mask = kinds
+    _check_layer(dims, kinds, groups)
     _checks.check_choice("numerator", numerator, NUMERATORS)
     _checks.check_choice("mask_update", update, UPDATES)
     _checks.check_choice("activation", activation, ACTIVATIONS)
@@ -310,14 +290,13 @@ def _make_plan(
         # The sign of the output has to tell the sign before the activation.
         raise ValueError(f"negative_slope must be a number from 0 on, got {slope!r}")
     if mask is not None:
-        multi_channel = _check_mask(mask, input, multi_channel)
-    size, channels = input[0][2:], weight[0][0]
-    kernel = tuple(weight[0][2:])
+        multi_channel = _check_mask(tuple(mask[0]), tuple(input[0]), multi_channel)
+    channels, kernel = weight[0][0], tuple(weight[0][2:])
     strides, dilations = _sizes("stride", stride, dims, 1), _sizes("dilation", dilation, dims, 1)
     pads, extra = _paddings(padding, strides, dilations, kernel)
     around = [side for pad in reversed(extra) for side in (0, pad)] if any(extra) else None
-    padded = [extent + more for extent, more in zip(size, extra, strict=True)]
     windows = Windows(kernel, strides, pads, dilations, groups)
+    padded = [extent + more for extent, more in zip(input[0][2:], extra, strict=True)]
     if any(extent < 1 for extent in windows.output_size(padded)):
         raise ValueError(
             f"weight's windows {kernel} (dilation {dilations}) do not fit into input {tuple(input[0])} with "
@@ -328,11 +307,12 @@ def _make_plan(
     members = input[0][1] // groups if multi_channel else 1
     dividend = float(members * math.prod(kernel)) if numerator == "window" else 1.0
     dtype = torch.float64 if input[1] == torch.float64 else torch.float32
-    weighs = reference.weighs_bias(bias is not None, update, scale_bias)
+    # Of all updates "clamp" alone has a new mask that may be fractional where s < 1.
+    weigh_bias = bias is not None and update == "clamp" and not scale_bias
     return _Plan(
         (members, windows.packed(), dividend, update, dtype),
         windows.packed(),
-        reference.Finish(weighs, bool(scale_bias), activation).packed(),
+        reference.Finish(weigh_bias, bool(scale_bias), activation).packed(),
         0.0 if activation == "relu" else float(slope),
         (1 if mask is None or len(mask[0]) == dims else mask[0][0], channels if multi_channel else 1),
         around,
@@ -340,29 +320,32 @@ def _make_plan(
 
 
 # The checks and sizes of a layer took 40 us a call, 100 between convolutions that fill the caches.
-_remembered = functools.lru_cache(maxsize=4096, typed=True)(_make_plan)
+_remembered = functools.lru_cache(maxsize=4096)(_make_plan)
 
 
-def _remembered_plan(dims: int, *arguments: Any) -> _Plan:
-    """`_make_plan`, once for the same arguments. Only for sizes that are ints to the last: (1.0, 1.0) equals (1, 1),
-    and is refused."""
-    sizes = [tuple(value) if isinstance(value, list) else value for value in arguments[4:7]]
-    kinds = {type(n) for value in sizes for n in (value if isinstance(value, tuple) else (value,))}
-    if not kinds <= {int, str}:
-        return _make_plan(dims, *arguments)
-    return _remembered(dims, *arguments[:4], *sizes, *arguments[7:])
+def _remembered_plan(dims: int, kinds: Kinds, settings: Settings) -> _Plan:
+    """`_make_plan`, once for the same arguments.
+
+    Only for sizes and groups that are all ints: (1.0, 1.0) equals (1, 1), and is refused.
+    """
+    sizes = [tuple(value) if isinstance(value, list) else value for value in settings[:4]]
+    types = {type(n) for value in sizes for n in (value if isinstance(value, tuple) else (value,))}
+    if not types <= {int, str}:
+        return _make_plan(dims, kinds, settings)
+    return _remembered(dims, kinds, (*sizes, *settings[4:]))
 
 
-def _check_layer(dims: int, input: Kind, weight: Kind, bias: Kind | None, groups: int) -> None:
-    spatial = "D, H, W" if dims == 3 else "H, W"
-    for name, kind in (("input", input), ("weight", weight), ("bias", bias)):
+def _check_layer(dims: int, kinds: Kinds, groups: int) -> None:
+    input, weight, bias, _ = kinds
+    for name, kind in zip(("input", "weight", "bias", "mask"), kinds, strict=True):
         if kind is None:
             continue
-        if kind[1] not in _checks.FLOATS:
+        if name != "mask" and kind[1] not in _checks.FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {kind[1]}")
         if kind[2] != input[2]:
             raise ValueError(f"{name} is on {kind[2]}, input is on {input[2]}")
     size, extents = tuple(input[0]), tuple(weight[0])
+    spatial = SPATIAL[dims]
     if len(size) != dims + 2:
         raise ValueError(f"input must have shape (N, C, {spatial}), got {size}")
     if len(extents) != dims + 2:
@@ -380,11 +363,8 @@ def _check_layer(dims: int, input: Kind, weight: Kind, bias: Kind | None, groups
         raise ValueError(f"bias must have shape ({extents[0]},), got {tuple(bias[0])}")
 
 
-def _check_mask(mask: Kind, input: Kind, multi_channel: bool | None) -> bool:
-    """Whether windows count all channels."""
-    if mask[2] != input[2]:
-        raise ValueError(f"mask is on {mask[2]}, input is on {input[2]}")
-    shape, full = tuple(mask[0]), tuple(input[0])
+def _check_mask(shape: tuple[int, ...], full: tuple[int, ...], multi_channel: bool | None) -> bool:
+    """Whether windows count all channels of an input of shape `full`."""
     # No `shape[0] in (1, full[0])`: torch.compile finds no symbolic size in a tuple.
     fits = shape == full[2:] or (
         len(shape) == len(full)
@@ -393,25 +373,27 @@ def _check_mask(mask: Kind, input: Kind, multi_channel: bool | None) -> bool:
         and shape[2:] == full[2:]
     )
     if not fits:
-        spatial = "D, H, W" if len(full) == 5 else "H, W"
+        spatial = SPATIAL[len(full) - 2]
         raise ValueError(
             f"mask has shape {shape}; for input {full} allowed: (N, 1, {spatial}), (1, 1, {spatial}), ({spatial}), "
             f"(N, Cin, {spatial})"
         )
     channels = shape[1] if len(shape) == len(full) else 1
-    if multi_channel is False and channels > 1:
+    if multi_channel is None:
+        return channels > 1
+    if channels > 1 and not multi_channel:
         raise ValueError(
             f"mask has {channels} channels and multi_channel is False: give one channel, or multi_channel=True"
         )
-    return channels > 1 if multi_channel is None else multi_channel
+    return multi_channel
 
 
 def _sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
     """One int for each dimension."""
-    found = tuple(value) if isinstance(value, Sequence) else (value,) * dims
-    if len(found) != dims or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in found):
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    if len(sizes) != dims or not all(isinstance(n, (int, torch.SymInt)) and n >= least for n in sizes):
         raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
-    return found
+    return sizes
 
 
 def _paddings(

@@ -118,22 +118,10 @@ def window_planes(
     return torch.where(empty, zero, ratio), torch.where(empty, zero, new_mask)
 
 
-def activate(x: Tensor, activation: str, slope: float) -> Tensor:
-    """`activation` is "none", "relu" or "leaky_relu"."""
-    if activation == "none":
-        return x
-    return F.relu(x) if activation == "relu" else F.leaky_relu(x, slope)
-
-
 def channel_planes(planes: Tensor, channels: int) -> Tensor:
     """Planes (N, 1 or groups, ...) for every output channel: broadcast, or repeated within each group."""
     groups = planes.shape[1]
     return planes if groups in (1, channels) else planes.repeat_interleave(channels // groups, 1)
-
-
-def weighs_bias(has_bias: bool, update: str, scale_bias: bool) -> bool:
-    """Whether the bias is multiplied by the new mask: by "clamp", whose new mask may be fractional below s = 1."""
-    return has_bias and update == "clamp" and not scale_bias
 
 
 def finish(
@@ -146,18 +134,23 @@ def finish(
     weigh_bias, scale_bias, activation = Finish.of(how)
     channels = raw.shape[1]
     ratio, new_mask = channel_planes(ratio, channels), channel_planes(new_mask, channels)
-    x = raw.to(ratio.dtype)
     empty = new_mask == 0
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    zero = torch.zeros((), dtype=ratio.dtype, device=raw.device)
     # Before any arithmetic: an Inf that is selected away later would send back NaN.
-    x = torch.where(empty, zero, x)
-    shift = None if bias is None else bias.to(x.dtype).view(-1, *[1] * (raw.ndim - 2))
+    x = torch.where(empty, zero, raw.to(ratio.dtype))
+    if not scale_bias:
+        x = x * ratio
+    if bias is not None:
+        x = x + bias.to(x.dtype).view(-1, *[1] * (raw.ndim - 2))
+        if weigh_bias:
+            x = x * new_mask
+        elif not scale_bias:
+            x = torch.where(empty, zero, x)
+    if activation != "none":
+        x = F.relu(x) if activation == "relu" else F.leaky_relu(x, slope)
     if scale_bias:
-        return (activate(x if shift is None else x + shift, activation, slope) * ratio).to(raw.dtype)
-    x = x * ratio
-    if shift is not None:
-        x = (x + shift) * new_mask if weigh_bias else torch.where(empty, zero, x + shift)
-    return activate(x, activation, slope).to(raw.dtype)
+        x = x * ratio
+    return x.to(raw.dtype)
 
 
 def convolve(input: Tensor, weight: Tensor, windows: Windows) -> Tensor:
