@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from harness import Backend, Call, as_tuple, check_against_truth, evaluate, gradient_of, grid
-from op_cases import IMAGE_OPS, OPS, SUBSETS, Op, enough
+from op_cases import OPS, SUBSETS, Op
+from op_choices import IMAGE_OPS, enough
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
 
@@ -47,10 +48,10 @@ def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
 
 @grid(op=enough(OPS.values()), layout=(*LAYOUTS, "transposed"))
 def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layout: str) -> None:
-    """Of any other layout than these two they are contiguous; so is a map's layout that of the images."""
+    """As have maps and batches of images; for any other layout than these two, all of them are contiguous."""
     inputs = on_device(kernel, *op.make(layout=layout))
     outputs, gradients, _ = evaluate(op.by(kernel), inputs, op.wanted)
-    alike = [out for out in outputs if out.shape == inputs[0].shape and op.name == "masked_l1"]
+    alike = [out for out in outputs if out.shape[1:] == inputs[0].shape[1:] and op in IMAGE_OPS]
     for got, like in [*zip(gradients[: op.free], inputs, strict=False), *((out, inputs[0]) for out in alike)]:
         if layout == "transposed" and like.ndim >= 4:
             assert got.is_contiguous()
@@ -58,7 +59,7 @@ def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layo
             assert got.stride() == like.stride()
 
 
-@grid(op=enough(op for op in IMAGE_OPS if op.name != "stacked_images"), layout=LAYOUTS)
+@grid(op=enough(IMAGE_OPS), layout=LAYOUTS)
 def test_second_derivatives(backend: Backend, op: Op, layout: str) -> None:
     """By the images and the upstream gradient, also where autograd must fill in a zero."""
     masks = ("n1hw", "nomask") if op.name == "masked_l1" else ("n1hw",)
