@@ -18,10 +18,6 @@ def ops(*beginnings: str) -> list[Op]:
     return found
 
 
-# Functions of (pred, target, mask) or of (image, mask). A mask of its own is for the tests of memory alone.
-IMAGE_NAMES = ("masked_l1", "hole_valid", "total_variation", "inpainting_pixel", "gradient_loss")
-IMAGE_OPS = [op for op in ops(*IMAGE_NAMES, "stacked_images", "composite") if "own mask" not in op.id]
-
 # Of every op a setting for each way through its kernels: signs or images kept, each region, each denominator.
 WAYS = {
     "masked_l1": ("l1 mask", "l1 none", "l2 sample", "charbonnier image", "huber sum", "huber none"),
@@ -50,6 +46,7 @@ FEATURE_WAYS = {
     "feature_distance": ("l1 mask", "l1", "l2 mask", "charbonnier", "l1 once"),
 }
 ALL_WAYS = WAYS | FEATURE_WAYS
+SETTINGS = [OPS[f"{name} {way}"] for name, rows in ALL_WAYS.items() for way in rows]
 # One setting of each op, that of its documentation's example.
 USUAL = [OPS[f"{name} {settings[0]}"] for name, settings in ALL_WAYS.items() if name != "composite"]
 USUAL.append(OPS["partial_conv usual n1 2d"])

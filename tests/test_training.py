@@ -21,8 +21,8 @@ from harness import (
     same_bits,
     spread,
 )
-from op_cases import DEFAULT, LARGE, OPS, SMALL, SUBSETS, Op
-from op_choices import ALL_WAYS, USUAL, enough, ops
+from op_cases import LARGE, OPS, SMALL, SUBSETS, Op
+from op_choices import ALL_WAYS, SETTINGS, USUAL, ops
 from partial_conv_cases import exact_convolutions  # noqa: F401
 from pixel_cases import on_device
 from torch import Tensor
@@ -38,9 +38,10 @@ from training_checks import (
 )
 
 LAYOUTS = ("contiguous", "channels_last")
+KEEPING = [*SETTINGS, *ops("partial_conv"), *(op for op in OPS.values() if "own mask" in op.id)]
 # Planes and rows that are multiples of 8: no padding in the packed signs.
 KEPT_SIZE = (8, 3, 8, 8) if INTERPRETING or EMULATING else (8, 3, 64, 64)
-every_op = grid(op=enough(OPS.values()))
+every_op = grid(op=[*SETTINGS, *ops("partial_conv")])
 usual_ops = pytest.mark.parametrize("op", USUAL, ids=str)
 
 
@@ -57,7 +58,7 @@ def assert_same(got: Any, want: Any) -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-@grid(op=enough(op for op in OPS.values() if op.keeps), dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
+@grid(op=[op for op in KEEPING if op.keeps], dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
 def test_keeps_no_more_than_it_needs(kernel: Backend, op: Op, dtypes: str, layout: str) -> None:
     """Packed signs and the like; not an image that the caller's graph holds, nor one that it does not."""
     call = op.by(kernel)
@@ -87,24 +88,9 @@ def test_offloading_and_activation_checkpointing(kernel: Backend, op: Op) -> Non
 
 # ---- determinism -------------------------------------------------------------------------------------------------
 
+
 # A convolution of the library may add in any order.
-REPEATED = [
-    *ops("masked_l1 l1", "masked_l1 charbonnier", "hole_valid l1", "hole_valid charbonnier"),
-    *[op for op in ops("inpainting_pixel") if DEFAULT in op.id],
-    *[op for op in ops("total_variation") if "image-default" in op.id or "dilated_hole-mask" in op.id],
-    *ops(
-        "gradient_loss",
-        "stacked_images all",
-        "stacked_images swap",
-        "gram chw",
-        "style chw-l1",
-        "style gatys",
-    ),
-    *ops("feature_distance l1", "feature_distance charbonnier"),
-]
-
-
-@grid(op=enough(REPEATED), layout=LAYOUTS)
+@grid(op=SETTINGS, layout=LAYOUTS)
 def test_two_runs_give_the_same_bits(backend: Backend, op: Op, layout: str) -> None:
     halves = [(LARGE, "bf16/bf16")] if op.name == "stacked_images" else []
     for size, dtypes in [*((size, "f32/f32") for size in op.large), *halves]:
@@ -115,7 +101,7 @@ def test_two_runs_give_the_same_bits(backend: Backend, op: Op, layout: str) -> N
             return (*outputs, *gradients)
 
         # PyTorch's own sums, which the reference uses, depend on the number of threads.
-        sums = backend.name == "reference" and op.name != "stacked_images"
+        sums = backend.name == "reference" and op.name not in ("stacked_images", "composite")
         check_deterministic(run, threads=(1,) if sums else (1, 2, 3))
 
 
@@ -161,10 +147,8 @@ GRADIENTS: dict[str, tuple[Any, str, str]] = {
 def opchecks() -> list[Any]:
     """Of every op rows that see each of its settings, sizes, layouts and gradients about twice."""
     rows = []
-    for name in {op.name: None for op in USUAL}:
-        found = [
-            OPS[f"{name} {way}"] for way in ALL_WAYS.get(name, ("usual n1 2d", "mat n1 2d", "soft n1 3d"))
-        ]
+    for name in (op.name for op in USUAL if op.name != "gradient_loss"):
+        found = [op for op in (*SETTINGS, *ops("partial_conv")) if op.name == name]
         rows += spread([*product(found, PLACES, GRADIENTS)], 8 if COVERING else 2 * len(PLACES))
     return [pytest.param(*row, id="-".join(map(str, (row[0], *row[1], row[2])))) for row in rows]
 
@@ -193,9 +177,12 @@ COMPILED_SIZES = ((2, 3, 9, 14), (3, 4, 16, 10))
 COMPILED = [
     (OPS[f"{name} {way}"], mask, layout, mask == "n1hw")
     for name, found in ALL_WAYS.items()
-    for way, mask, layout in zip(found, ("n1hw", "nchw", "hw-u8"), (*LAYOUTS, "contiguous"), strict=False)
+    for way, mask, layout in zip(found, ("n1hw", "nchw", "hw"), (*LAYOUTS, "contiguous"), strict=False)
 ]
-COMPILED.append((OPS["masked_l1 charbonnier image"], "nomask", "channels_last", False))
+COMPILED += [
+    (OPS["masked_l1 charbonnier image"], "nomask", "channels_last", False),
+    (OPS["masked_l1 l1 mask"], "hw-u8", "contiguous", False),
+]
 
 
 @pytest.mark.parametrize(("op", "mask", "layout", "first"), COMPILED, ids=str)
@@ -274,7 +261,7 @@ def test_inference_mode_and_no_grad_run_no_autograd(backend: Backend, op: Op) ->
 PASSES = ("mul", "div", "where", "sum", "sub", "conv", "bmm", "repeat")
 
 
-@usual_ops
+@pytest.mark.parametrize("op", [op for op in USUAL if op.name != "gradient_loss"], ids=str)
 def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend, op: Op) -> None:
     """One forward and one backward call, for all layers; nothing of the reference's way."""
     first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]

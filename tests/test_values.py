@@ -24,7 +24,7 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import OPS, SIZE, Op
-from op_choices import ALL_WAYS, FEATURE_WAYS, IMAGE_OPS, USUAL, WAYS, enough, ops, ways
+from op_choices import ALL_WAYS, FEATURE_WAYS, USUAL, WAYS, enough, ops, ways
 from pairs_cases import SHAPES, dilated, region_cases, regions_of, tied_pair
 from pairs_cases import SIZES as PAIR_SIZES
 from pixel_cases import GPU_SIZES, MASK_DTYPES, image_cases, on_device, with_specials
@@ -141,7 +141,7 @@ def test_masks_of_zeros_and_ones(
     op.check_on(backend, inputs)
 
 
-@grid(op=enough(IMAGE_OPS))
+@ways()
 def test_whole_and_empty_masks(backend: Backend, op: Op) -> None:
     """A region without pixels gives 0 with zero gradient, never 0/0; also of one sample alone."""
     for values in ("zeros", "ones", "binary"):
