@@ -166,7 +166,7 @@ def test_without_a_mask(backend: Backend, op: Op, layout: str) -> None:
 # One setting of every op that takes a mask.
 MASKED = [
     *(op for op in USUAL if op.name not in ("gram", "style")),
-    *ops("composite", "partial_conv soft n1 2d"),
+    *ops("composite", "partial_conv soft n1 2d", "masked_l1 huber sum"),
 ]
 # What an integer mask holds where it is not 0: 255 is the "1" of an image file.
 NONZERO = {"uint8": 255, "int8": -1, "int16": 100, "int32": 100, "int64": 100, "uint16": 100}
