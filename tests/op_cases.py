@@ -5,7 +5,7 @@ What is asked of all ops alike is tested over this table; the name of a test con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -31,7 +31,6 @@ from feature_cases import (
     style_sizes,
 )
 from harness import (
-    COVERING,
     EMULATING,
     INTERPRETING,
     Backend,
@@ -41,7 +40,6 @@ from harness import (
     check_against_truth,
     evaluate,
     laid_out,
-    spread,
 )
 from pairs_cases import (
     GRADIENT_REGIONS,
@@ -74,6 +72,8 @@ from pixel_cases import (
     make_mask,
     masked_call,
     masked_formula,
+    on_device,
+    skip_unsupported,
 )
 from torch import Tensor
 
@@ -110,6 +110,7 @@ class Op:
     keeps: Callable[[Sequence[Tensor]], float] | None = None
     made: tuple[int, ...] = ()
     large: tuple[Size, ...] = (LARGE,)
+    mask_is: str = "valid"
 
     def __repr__(self) -> str:
         return self.id
@@ -124,6 +125,10 @@ class Op:
     def check(self, call: Call, inputs: Sequence[Tensor]) -> None:
         """Values and gradients of `call`, which is this op, are right."""
         self.judge(call, self.formula, inputs, wanted=self.wanted)
+
+    def check_on(self, backend: Backend, inputs: Sequence[Tensor]) -> None:
+        skip_unsupported(backend, *inputs[: self.free])
+        self.check(self.by(backend), on_device(backend, *inputs))
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def hole_valid() -> Iterator[Op]:
         yield Op(
             f"hole_valid {penalty} {normalize} {region}", "hole_valid", partial(hole_valid_call, **options),
             partial(hole_valid_formula, **options), images, 2, check_against_truth,
-            keeps=bits(2 if l1 else 0, KEPT_MASK * l1, 16), made=(0, 1) if l1 else (),
+            keeps=bits(2 if l1 else 0, KEPT_MASK * l1, 16), made=(0, 1) if l1 else (), mask_is=region,
         )  # fmt: skip
 
 
@@ -263,6 +268,7 @@ def inpainting_pixel() -> Iterator[Op]:
             f"inpainting_pixel {normalize} {mode} {penalty}", "inpainting_pixel",
             partial(inpainting_pixel_call, **options), partial(inpainting_pixel_formula, **options),
             exact_images, 2, PAIRS, keeps=bits(6, KEPT_MASK, 24) if penalty == "l1" else None, made=(0, 1),
+            mask_is=mask_is(i),
         )  # fmt: skip
 
 
@@ -273,10 +279,11 @@ def total_variation() -> Iterator[Op]:
         by, formula = partial(total_variation_call, **options), partial(total_variation_formula, **options)
         yield Op(
             f"total_variation {penalty} {mode} {of}", "total_variation",
-            by if composite else lambda backend, by=by: lambda x, mask: by(backend)(x, None, mask),
-            formula if composite else lambda x, mask, formula=formula, **o: formula(x, None, mask, **o),
+            by if composite else lambda backend, by=by: lambda x, mask=None: by(backend)(x, None, mask),
+            formula if composite else lambda x, mask=None, formula=formula, **o: formula(x, None, mask, **o),
             exact_images if composite else one_image, 1 + composite, PAIRS,
             keeps=bits(4 * l1, KEPT_MASK * l1, 4 if l1 else 2), made=(0, 1)[: 1 + composite] if l1 else (),
+            mask_is=mask_is(i),
         )  # fmt: skip
 
 
@@ -288,6 +295,7 @@ def gradient_loss() -> Iterator[Op]:
         yield Op(
             f"gradient_loss {region} {penalty}", "gradient_loss", partial(gradient_loss_call, **options),
             partial(gradient_loss_formula, **options), exact_images, 2, PAIRS, keeps=kept, made=(0, 1),
+            mask_is=mask_is(i),
         )  # fmt: skip
 
 
@@ -297,7 +305,7 @@ STACKS: dict[str, dict[str, Any]] = {
     "swap": {"parts": PARTS, **NORMALIZED, "swap_channels": True, "mask_is": "hole"},
     "composite": {"parts": ("composite",)},
     "raw+target": {"parts": ("raw", "target"), **NORMALIZED},
-    "raw+target swap": {"parts": ("raw", "target"), **NORMALIZED, "swap_channels": True},
+    "holes": {"parts": ("hole_raw", "hole_target"), **NORMALIZED, "swap_channels": True},
     "target+raw": {"parts": ("target", "raw"), "scale": 2.0},
 }
 
@@ -316,7 +324,8 @@ def stacked_images() -> Iterator[Op]:
             exact_images, 2, in_common_dtype,
         )  # fmt: skip
         # The mask, and nothing else; a mask that the caller holds costs nothing.
-        yield Op(f"stacked_images {stack}", *common, keeps=bits(0, 0, 0), made=(0, 1))
+        given = options.get("mask_is", "valid")
+        yield Op(f"stacked_images {stack}", *common, keeps=bits(0, 0, 0), made=(0, 1), mask_is=given)
         yield Op(f"stacked_images {stack} own mask", *common, keeps=bits(0, mask, 0), made=(0, 1, 2))
     for given in MASK_IS:
         yield Op(
@@ -325,7 +334,7 @@ def stacked_images() -> Iterator[Op]:
                 ik.composite, mask_is=given, backend=backend_for("composite", backend)
             ),
             partial(composite_formula, mask_is=given), exact_images, 2, in_common_dtype,
-            keeps=bits(0, 0, 0), made=(0, 1),
+            keeps=bits(0, 0, 0), made=(0, 1), mask_is=given,
         )  # fmt: skip
 
 
@@ -416,25 +425,3 @@ OPS = table(
     masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, stacked_images,
     gram, style, feature_distance, partial_conv,
 )  # fmt: skip
-
-
-def ops(*beginnings: str) -> list[Op]:
-    """The settings whose names begin with one of these."""
-    found = [op for op in OPS.values() if op.id.startswith(beginnings)]
-    assert all(any(op.id.startswith(b) for op in found) for b in beginnings), beginnings
-    return found
-
-
-# Functions of (pred, target, mask) or of (image, mask). A mask of its own is for the tests of memory alone.
-IMAGE_NAMES = ("masked_l1", "hole_valid", "total_variation", "inpainting_pixel", "gradient_loss")
-IMAGE_OPS = [op for op in ops(*IMAGE_NAMES, "stacked_images", "composite") if "own mask" not in op.id]
-
-
-def enough(chosen: Iterable[Op]) -> list[Op]:
-    """All, or where there is no time for that six settings of each op, among them every value of an option."""
-    if not COVERING:
-        return list(chosen)
-    by_name: dict[str, dict[tuple[object, ...], Op]] = {}
-    for op in chosen:
-        by_name.setdefault(op.name, {})[tuple(op.id.split())] = op
-    return [rows[row] for rows in by_name.values() for row in spread(list(rows), 6)]

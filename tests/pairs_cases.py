@@ -28,8 +28,6 @@ MODES = {
     for normalize in (None, "pairs", "image", "mask")
     if (region, normalize) != ("image", "mask")
 }
-# A mode for every region and every denominator.
-SOME_MODES = ("image-default", "hole-pairs", "hole-mask", "dilated_hole-default", "first_pixel-mask")
 SHAPES = tuple(kind for kind in MASK_SHAPES if kind != "nomask")
 
 # (N, C, H, W) by the code path it takes.
@@ -173,7 +171,7 @@ def ring_of(hole: Tensor, ring: int) -> Tensor:
 def gradient_loss_formula(
     pred: Tensor,
     target: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
     *,
     region: str = "ring",
     ring: int = 2,

@@ -80,7 +80,9 @@ def penalty_map(d: Tensor, penalty: str) -> Tensor:
         return d.square()
     if penalty == "charbonnier":
         return (d.square() + param**2).sqrt()
-    return torch.where(d.abs() <= param, d.square() / 2, param * (d.abs() - param / 2))
+    # Infinity has the slope `param`, which a choice between two branches would make NaN.
+    quadratic = d.abs().clamp(max=param)
+    return quadratic * (d.abs() - quadratic / 2)
 
 
 def weighted(pred: Tensor, target: Tensor, weight: Tensor, penalty: str, select: bool = True) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from harness import Backend, Call, as_tuple, check_against_truth, evaluate, gradient_of, grid
-from op_cases import IMAGE_OPS, OPS, SUBSETS, Op, enough
+from op_cases import SUBSETS, Op
+from op_choices import SETTINGS, WAYS, ops
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def outputs_of(op: Op, backend: Backend | None, number: int) -> tuple[Call, Call
     return lambda *t: as_tuple(call(*t))[number], lambda *t: as_tuple(formula(*t))[number]
 
 
-@grid(op=enough(op for op in OPS.values() if op.name != "partial_conv"))
+@grid(op=SETTINGS)
 def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
     """Of each output alone: the others send no gradient at all."""
     for dtypes in ("bf16/f32", "f32/f32") if op.name == "masked_l1" else ("bf16/f32",):
@@ -45,12 +46,12 @@ def test_only_the_gradients_asked_for(backend: Backend, op: Op) -> None:
             op.judge(call, formula, inputs, wanted=wanted)
 
 
-@grid(op=enough(OPS.values()), layout=(*LAYOUTS, "transposed"))
+@grid(op=[*SETTINGS, *ops("partial_conv")], layout=(*LAYOUTS, "transposed"))
 def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layout: str) -> None:
-    """Of any other layout than these two they are contiguous; so is a map's layout that of the images."""
+    """As have maps and batches of images; for any other layout than these two, all of them are contiguous."""
     inputs = on_device(kernel, *op.make(layout=layout))
     outputs, gradients, _ = evaluate(op.by(kernel), inputs, op.wanted)
-    alike = [out for out in outputs if out.shape == inputs[0].shape and op.name == "masked_l1"]
+    alike = [out for out in outputs if out.shape[1:] == inputs[0].shape[1:] and op.name in WAYS]
     for got, like in [*zip(gradients[: op.free], inputs, strict=False), *((out, inputs[0]) for out in alike)]:
         if layout == "transposed" and like.ndim >= 4:
             assert got.is_contiguous()
@@ -58,7 +59,7 @@ def test_gradients_have_the_layout_of_their_inputs(kernel: Backend, op: Op, layo
             assert got.stride() == like.stride()
 
 
-@grid(op=enough(op for op in IMAGE_OPS if op.name != "stacked_images"), layout=LAYOUTS)
+@grid(op=[op for op in SETTINGS if op.name in WAYS], layout=LAYOUTS)
 def test_second_derivatives(backend: Backend, op: Op, layout: str) -> None:
     """By the images and the upstream gradient, also where autograd must fill in a zero."""
     masks = ("n1hw", "nomask") if op.name == "masked_l1" else ("n1hw",)
@@ -102,7 +103,7 @@ def clear_of_kinks(op: Op) -> list[Tensor]:
     return [*(t.detach().requires_grad_() for t in images), *(t.double() for t in inputs[op.free :])]
 
 
-@grid(op=enough(op for op in OPS.values() if op.name != "partial_conv"))
+@grid(op=SETTINGS)
 def test_create_graph_and_autocast_do_not_change_the_gradient(
     backend: Backend, op: Op, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +122,7 @@ def test_create_graph_and_autocast_do_not_change_the_gradient(
     op.check(op.by(backend), inputs)
 
 
-@grid(op=enough(op for op in OPS.values() if "own mask" not in op.id and op.name != "partial_conv"))
+@grid(op=SETTINGS)
 def test_gradcheck(backend: Backend, op: Op) -> None:
     inputs = clear_of_kinks(op)
     skip_unsupported(backend, inputs[0])
@@ -135,7 +136,7 @@ def test_gradcheck(backend: Backend, op: Op) -> None:
 
 
 @grid(
-    op=enough(op for op in IMAGE_OPS if not ("image-" in op.id and op.free == 1) and "target" not in op.id),
+    op=[op for op in SETTINGS if op.name in WAYS],
     mask=("n1hw-f16", "hw-f32", "nchw-f32"),
 )
 def test_gradient_to_the_mask(op: Op, mask: str) -> None:

@@ -18,21 +18,12 @@ from feature_cases import (
 from harness import DTYPES, EMULATING, INTERPRETING, LAYOUTS, Backend, evaluate, gradient_of, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
-from pixel_cases import on_device, skip_unsupported
+from op_cases import OPS, Op
+from op_choices import ops
+from pixel_cases import on_device
 from torch import Tensor
 
 SIZE = (2, 5, 9, 14)
-
-
-def check_gram(backend: Backend, x: Tensor, normalize: str = "chw") -> None:
-    skip_unsupported(backend, x)
-    check(
-        gram_call(backend, normalize),
-        partial(gram_formula, normalize=normalize),
-        on_device(backend, x),
-        wanted=(0,),
-        sizes=partial(gram_sizes, normalize=normalize),
-    )
 
 
 def test_exactly_symmetric(backend: Backend) -> None:
@@ -55,24 +46,24 @@ def test_many_channels_of_few_pixels(
     """The CPU's backward takes such maps in bands of 192 channels, which the other sizes do not reach."""
     if INTERPRETING or EMULATING:
         pytest.skip("other kernels have no such bands")
-    check_gram(backend, feature_map((2, channels, *plane), dtype, layout))
+    OPS["gram chw"].check_on(backend, [feature_map((2, channels, *plane), dtype, layout)])
 
 
-@grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
-def test_loud_float16_features(backend: Backend, normalize: str, layout: str) -> None:
+@grid(op=ops("gram"), layout=("contiguous", "channels_last"))
+def test_loud_float16_features(backend: Backend, op: Op, layout: str) -> None:
     """Mean square 100 at 256x256: the plain sums pass 6.5e6, a hundred times the range of float16."""
     plane = (16, 16) if INTERPRETING else (256, 256)
     x = (10 * feature_map((1, 3, *plane))).half()
-    check_gram(backend, laid_out(x, layout), normalize)
+    op.check_on(backend, [laid_out(x, layout)])
     x[..., 0] = 65504
-    check_gram(backend, laid_out(x, layout), normalize)
+    op.check_on(backend, [laid_out(x, layout)])
 
 
-@grid(normalize=GRAM_NORMALIZATIONS, dtype=("f16", "bf16"))
-def test_quiet_features(backend: Backend, normalize: str, dtype: str) -> None:
+@grid(op=ops("gram"), dtype=("f16", "bf16"))
+def test_quiet_features(backend: Backend, op: Op, dtype: str) -> None:
     """Products far below the normal range of float16."""
     x = (1e-4 * feature_map(SIZE)).to(DTYPES[dtype])
-    check_gram(backend, x, normalize)
+    op.check_on(backend, [x])
     assert gram_call(backend, "chw")(x.to(backend.device)).diagonal(dim1=1, dim2=2).all()
 
 
@@ -81,9 +72,7 @@ def test_upstream_scale_comes_before_the_rounding(backend: Backend) -> None:
     x = on_device(backend, (0.01 * feature_map(SIZE)).half())[0]
     upstream = torch.full((2, 5, 5), 2.0**16, device=backend.device)
     _, (got,), _ = evaluate(gram_call(backend, "chw"), [x], (0,), [upstream])
-    _, (want,), _ = evaluate(
-        partial(gram_formula, normalize="chw"), [x.cpu().double()], (0,), [upstream.cpu()]
-    )
+    _, (want,), _ = evaluate(OPS["gram chw"].formula, [x.cpu().double()], (0,), [upstream.cpu()])
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-3, atol=0.06)
     assert got.isfinite().all()
 
@@ -101,19 +90,6 @@ def test_specials_stay_in_their_channel(backend: Backend, special: str, channels
     )
     assert not gram[touched].isfinite().any()
     assert torch.equal(gram[~touched], clean[~touched])
-
-
-@grid(upstream=("expanded", "transposed", "sliced"), layout=("contiguous", "channels_last"))
-def test_any_strides_of_the_upstream_gradient(backend: Backend, upstream: str, layout: str) -> None:
-    x = on_device(backend, feature_map(SIZE, layout=layout))[0]
-    values = torch.full((2, 5, 5), 0.7) if upstream == "expanded" else torch.randn(2, 5, 5)
-    plain = values.to(backend.device)
-    if upstream == "expanded":
-        view = plain.new_full((1,), 0.7).as_strided((2, 5, 5), (0, 0, 0))
-    else:
-        view = on_device(backend, laid_out(values, upstream))[0]
-    got, want = (evaluate(gram_call(backend, "chw"), [x], (0,), [u])[1][0] for u in (view, plain))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.abs().max()))
 
 
 @grid(normalize=GRAM_NORMALIZATIONS, layout=("contiguous", "channels_last"))
@@ -140,18 +116,7 @@ def test_second_derivatives(backend: Backend, normalize: str, layout: str) -> No
     size=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
     dtype=st.sampled_from(("f16", "bf16", "f32")),
     layout=st.sampled_from(list(LAYOUTS)),
-    normalize=st.sampled_from(GRAM_NORMALIZATIONS),
+    op=st.sampled_from(ops("gram")),
 )
-def test_any_input(backend: Backend, size: tuple[int, ...], dtype: str, layout: str, normalize: str) -> None:
-    check_gram(backend, feature_map(size, dtype, layout, seed=sum(size)), normalize)
-
-
-@given(channels=st.integers(1, 24), seed=st.integers(0, 99))
-def test_permuting_channels_permutes_the_matrix(backend: Backend, channels: int, seed: int) -> None:
-    """Scaling by a power of two is exact, too."""
-    x = on_device(backend, feature_map((1, channels, 7, 9), seed=seed))[0]
-    order = torch.randperm(channels)
-    gram = gram_call(backend, "hw")(x)
-    permuted = gram_call(backend, "hw")(x[:, order].contiguous())
-    torch.testing.assert_close(permuted, gram[:, order][:, :, order], rtol=0, atol=1e-6)
-    assert torch.equal(gram_call(backend, "hw")(4 * x), 16 * gram)
+def test_any_input(backend: Backend, size: tuple[int, ...], dtype: str, layout: str, op: Op) -> None:
+    op.check_on(backend, [feature_map(size, dtype, layout, seed=sum(size))])

@@ -1,14 +1,16 @@
-"""style_loss: values and gradients."""
+"""style_loss: values, gradients and second derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from feature_cases import (
     STYLES,
+    check,
     check_style,
     feature_map,
     gram_factor,
@@ -18,6 +20,7 @@ from feature_cases import (
     style_formula,
     style_pair,
     style_settings,
+    style_sizes,
 )
 from harness import (
     DTYPES,
@@ -26,6 +29,7 @@ from harness import (
     Backend,
     evaluate,
     generator,
+    gradient_of,
     grid,
     laid_out,
 )
@@ -49,25 +53,11 @@ def run(
     pairs: Sequence[tuple[Tensor, Tensor]],
     *,
     weights: Sequence[float] | None = None,
-    wanted: Sequence[int] | None = None,
 ) -> None:
     """One layer for each pair."""
     flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     skip_unsupported(backend, *flat)
-    check_style(backend, on_device(backend, *flat), style_settings(style, weights), wanted)
-
-
-@grid(style=STYLES, predictions=(1, 2, 3), layout=("contiguous", "channels_last"), dtype=("f32", "f16"))
-def test_predictions_against_one_target(
-    backend: Backend, style: str, predictions: int, layout: str, dtype: str
-) -> None:
-    pairs = [
-        style_pair(
-            size, predictions=predictions, dtypes=f"{dtype}/{dtype}", layouts=f"{layout}/{layout}", seed=i
-        )
-        for i, size in enumerate(LAYERS[:2])
-    ]
-    run(backend, style, pairs, weights=WEIGHTS[:2])
+    check_style(backend, on_device(backend, *flat), style_settings(style, weights))
 
 
 @grid(style=STYLES, predictions=(2, 3))
@@ -85,33 +75,6 @@ def test_predictions_are_those_of_a_repeated_target(backend: Backend, style: str
 def test_other_size_of_the_target(backend: Backend, style: str) -> None:
     """A Gram matrix has no height and width: the style of a picture of any size."""
     run(backend, style, [style_pair(SIZE, predictions=2, target_plane=(5, 31))])
-
-
-@grid(style=STYLES, dtype=("f32", "f16", "bf16", "f64"), predictions=(1, 2))
-def test_cached_gram(backend: Backend, style: str, dtype: str, predictions: int) -> None:
-    """Matrices in the dtype of the features, where they fit, and in that of `gram_matrix`."""
-    pairs = [
-        style_pair(size, predictions=predictions, dtypes=f"{dtype}/{dtype}", seed=i)
-        for i, size in enumerate(LAYERS)
-    ]
-    stored, full = grams(pairs, style), grams([(x, y.float()) for x, y in pairs], style)
-    skip_unsupported(backend, *stored)
-    for flat in (stored, full):
-        if all(t.isfinite().all() for t in flat):
-            check_style(
-                backend,
-                on_device(backend, *flat),
-                style_settings(style, WEIGHTS, target_is_gram=True),
-                wanted=(0, 1, 2),
-            )
-
-
-@grid(style=("chw-l1", "hw-l2"), dtype=DTYPES, gram_dtype=DTYPES)
-def test_dtypes_of_a_cached_gram(backend: Backend, style: str, dtype: str, gram_dtype: str) -> None:
-    x, gram = grams([style_pair(SIZE, predictions=2, dtypes=f"{dtype}/f64")], style)
-    flat = [x, gram.to(DTYPES[gram_dtype])]
-    skip_unsupported(backend, *flat)
-    check_style(backend, on_device(backend, *flat), style_settings(style, target_is_gram=True), wanted=(0,))
 
 
 @grid(style=("chw-l1", "chw-l2", "gatys"), layout=("expanded", "transposed", "sliced"))
@@ -243,20 +206,6 @@ def test_upstream_scale_comes_before_the_rounding(backend: Backend, style: str) 
         )
 
 
-@grid(
-    sizes=(((0, 3, 4, 5),), ((2, 0, 4, 5),), ((2, 3, 0, 5),), ((0, 3, 4, 5), (0, 2, 2, 2))),
-    style=STYLES,
-    cached=(False, True),
-)
-def test_nothing_to_count(
-    backend: Backend, sizes: tuple[tuple[int, int, int, int], ...], style: str, cached: bool
-) -> None:
-    pairs = [(torch.randn(size), torch.randn(size)) for size in sizes]
-    flat = grams(pairs, style) if cached else [x for x, _ in pairs] + [y for _, y in pairs]
-    wanted = range(len(pairs) if cached else 2 * len(pairs))
-    check_style(backend, on_device(backend, *flat), style_settings(style, target_is_gram=cached), wanted)
-
-
 def test_nan_reaches_the_loss(backend: Backend) -> None:
     for style in STYLES:
         for place in (0, 1):
@@ -265,17 +214,10 @@ def test_nan_reaches_the_loss(backend: Backend) -> None:
             assert style_call(backend, style_settings(style))(*on_device(backend, *pair)).isnan()
 
 
-# ---- properties --------------------------------------------------------------------------------------------------
-
-CASES = {
-    "size": st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
-    "style": st.sampled_from(list(STYLES)),
-    "predictions": st.integers(1, 3),
-}
-
-
 @given(
-    **CASES,
+    size=st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
+    style=st.sampled_from(list(STYLES)),
+    predictions=st.integers(1, 3),
     dtypes=st.tuples(*[st.sampled_from(("f16", "bf16", "f32"))] * 2),
     layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
 )
@@ -293,29 +235,73 @@ def test_any_input(
     run(backend, style, [pair])
 
 
-@given(**CASES, seed=st.integers(0, 99))
-def test_permuting_channels_changes_nothing(
-    backend: Backend, size: tuple[int, int, int, int], style: str, predictions: int, seed: int
-) -> None:
-    x, y = on_device(backend, *style_pair(size, predictions=predictions, seed=seed))
-    order = torch.randperm(size[1], generator=torch.Generator().manual_seed(seed))
-    call = style_call(backend, style_settings(style))
-    torch.testing.assert_close(call(x[:, order], y[:, order]), call(x, y), rtol=3e-6, atol=1e-7)
-
-
-@given(**CASES, power=st.integers(-8, 8))
-def test_scaling_both_scales_the_loss(
-    backend: Backend, size: tuple[int, int, int, int], style: str, predictions: int, power: int
-) -> None:
-    """By a power of two, exact in every sum: l1 of Gram matrices is of degree 2, l2 of degree 4."""
-    x, y = on_device(backend, *style_pair(size, predictions=predictions))
-    factor, degree = 2.0**power, 2 if style.endswith("l1") else 4
-    call = style_call(backend, style_settings(style))
-    assert torch.equal(call(factor * x, factor * y), factor**degree * call(x, y))
-
-
 def test_gram_factor_of_the_tests() -> None:
     """The scale in the formula of these tests, against one that counts by hand."""
     x = torch.ones(1, 2, 3, 4)
     assert [float(gram_formula(x, n)[0, 0, 1]) for n in ("chw", "hw", "none")] == [0.5, 1.0, 12.0]
     assert gram_factor("gatys", 2, 12) == 1.0
+
+
+# ---- second derivatives ------------------------------------------------------------------------------------------
+
+
+@grid(style=STYLES, predictions=(1, 2), target=("features", "other size", "gram"))
+def test_second_derivatives(backend: Backend, style: str, predictions: int, target: str) -> None:
+    """By input, target and the upstream gradient."""
+    plane = (3, 7) if target == "other size" else None
+    pair = style_pair((2, 4, 5, 6), predictions=predictions, target_plane=plane)
+    cached = target == "gram"
+    flat = on_device(backend, *(grams([pair], style) if cached else pair))
+    settings = style_settings(style, (0.7,), target_is_gram=cached)
+    formula = partial(style_formula, **settings)
+    firsts = (0,) if cached else (0, 1)
+
+    def sizes(x: Tensor, y: Tensor, upstream: Tensor, *seconds: Tensor) -> tuple[list[Tensor], Any]:
+        first = style_sizes(x, y, upstream, **settings)[1]
+        wanted = (*firsts, 2)
+        exact = evaluate(gradient_of(formula, firsts), [x, y, upstream], wanted, seconds)[1]
+        # Sums over a whole layer of both signs, of terms as large as the largest.
+        found = {i: g.abs().max().expand(g.shape) for i, g in zip(wanted, exact, strict=True)}
+        found[2] = sum((first[i] * second.abs()).sum() for i, second in zip(firsts, seconds)) / upstream
+        return [first[i] for i in firsts], found
+
+    check(
+        gradient_of(style_call(backend, settings), firsts),
+        gradient_of(formula, firsts),
+        [*flat, torch.tensor(1.3, device=backend.device)],
+        wanted=(*firsts, 2),
+        sizes=sizes,
+    )
+
+
+@grid(
+    style=("chw-l1", "chw-l2", "gatys"),
+    dtypes=("f16/f64", "bf16/f64", "f64/f32"),
+    predictions=(1, 2),
+    cached=(False, True),
+)
+def test_one_side_in_float64(
+    backend: Backend, style: str, dtypes: str, predictions: int, cached: bool
+) -> None:
+    """Matrices, differences and all derivatives by the float64 side are those of float64."""
+    pair = style_pair((2, 4, 5, 6), predictions=predictions, dtypes=dtypes)
+    settings = style_settings(style, (0.7,), target_is_gram=cached)
+    flat = grams([pair], style) if cached else pair
+    skip_unsupported(backend, *flat)
+    wide = next(i for i, t in enumerate(flat) if t.dtype == torch.float64)
+    # Only the automatic choice has a gradient to given matrices.
+    call = style_call(None if cached and wide == 1 else backend, settings)
+
+    def derivatives(call: Any, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_(i == wide) for i, t in enumerate(flat)]
+        loss = call(*leaves)
+        (plain,) = torch.autograd.grad(loss, leaves[wide], retain_graph=True)
+        (first,) = torch.autograd.grad(loss, leaves[wide], create_graph=True)
+        upstream = torch.linspace(-1, 1, first.numel(), dtype=first.dtype).reshape(first.shape)
+        second = torch.autograd.grad(first, leaves[wide], upstream, allow_unused=True)[0]
+        return loss.detach(), plain, first.detach(), second
+
+    found = derivatives(call, flat)
+    truth = derivatives(partial(style_formula, **settings), [t.double() for t in flat])
+    for got, want in zip(found, truth, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))

@@ -21,7 +21,8 @@ from harness import (
     same_bits,
     spread,
 )
-from op_cases import DEFAULT, LARGE, OPS, SMALL, SUBSETS, Op, enough, ops
+from op_cases import LARGE, OPS, SMALL, SUBSETS, Op
+from op_choices import ALL_WAYS, SETTINGS, USUAL, ops
 from partial_conv_cases import exact_convolutions  # noqa: F401
 from pixel_cases import on_device
 from torch import Tensor
@@ -37,25 +38,10 @@ from training_checks import (
 )
 
 LAYOUTS = ("contiguous", "channels_last")
+KEEPING = [*SETTINGS, *ops("partial_conv"), *(op for op in OPS.values() if "own mask" in op.id)]
 # Planes and rows that are multiples of 8: no padding in the packed signs.
 KEPT_SIZE = (8, 3, 8, 8) if INTERPRETING or EMULATING else (8, 3, 64, 64)
-every_op = grid(op=enough(OPS.values()))
-# One setting of each op, that of its documentation's example.
-USUAL = [
-    OPS[name]
-    for name in (
-        "masked_l1 l1 mask",
-        "hole_valid l1 image valid",
-        f"inpainting_pixel image {DEFAULT} l1",
-        f"total_variation l1 {DEFAULT} composite",
-        "gradient_loss ring l1",
-        "stacked_images all",
-        "gram chw",
-        "style chw-l1",
-        "feature_distance l1 mask",
-        "partial_conv usual n1 2d",
-    )
-]
+every_op = grid(op=[*SETTINGS, *ops("partial_conv")])
 usual_ops = pytest.mark.parametrize("op", USUAL, ids=str)
 
 
@@ -72,7 +58,7 @@ def assert_same(got: Any, want: Any) -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-@grid(op=enough(op for op in OPS.values() if op.keeps), dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
+@grid(op=[op for op in KEEPING if op.keeps], dtypes=("f32/f32", "bf16/bf16"), layout=LAYOUTS)
 def test_keeps_no_more_than_it_needs(kernel: Backend, op: Op, dtypes: str, layout: str) -> None:
     """Packed signs and the like; not an image that the caller's graph holds, nor one that it does not."""
     call = op.by(kernel)
@@ -90,42 +76,21 @@ def test_keeps_no_more_than_it_needs(kernel: Backend, op: Op, dtypes: str, layou
 
 
 @usual_ops
-def test_saved_tensors_may_be_packed(kernel: Backend, op: Op) -> None:
-    """As by offloading: they come back as other objects."""
+def test_offloading_and_activation_checkpointing(kernel: Backend, op: Op) -> None:
+    """Saved tensors may come back as other objects, or be computed again."""
     inputs = inputs_of(op, kernel)
     usual = evaluate(op.by(kernel), inputs, op.wanted)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
         assert_same(evaluate(op.by(kernel), inputs, op.wanted, usual[2]), usual)
-
-
-@usual_ops
-def test_activation_checkpointing(kernel: Backend, op: Op) -> None:
-    inputs = inputs_of(op, kernel)
     again = partial(torch.utils.checkpoint.checkpoint, op.by(kernel), use_reentrant=False)
-    usual = evaluate(op.by(kernel), inputs, op.wanted)
     assert_same(evaluate(again, inputs, op.wanted, usual[2]), usual)
 
 
 # ---- determinism -------------------------------------------------------------------------------------------------
 
+
 # A convolution of the library may add in any order.
-REPEATED = [
-    *ops("masked_l1 l1", "masked_l1 charbonnier", "hole_valid l1", "hole_valid charbonnier"),
-    *[op for op in ops("inpainting_pixel") if DEFAULT in op.id],
-    *[op for op in ops("total_variation") if "image-default" in op.id or "dilated_hole-mask" in op.id],
-    *ops(
-        "gradient_loss",
-        "stacked_images all",
-        "stacked_images swap",
-        "gram chw",
-        "style chw-l1",
-        "style gatys",
-    ),
-    *ops("feature_distance l1", "feature_distance charbonnier"),
-]
-
-
-@grid(op=enough(REPEATED), layout=LAYOUTS)
+@grid(op=SETTINGS, layout=LAYOUTS)
 def test_two_runs_give_the_same_bits(backend: Backend, op: Op, layout: str) -> None:
     halves = [(LARGE, "bf16/bf16")] if op.name == "stacked_images" else []
     for size, dtypes in [*((size, "f32/f32") for size in op.large), *halves]:
@@ -136,7 +101,7 @@ def test_two_runs_give_the_same_bits(backend: Backend, op: Op, layout: str) -> N
             return (*outputs, *gradients)
 
         # PyTorch's own sums, which the reference uses, depend on the number of threads.
-        sums = backend.name == "reference" and op.name != "stacked_images"
+        sums = backend.name == "reference" and op.name not in ("stacked_images", "composite")
         check_deterministic(run, threads=(1,) if sums else (1, 2, 3))
 
 
@@ -161,21 +126,6 @@ def test_every_byte_is_written(kernel: Backend, op: Op, layout: str, size: tuple
 
 # ---- registration and compile ------------------------------------------------------------------------------------
 
-CHECKED = {
-    "masked_l1": ops(
-        "masked_l1 l1 mask", "masked_l1 huber mask", "masked_l1 l1 none", "masked_l1 huber none"
-    ),
-    "hole_valid": ops("hole_valid l1 mask", "hole_valid huber mask"),
-    "inpainting_pixel": ops(f"inpainting_pixel mask {DEFAULT}", "inpainting_pixel mask image-default"),
-    "total_variation": ops(
-        *(f"total_variation {p} {m}" for p in ("l1", "l2") for m in ("image-image", "dilated_hole-image"))
-    ),
-    "stacked_images": ops("stacked_images swap", "stacked_images target+raw"),
-    "gram": ops("gram chw", "gram hw"),
-    "style": ops("style chw-l1", "style gatys"),
-    "feature_distance": ops("feature_distance l1", "feature_distance charbonnier mask"),
-    "partial_conv": ops("partial_conv usual", "partial_conv mat", "partial_conv soft"),
-}
 SIZES = {"image": SMALL, "1x1": (2, 3, 1, 1), "c1": (2, 1, 4, 5), "nothing": (0, 3, 4, 5)}
 PLACES = (
     ("image", "contiguous"),
@@ -196,11 +146,10 @@ GRADIENTS: dict[str, tuple[Any, str, str]] = {
 
 def opchecks() -> list[Any]:
     """Of every op rows that see each of its settings, sizes, layouts and gradients about twice."""
-    rows = [
-        row
-        for name in CHECKED
-        for row in spread([*product(CHECKED[name], PLACES, GRADIENTS)], 8 if COVERING else 2 * len(PLACES))
-    ]
+    rows = []
+    for name in (op.name for op in USUAL if op.name != "gradient_loss"):
+        found = [op for op in (*SETTINGS, *ops("partial_conv")) if op.name == name]
+        rows += spread([*product(found, PLACES, GRADIENTS)], 8 if COVERING else 2 * len(PLACES))
     return [pytest.param(*row, id="-".join(map(str, (row[0], *row[1], row[2])))) for row in rows]
 
 
@@ -224,68 +173,26 @@ def test_opcheck(kernel: Backend, op: Op, place: tuple[str, str], gradient: str)
 
 
 COMPILED_SIZES = ((2, 3, 9, 14), (3, 4, 16, 10))
-# Setting, mask, layout. The first of an op goes through the whole compiler, and is that of the reference.
-COMPILED: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "masked_l1": (
-        ("masked_l1 l1 mask", "n1hw", "contiguous"),
-        ("masked_l1 l1 mask", "n1hw", "channels_last"),
-        ("masked_l1 huber none", "nchw", "channels_last"),
-        ("masked_l1 l2 sample", "hw", "contiguous"),
-        ("masked_l1 charbonnier image", "nomask", "contiguous"),
-    ),
-    "hole_valid": (
-        ("hole_valid l1 image valid", "n1hw", "contiguous"),
-        ("hole_valid l1 mask valid", "n1hw", "channels_last"),
-        ("hole_valid charbonnier sample valid", "nchw", "channels_last"),
-        ("hole_valid huber mask valid", "hw", "contiguous"),
-    ),
-    "inpainting_pixel": (
-        (f"inpainting_pixel image {DEFAULT} l1", "n1hw", "contiguous"),
-        ("inpainting_pixel mask image-default l1", "n1hw", "channels_last"),
-        ("inpainting_pixel sample hole-mask l1", "nchw", "channels_last"),
-        ("inpainting_pixel mask hole-mask l2", "hw", "contiguous"),
-    ),
-    "total_variation": (
-        ("total_variation l1 image-default image", "n1hw", "contiguous"),
-        ("total_variation l1 dilated_hole-default composite", "n1hw", "channels_last"),
-        ("total_variation l2 hole-mask composite", "nchw", "channels_last"),
-        ("total_variation l2 first_pixel-mask image", "hw", "contiguous"),
-    ),
-    "gradient_loss": (
-        ("gradient_loss ring l1", "n1hw", "contiguous"),
-        ("gradient_loss dilated_hole l2", "hw", "channels_last"),
-        ("gradient_loss image l1", "n1hw", "contiguous"),
-    ),
-    "stacked_images": (
-        ("stacked_images all", "n1hw", "contiguous"),
-        ("stacked_images swap", "nchw", "channels_last"),
-        ("stacked_images composite", "hw", "contiguous"),
-        ("stacked_images target+raw", "nomask", "channels_last"),
-    ),
-    "gram": (("gram chw", "", "contiguous"), ("gram chw", "", "channels_last")),
-    "style": (
-        ("style chw-l1", "", "contiguous"),
-        ("style chw-l1", "", "channels_last"),
-        ("style hw-l2 gram", "", "contiguous"),
-        ("style gatys", "", "contiguous"),
-    ),
-    "feature_distance": (
-        ("feature_distance l1 mask", "n1hw", "contiguous"),
-        ("feature_distance l1", "n1hw", "channels_last"),
-        ("feature_distance l2", "n1hw", "contiguous"),
-        ("feature_distance charbonnier mask", "n1hw", "channels_last"),
-    ),
-}
-COMPILES = [(*row, i == 0) for rows in COMPILED.values() for i, row in enumerate(rows)]
+# Of each op three ways through its kernels. The first goes through the whole compiler, and is that of the reference.
+COMPILED = [
+    (OPS[f"{name} {way}"], mask, layout, mask == "n1hw")
+    for name, found in ALL_WAYS.items()
+    for way, mask, layout in zip(found, ("n1hw", "nchw", "hw"), (*LAYOUTS, "contiguous"), strict=False)
+]
+COMPILED += [
+    (OPS["masked_l1 charbonnier image"], "nomask", "channels_last", False),
+    (OPS["masked_l1 l1 mask"], "hw-u8", "contiguous", False),
+]
 
 
-@pytest.mark.parametrize(("name", "mask", "layout", "first"), COMPILES)
-def test_compile(backend: Backend, name: str, mask: str, layout: str, first: bool) -> None:
+@pytest.mark.parametrize(("op", "mask", "layout", "first"), COMPILED, ids=str)
+def test_compile(backend: Backend, op: Op, mask: str, layout: str, first: bool) -> None:
     if backend.name == "reference" and not first:
         pytest.skip("slow to trace; once is enough")
-    op = OPS[name]
     sizes = [(n, 3 if op.name == "stacked_images" else c, h, w) for n, c, h, w in COMPILED_SIZES]
-    cases = [inputs_of(op, backend, size, layout=layout, mask=mask) for size in sizes]
+    kind, _, dtype = mask.partition("-")
+    options = {"layout": layout, "mask": kind, "mask_dtype": dtype or "f32"}
+    cases = [inputs_of(op, backend, size, **options) for size in sizes]
     # Inductor does not see Triton's interpreter.
     whole = first and not INTERPRETING and op.name not in ("gram", "feature_distance")
     check_compiles(op.by(backend), op.check, cases, "inductor" if whole else "aot_eager")
@@ -354,7 +261,7 @@ def test_inference_mode_and_no_grad_run_no_autograd(backend: Backend, op: Op) ->
 PASSES = ("mul", "div", "where", "sum", "sub", "conv", "bmm", "repeat")
 
 
-@pytest.mark.parametrize("op", [op for op in USUAL if op.name in CHECKED], ids=str)
+@pytest.mark.parametrize("op", [op for op in USUAL if op.name != "gradient_loss"], ids=str)
 def test_automatic_choice_is_the_kernel_of_the_device(kernel: Backend, op: Op) -> None:
     """One forward and one backward call, for all layers; nothing of the reference's way."""
     first = {"cpu": "cpu", "cuda": "cuda"}[kernel.device]

@@ -8,24 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from harness import Backend, backend_for, generator
+from harness import Backend, generator
+from op_cases import OPS, Op
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from transform_cases import CASES, Case
+from transform_cases import CASES, COMPILED, forced, tensors_of
 
 import inpaint_kernels as ik
 
-# One of each shape of work.
-COMPILED = (
-    "masked_mse",
-    "total_variation l2 composite",
-    "stacked_images",
-    "style with weights",
-    "partial_conv2d",
-)
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_op = pytest.mark.parametrize("op", CASES, ids=str)
 
 
 def close(found: Any, expected: Any) -> None:
@@ -37,41 +30,40 @@ def directions(tensors: Sequence[Tensor], seed: int = 9) -> tuple[Tensor, ...]:
     return tuple(torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t) for t in tensors)
 
 
-def weighted_sum(case: Case, tensors: Sequence[Tensor], backend: str | None = None) -> Tensor:
+def weighted_sum(op: Op, tensors: Sequence[Tensor], backend: str | None = None) -> Tensor:
     """One number of all outputs, every element with a factor of its own."""
     total = tensors[0].new_zeros(())
-    for i, output in enumerate(case.outputs(tensors, backend)):
+    for i, output in enumerate(op.outputs(tensors, backend)):
         ramp = torch.linspace(0.5, 1.5 + i, output.numel(), dtype=output.dtype, device=output.device)
         total = total + (output * ramp.reshape(output.shape)).sum()
     return total
 
 
-def backward_of(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def backward_of(op: Op, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of `weighted_sum` by all tensors, from autograd's backward."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    return torch.autograd.grad(weighted_sum(case, leaves), leaves)
+    return torch.autograd.grad(weighted_sum(op, leaves), leaves)
 
 
-@cases
+@every_op
 @pytest.mark.parametrize("way", ["torch.func.jvp", "dual_level", "dual_level, no_grad"])
 @pytest.mark.parametrize("part", ["inputs", "masks and weights", "both"])
-def test_forward_mode(case: Case, way: str, part: str) -> None:
+def test_forward_mode(op: Op, way: str, part: str) -> None:
     """The derivative along a direction is that of the backward; by masks also where they are 0."""
-    moves = range(case.free) if part == "inputs" else range(case.free, len(case.shapes))
-    if part == "both":
-        moves = range(len(case.shapes))
+    tensors = tensors_of(op)
+    first, last = {"inputs": (0, op.free), "masks and weights": (op.free, None), "both": (0, None)}[part]
+    moves = range(len(tensors))[first:last]
     if not moves:
         pytest.skip("nothing to move")
-    tensors = case.tensors()
     along = directions(tensors)
-    gradients = backward_of(case, tensors)
+    gradients = backward_of(op, tensors)
     expected = sum((gradients[i] * along[i]).sum() for i in moves)
 
     def function(*moved: Tensor) -> Tensor:
         every = list(tensors)
         for i, t in zip(moves, moved, strict=True):
             every[i] = t
-        return weighted_sum(case, every)
+        return weighted_sum(op, every)
 
     primals, tangents = ([some[i] for i in moves] for some in (tensors, along))
     if way == "torch.func.jvp":
@@ -80,57 +72,55 @@ def test_forward_mode(case: Case, way: str, part: str) -> None:
         with forward_ad.dual_level(), torch.set_grad_enabled("no_grad" not in way):
             output = function(*map(forward_ad.make_dual, primals, tangents))
             value, found = forward_ad.unpack_dual(output)
-    close(value, weighted_sum(case, tensors))
+    close(value, weighted_sum(op, tensors))
     close(found, expected)
 
 
-@cases
-def test_gradients_by_torch_func(case: Case) -> None:
-    tensors = case.tensors()
+@every_op
+def test_gradients_by_torch_func(op: Op) -> None:
+    tensors = tensors_of(op)
     every = tuple(range(len(tensors)))
-    expected = backward_of(case, tensors)
-    found = torch.func.grad(lambda *t: weighted_sum(case, t), every)(*tensors)
+    expected = backward_of(op, tensors)
+    found = torch.func.grad(lambda *t: weighted_sum(op, t), every)(*tensors)
     close(found, expected)
-    first = case.outputs(tensors)[0]
+    first = op.outputs(tensors)[0]
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
-        found = jacobian(lambda *t: weighted_sum(case, t).reshape(1), every)(*tensors)
+        found = jacobian(lambda *t: weighted_sum(op, t).reshape(1), every)(*tensors)
         close([f[0] for f in found], list(expected))
-        whole = jacobian(lambda *t: case.outputs(t)[0])(*tensors)
+        whole = jacobian(lambda *t: op.outputs(t)[0])(*tensors)
         assert whole.shape == (*first.shape, *tensors[0].shape)
 
 
-@cases
+@every_op
 @pytest.mark.parametrize("batched", ["all", "inputs", "first"])
-def test_batches(case: Case, batched: str) -> None:
+def test_batches(op: Op, batched: str) -> None:
     """vmap, and vmap of the gradient, are what a loop gives."""
-    count = {"all": len(case.shapes), "inputs": case.free, "first": 1}[batched]
-    samples = [case.tensors(seed=seed) for seed in range(3)]
-    stacked = [
-        torch.stack([s[i] for s in samples]) if i < count else samples[0][i] for i in range(len(case.shapes))
-    ]
+    samples = [tensors_of(op, seed=seed) for seed in range(3)]
+    count = {"all": len(samples[0]), "inputs": op.free, "first": 1}[batched]
+    stacked = [torch.stack(ts) if i < count else ts[0] for i, ts in enumerate(zip(*samples, strict=True))]
     dims = tuple(0 if i < count else None for i in range(len(stacked)))
     loop = [[*s[:count], *samples[0][count:]] for s in samples]
-    found = torch.vmap(lambda *t: case.outputs(t), in_dims=dims)(*stacked)
-    close(list(found), [torch.stack(o) for o in zip(*map(case.outputs, loop), strict=True)])
-    gradient = torch.func.grad(lambda *t: weighted_sum(case, t), tuple(range(len(stacked))))
+    found = torch.vmap(lambda *t: op.outputs(t), in_dims=dims)(*stacked)
+    close(list(found), [torch.stack(o) for o in zip(*map(op.outputs, loop), strict=True)])
+    gradient = torch.func.grad(lambda *t: weighted_sum(op, t), tuple(range(len(stacked))))
     found = torch.vmap(gradient, in_dims=dims)(*stacked)
-    expected = [backward_of(case, tensors) for tensors in loop]
+    expected = [backward_of(op, tensors) for tensors in loop]
     close(list(found), [torch.stack(g) for g in zip(*expected, strict=True)])
 
 
-@cases
-def test_nested_transforms(case: Case) -> None:
+@every_op
+def test_nested_transforms(op: Op) -> None:
     """Forward over reverse and reverse over forward, by the inputs and what is fixed, are the same."""
-    tensors = case.tensors()
+    tensors = tensors_of(op)
     along = directions(tensors)
     every = tuple(range(len(tensors)))
-    function = lambda *t: weighted_sum(case, t)  # noqa: E731
+    function = lambda *t: weighted_sum(op, t)  # noqa: E731
     gradient = torch.func.grad(function, every)
     _, forward = torch.func.jvp(gradient, tuple(tensors), along)
     reverse = torch.func.grad(lambda *t: torch.func.jvp(function, t, along)[1], every)(*tensors)
     close(forward, reverse)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    first = torch.autograd.grad(weighted_sum(case, leaves), leaves, create_graph=True)
+    first = torch.autograd.grad(weighted_sum(op, leaves), leaves, create_graph=True)
     inner = sum((g * a).sum() for g, a in zip(first, along, strict=True))
     if inner.requires_grad:
         expected = torch.autograd.grad(inner, leaves, allow_unused=True, materialize_grads=True)
@@ -139,13 +129,13 @@ def test_nested_transforms(case: Case) -> None:
     close(forward, expected)
 
 
-@cases
-def test_gradcheck_in_every_mode(case: Case) -> None:
+@every_op
+def test_gradcheck_in_every_mode(op: Op) -> None:
     """With a kernel in the forward: batched upstream gradients, forward mode, forward mode of batches."""
-    tensors = case.tensors()
-    leaves = [t.requires_grad_() for t in tensors[: case.free]]
+    tensors = tensors_of(op)
+    leaves = [t.requires_grad_() for t in tensors[: op.free]]
     assert torch.autograd.gradcheck(
-        lambda *t: case.outputs([*t, *tensors[case.free :]]),
+        lambda *t: op.outputs([*t, *tensors[op.free :]]),
         leaves,
         check_batched_grad=True,
         check_forward_ad=True,
@@ -154,13 +144,13 @@ def test_gradcheck_in_every_mode(case: Case) -> None:
     )
 
 
-@cases
+@every_op
 @pytest.mark.parametrize("upstream", ["batched", "dual", "batched, create_graph"])
-def test_upstream_gradients_of_a_kernel(kernel: Backend, case: Case, upstream: str) -> None:
+def test_upstream_gradients_of_a_kernel(kernel: Backend, op: Op, upstream: str) -> None:
     """A kernel ran forward; transforms come only on the way back."""
-    tensors = case.tensors(torch.float32, device=kernel.device)
-    leaves = [t.requires_grad_() for t in tensors[: case.free]]
-    outputs = case.outputs([*leaves, *tensors[case.free :]], case.forced(kernel))
+    tensors = tensors_of(op, torch.float32, device=kernel.device)
+    leaves = [t.requires_grad_() for t in tensors[: op.free]]
+    outputs = op.outputs([*leaves, *tensors[op.free :]], forced(op, kernel))
     sent = [directions(outputs, seed) for seed in range(3)]
 
     def gradients(values: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
@@ -179,14 +169,13 @@ def test_upstream_gradients_of_a_kernel(kernel: Backend, case: Case, upstream: s
     torch.testing.assert_close(list(found), [torch.stack(g) for g in zip(*single, strict=True)])
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_transforms(name: str) -> None:
+@pytest.mark.parametrize("op", COMPILED, ids=str)
+def test_compiled_transforms(op: Op) -> None:
     """torch.compile traces the transforms into one graph; by masks, too."""
-    case = CASES[name]
-    tensors = case.tensors()
+    tensors = tensors_of(op)
     along = directions(tensors)
-    gradients = backward_of(case, tensors)
-    function = lambda *t: weighted_sum(case, t)  # noqa: E731
+    gradients = backward_of(op, tensors)
+    function = lambda *t: weighted_sum(op, t)  # noqa: E731
     every = tuple(range(len(tensors)))
 
     def compiled(run: Callable[..., Any]) -> Any:
@@ -205,37 +194,37 @@ class Picture(Tensor):
     """Follows torch functions, as torchvision's tv_tensors."""
 
 
-@cases
+@every_op
 @pytest.mark.parametrize("kind", ["function", "dispatch"])
-def test_subclasses(case: Case, kind: str) -> None:
+def test_subclasses(op: Op, kind: str) -> None:
     """They see torch's own operators, and what comes out is of their type, gradients too."""
-    tensors, others = case.tensors(), case.tensors(seed=1)
+    tensors, others = tensors_of(op), tensors_of(op, seed=1)
     if kind == "function":
         leaves = [t.clone().as_subclass(Picture).requires_grad_() for t in tensors]
-        outputs = case.outputs(leaves)
+        outputs = op.outputs(leaves)
         assert all(type(o) is Picture for o in outputs)
-        close([o.as_subclass(Tensor).detach() for o in outputs], list(case.outputs(tensors)))
-        weighted_sum(case, leaves).backward()
-        close([leaf.grad.as_subclass(Tensor) for leaf in leaves], list(backward_of(case, tensors)))
+        close([o.as_subclass(Tensor).detach() for o in outputs], list(op.outputs(tensors)))
+        weighted_sum(op, leaves).backward()
+        close([leaf.grad.as_subclass(Tensor) for leaf in leaves], list(backward_of(op, tensors)))
         return
     pairs = [TwoTensor(a.clone(), b.clone()).requires_grad_() for a, b in zip(tensors, others, strict=True)]
-    weighted_sum(case, pairs).backward()
+    weighted_sum(op, pairs).backward()
     for part, plain in (("a", tensors), ("b", others)):
-        close([getattr(p.grad, part) for p in pairs], list(backward_of(case, plain)))
+        close([getattr(p.grad, part) for p in pairs], list(backward_of(op, plain)))
 
 
-@cases
-def test_a_forced_kernel_says_what_it_does_not_serve(kernel: Backend, case: Case) -> None:
-    tensors = case.tensors(torch.float32, device=kernel.device)
-    name = backend_for(case.function, kernel)
-    if case.fixed:
+@every_op
+def test_a_forced_kernel_says_what_it_does_not_serve(kernel: Backend, op: Op) -> None:
+    tensors = tensors_of(op, torch.float32, device=kernel.device)
+    name = kernel.name
+    if len(tensors) > op.free:
         with pytest.raises(RuntimeError, match=f"backend '{name}' .*use backend='reference'"):
-            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
+            op.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
         with torch.no_grad():
-            case.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
-    if case.weights:
+            op.outputs([*tensors[:-1], tensors[-1].clone().requires_grad_()], name)
+    if "weights" in op.id:
         return
-    call = lambda *t: case.outputs(t, name)  # noqa: E731
+    call = lambda *t: op.outputs(t, name)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"does not serve torch.func transforms; use backend='reference'"):
         torch.vmap(call)(*[t[None] for t in tensors])
     with (
@@ -245,24 +234,24 @@ def test_a_forced_kernel_says_what_it_does_not_serve(kernel: Backend, case: Case
         call(forward_ad.make_dual(tensors[0], tensors[0]), *tensors[1:])
     with pytest.raises(RuntimeError, match="does not serve tensors of type Picture"):
         call(tensors[0].as_subclass(Picture), *tensors[1:])
-    torch.vmap(lambda *t: case.outputs(t, "reference"))(*[t[None] for t in tensors])
+    torch.vmap(lambda *t: op.outputs(t, "reference"))(*[t[None] for t in tensors])
 
 
-@cases
-def test_a_kernel_runs_where_nothing_is_dual(kernel: Backend, case: Case) -> None:
+@every_op
+def test_a_kernel_runs_where_nothing_is_dual(kernel: Backend, op: Op) -> None:
     """An open level of forward-mode AD alone refuses nobody."""
     with forward_ad.dual_level():
-        case.outputs(case.tensors(torch.float32, device=kernel.device), case.forced(kernel))
+        op.outputs(tensors_of(op, torch.float32, device=kernel.device), forced(op, kernel))
 
 
-@cases
-def test_second_derivatives_under_a_checkpoint(kernel: Backend, case: Case) -> None:
+@every_op
+def test_second_derivatives_under_a_checkpoint(kernel: Backend, op: Op) -> None:
     """Which hands out every saved tensor once."""
-    tensors = case.tensors(torch.float32, device=kernel.device)
-    leaves = [t.requires_grad_() for t in tensors[: case.free]]
+    tensors = tensors_of(op, torch.float32, device=kernel.device)
+    leaves = [t.requires_grad_() for t in tensors[: op.free]]
 
     def call(*free: Tensor) -> Tensor:
-        return weighted_sum(case, [*free, *tensors[case.free :]], case.forced(kernel)) ** 2
+        return weighted_sum(op, [*free, *tensors[op.free :]], forced(op, kernel)) ** 2
 
     plain, again = (
         torch.autograd.grad(value, leaves, create_graph=True)
@@ -273,35 +262,33 @@ def test_second_derivatives_under_a_checkpoint(kernel: Backend, case: Case) -> N
     torch.testing.assert_close(*seconds)
 
 
-@cases
-def test_inference_tensors(kernel: Backend, case: Case) -> None:
+@every_op
+def test_inference_tensors(kernel: Backend, op: Op) -> None:
     """What was made under inference_mode is read, and kept for the backward, like everything else."""
-    tensors = case.tensors(torch.float32, device=kernel.device)
-    backend = case.forced(kernel)
-    for wanted in range(case.free):
+    tensors = tensors_of(op, torch.float32, device=kernel.device)
+    backend = forced(op, kernel)
+    for wanted in range(op.free):
         with torch.inference_mode():
             frozen = [t.clone() for t in tensors]
         for create_graph in (False, True):
             leaf, plain = (tensors[wanted].detach().clone().requires_grad_() for _ in range(2))
-            found = weighted_sum(case, [leaf if i == wanted else t for i, t in enumerate(frozen)], backend)
-            expected = weighted_sum(
-                case, [plain if i == wanted else t for i, t in enumerate(tensors)], backend
-            )
+            found = weighted_sum(op, [leaf if i == wanted else t for i, t in enumerate(frozen)], backend)
+            expected = weighted_sum(op, [plain if i == wanted else t for i, t in enumerate(tensors)], backend)
             (gradient,) = torch.autograd.grad(found, leaf, create_graph=create_graph)
             torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0])
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
-@cases
-def test_a_traced_function_reads_what_it_is_given(kernel: Backend, case: Case) -> None:
+@every_op
+def test_a_traced_function_reads_what_it_is_given(kernel: Backend, op: Op) -> None:
     """torch.jit.trace of tensors that require a gradient records no value of the traced call."""
 
     def call(*free: Tensor) -> Tensor:
-        return weighted_sum(case, [*free, *fixed], case.forced(kernel))
+        return weighted_sum(op, [*free, *fixed], forced(op, kernel))
 
-    tensors = case.tensors(torch.float32, device=kernel.device)
-    fixed = tensors[case.free :]
-    leaves = [t.requires_grad_() for t in tensors[: case.free]]
+    tensors = tensors_of(op, torch.float32, device=kernel.device)
+    fixed = tensors[op.free :]
+    leaves = [t.requires_grad_() for t in tensors[: op.free]]
     traced = torch.jit.trace(call, leaves, check_trace=False)
     others = [t.flip(-1).detach().requires_grad_() for t in leaves]
     found, expected = traced(*others), call(*others)
@@ -310,11 +297,11 @@ def test_a_traced_function_reads_what_it_is_given(kernel: Backend, case: Case) -
     torch.testing.assert_close(*gradients)
 
 
-@cases
-def test_meta_tensors(case: Case) -> None:
-    tensors = case.tensors(torch.bfloat16)
-    found = case.outputs([t.to("meta") for t in tensors])
-    for meta, real in zip(found, case.outputs(tensors), strict=True):
+@every_op
+def test_meta_tensors(op: Op) -> None:
+    tensors = tensors_of(op, torch.bfloat16)
+    found = op.outputs([t.to("meta") for t in tensors])
+    for meta, real in zip(found, op.outputs(tensors), strict=True):
         assert (meta.device.type, meta.shape, meta.dtype) == ("meta", real.shape, real.dtype)
 
 
@@ -324,38 +311,38 @@ def counted(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def convolution(case: Case, tensors: Sequence[Tensor]) -> Tensor:
+def convolution(tensors: Sequence[Tensor]) -> Tensor:
     convolve = torch.nn.functional.conv2d if tensors[0].ndim == 4 else torch.nn.functional.conv3d
     return convolve(*tensors[:3], padding=1)
 
 
 # Of a product with the features of both layers of a sample: N C^2 H W multiplications and as many additions.
-PRODUCT = 2 * (9 * 20 + 4 * 6)
-GRAMS = {"gram_matrix": 2 * 2 * 9 * 20, "style of given matrices": 4 * 2 * 9 * 20}
+PRODUCT = 2 * (9 * 20 + 36 * 6)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_flops(backend: Backend, name: str) -> None:
+@every_op
+def test_flops(backend: Backend, op: Op) -> None:
     """Those of the library's convolution and of matrix products, in each direction."""
-    case = CASES[name]
-    tensors = case.tensors(torch.float32, device=backend.device)
-    leaves = [t.requires_grad_(i < case.free) for i, t in enumerate(tensors)]
-    forced = case.forced(backend)
+    tensors = tensors_of(op, torch.float32, device=backend.device)
+    leaves = [t.requires_grad_(i < op.free) for i, t in enumerate(tensors)]
+    name = forced(op, backend)
     found: list[Tensor] = []
     counts = (
-        counted(lambda: found.append(weighted_sum(case, leaves, forced))),
+        counted(lambda: found.append(weighted_sum(op, leaves, name))),
         counted(lambda: found[0].backward()),
     )
-    if name.startswith("partial_conv"):
+    if op.name == "partial_conv":
         eager: list[Tensor] = []
         expected = (
-            counted(lambda: eager.append(convolution(case, leaves))),
+            counted(lambda: eager.append(convolution(leaves))),
             counted(lambda: eager[0].sum().backward()),
         )
     else:
-        forward = GRAMS.get(name, 6 * PRODUCT if name.startswith("style") else 0)
+        # Two predictions and, unless their matrices are given, one target of two samples.
+        products = {"gram": 2 * 2 * 9 * 20, "style": (4 if op.free == 2 else 6) * PRODUCT}
+        forward = products.get(op.name, 0)
         # Autograd does not know that the matrices are symmetric: it takes two products.
-        expected = (forward, forward * (1 if backend.name != "reference" and forced else 2))
+        expected = (forward, forward * (1 if backend.name != "reference" and name else 2))
     assert counts == expected
 
 
@@ -381,8 +368,8 @@ def test_a_user_formula_for_flops_stays(kernel: Backend) -> None:
 
 def test_layers_under_torch_func() -> None:
     """As torch.nn.Conv2d: gradients by parameters, and an ensemble of layers in one vmap."""
-    layers = [ik.nn.PartialConv2d(2, 3, 3, padding=1, dtype=torch.float64) for _ in range(3)]
-    x, _, _, mask = CASES["partial_conv2d"].tensors()
+    layers = [ik.nn.PartialConv2d(3, 4, 3, padding=1, dtype=torch.float64) for _ in range(3)]
+    x, _, _, mask = tensors_of(OPS["partial_conv usual n1 2d"])
     loss = lambda p: torch.func.functional_call(layers[0], p, (x, mask)).square().sum()  # noqa: E731
     parameters = dict(layers[0].named_parameters())
     found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
@@ -443,7 +430,7 @@ def test_streamed_losses_refuse_other_derivatives() -> None:
 @pytest.mark.parametrize("function", [ik.masked_l1_loss, ik.hole_valid_loss, ik.inpainting_pixel_loss])
 def test_global_means_refuse_derivatives_by_the_mask(function: Callable[..., Any]) -> None:
     """Their counts have none."""
-    pred, target, mask = CASES["masked_l1"].tensors()
+    pred, target, mask = tensors_of(OPS["masked_l1 l1 mask"])
     call = lambda m: function(pred, target, m, process_group=object())  # noqa: E731
     with pytest.raises(ValueError, match="process_group computes no derivative by mask"):
         torch.func.jvp(call, (mask,), (mask,))
