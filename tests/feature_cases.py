@@ -48,9 +48,6 @@ GRAM_NORMALIZATIONS = ("chw", "hw", "none")
 # (normalize, penalty) of the style loss.
 STYLES = {f"{n}-{p}": (n, p) for n in GRAM_NORMALIZATIONS for p in ("l1", "l2")} | {"gatys": ("gatys", "l2")}
 
-# From the inputs in float64: the size of the terms of every output, and of every gradient by position.
-Sizes = Callable[..., tuple[Sequence[Tensor], dict[int, Tensor]]]
-
 
 def check(
     call: Call,
@@ -58,13 +55,14 @@ def check(
     inputs: Sequence[Tensor | None],
     *,
     wanted: Sequence[int],
-    sizes: Sizes,
+    sizes: Callable[..., tuple[Sequence[Tensor], dict[int, Tensor]]],
     masks: int = 0,
 ) -> None:
     """`harness.check_against_truth` for sums whose terms cancel, in the outputs as well as in the gradients.
 
-    A value may be off by FLOOR_ULPS of its terms, a stored half besides by one rounding of its own size. The last
-    `masks` inputs do not decide the dtype of the sums.
+    `sizes` tells from the inputs in float64 how large the terms of every output are, and those of every gradient by
+    position. A value may be off by FLOOR_ULPS of its terms, a stored half besides by one rounding of its own size.
+    The last `masks` inputs do not decide the dtype of the sums.
     """
     acc = accumulate_dtype([t for t in inputs[: len(inputs) - masks] if t is not None])
     before = [None if t is None else (t.clone(), t._version) for t in inputs]
@@ -194,8 +192,8 @@ def layer_mask(
 ) -> Tensor | None:
     if MASKS[kind] is None:
         return None
-    shape, copies = MASKS[kind]
-    n = size[0] * (predictions if copies == "k" else 1)
+    shape, batches = MASKS[kind]
+    n = size[0] * (predictions if batches == "k" else 1)
     return make_mask(shape, (n, *size[1:]), dtype, **options)
 
 
@@ -232,8 +230,8 @@ def _style_layers(flat: Sequence[Tensor], settings: dict[str, Any]) -> list[tupl
     layers = []
     for x, y, weight in zip(flat[:count], flat[count:], settings["weights"] or [1.0] * count, strict=True):
         n, c, h, w = x.shape
-        goal = y if settings["target_is_gram"] else gram_formula(y, normalize)
-        repeated = goal.to(x.dtype).repeat(n // max(y.shape[0], 1), 1, 1)
+        target = y if settings["target_is_gram"] else gram_formula(y, normalize)
+        repeated = target.to(x.dtype).repeat(n // max(y.shape[0], 1), 1, 1)
         if normalize == "gatys":
             factor = weight / max(4 * c**2 * (h * w) ** 2 * n, 1)
         else:
@@ -244,10 +242,17 @@ def _style_layers(flat: Sequence[Tensor], settings: dict[str, Any]) -> list[tupl
 
 def style_formula(*flat: Tensor, **settings: Any) -> Tensor:
     total = flat[0].new_zeros(())
-    for _, _, gram, goal, factor in _style_layers(flat, settings):
-        d = gram - goal
+    for _, _, gram, target, factor in _style_layers(flat, settings):
+        d = gram - target
         total = total + factor * (d.abs() if settings["penalty"] == "l1" else d.square()).sum()
     return total
+
+
+def _by_maps(slope: Tensor, maps: Tensor, normalize: str) -> Tensor:
+    """The largest gradient by the maps that a gradient of this size by their Gram matrices makes."""
+    c, h, w = maps.shape[1:]
+    factor = 2 * gram_factor(normalize, c, h * w)
+    return factor * torch.einsum("ncd,ndhw->nchw", slope, maps.abs())
 
 
 def style_sizes(*flat: Tensor, **settings: Any) -> tuple[list[Tensor], dict[int, Tensor]]:
@@ -257,21 +262,16 @@ def style_sizes(*flat: Tensor, **settings: Any) -> tuple[list[Tensor], dict[int,
     absolute = settings | {"weights": [abs(w) for w in settings["weights"] or [1.0] * count]}
     value, gradients = style_formula(*flat, **absolute), {}
     loud = _style_layers([t.abs() for t in flat], settings)
-    for i, (x, y, gram, goal, factor) in enumerate(_style_layers(flat, settings)):
-        d, terms = gram - goal, loud[i][2] + loud[i][3]
+    for i, (x, y, gram, target, factor) in enumerate(_style_layers(flat, settings)):
+        d, terms = gram - target, loud[i][2] + loud[i][3]
         wrong = terms if l1 else 2 * d.abs() * terms
         value = value + abs(factor) * wrong.norm()
         slope = abs(factor) * upstream.abs() * ((d != 0).double() if l1 else 2 * terms)
         shared = slope.unflatten(0, (-1, y.shape[0])).sum(0) if y.shape[0] else slope
-        c, h, w = x.shape[1:]
-        scale = 2 * gram_factor(settings["normalize"], c, h * w)
-        gradients[i] = scale * torch.einsum("ncd,ndhw->nchw", slope, x.abs())
-        if settings["target_is_gram"]:
-            gradients[count + i] = shared
-        else:
-            h, w = y.shape[2:]
-            scale = 2 * gram_factor(settings["normalize"], c, h * w)
-            gradients[count + i] = scale * torch.einsum("ncd,ndhw->nchw", shared, y.abs())
+        gradients[i] = _by_maps(slope, x, settings["normalize"])
+        gradients[count + i] = (
+            shared if settings["target_is_gram"] else _by_maps(shared, y, settings["normalize"])
+        )
     return [value], gradients
 
 
@@ -314,15 +314,16 @@ def check_style(
 
 
 def _distance_layers(flat: Sequence[Tensor], layers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    found = []
+    """(input, target, mask) of every layer, all of the input's shape."""
+    triples = []
     for i in range(layers):
         x, y = flat[i], flat[layers + i]
-        copies = x.shape[0] // max(y.shape[0], 1)
+        predictions = x.shape[0] // max(y.shape[0], 1)
         weight = flat[2 * layers + i] if len(flat) > 2 * layers else torch.ones_like(x)
         if weight.dim() == 4 and weight.shape[0] == y.shape[0]:
-            weight = weight.expand(-1, -1, *x.shape[2:]).repeat(copies, 1, 1, 1)
-        found.append((x, y.repeat(copies, 1, 1, 1), weight.expand(x.shape)))
-    return found
+            weight = weight.expand(-1, -1, *x.shape[2:]).repeat(predictions, 1, 1, 1)
+        triples.append((x, y.repeat(predictions, 1, 1, 1), weight.expand(x.shape)))
+    return triples
 
 
 def distance_formula(*flat: Tensor, layers: int, select: bool = True, **settings: Any) -> Tensor:
@@ -343,27 +344,17 @@ def distance_sizes(*flat: Tensor, layers: int, **settings: Any) -> tuple[list[Te
     leaves = [t.detach().requires_grad_(i < layers) for i, t in enumerate(flat)]
     with torch.enable_grad():
         loss = distance_formula(*leaves, layers=layers, **settings)
-        found = torch.autograd.grad(loss, leaves[:layers], upstream)
-    gradients = {i: g.abs() for i, g in enumerate(found)}
-    for i, g in enumerate(found):
+    gradients = {}
+    for i, g in enumerate(torch.autograd.grad(loss, leaves[:layers], upstream)):
         n = flat[layers + i].shape[0]
+        gradients[i] = g.abs()
         gradients[layers + i] = g.abs().unflatten(0, (-1, n)).sum(0) if n else g
     return [value], gradients
 
 
-def distance_settings(
-    penalty: str = "l1",
-    *,
-    weights: Sequence[float] | None = None,
-    normalize: str = "mask",
-    layer_reduction: str = "sum",
-) -> dict[str, Any]:
-    return {
-        "penalty": penalty,
-        "weights": weights,
-        "normalize": normalize,
-        "layer_reduction": layer_reduction,
-    }
+def distance_settings(penalty: str = "l1", **settings: Any) -> dict[str, Any]:
+    defaults = {"weights": None, "normalize": "mask", "layer_reduction": "sum"}
+    return {"penalty": penalty, **defaults, **settings}
 
 
 def distance_call(backend: Backend | None, layers: int, settings: dict[str, Any]) -> Call:

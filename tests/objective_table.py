@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from harness import generator
-from objective_cases import known
 from parity_cases import SmallCritic, load
 from torch import Tensor, nn
+from trunk_cases import relative
 
 from inpaint_kernels import objectives
 from inpaint_kernels.features import FrozenTrunk
@@ -77,8 +78,10 @@ METHODS = {
     "DeepFill-v1": Method(objectives.DeepFillObjective, "v1", heads=2, stages=2),
     "DeepFill-v2": Method(objectives.DeepFillObjective, "v2", heads=1, extra=1, stages=2),
 }
+every_method = pytest.mark.parametrize("name", METHODS)
 WITH_TRUNK = [name for name, method in METHODS.items() if method.net]
 WITH_CRITIC = [name for name, method in METHODS.items() if method.heads]
+MASKS = ("binary", "fractional", "channels", "holes", "known")
 
 
 def settings_of(name: str) -> Any:
@@ -172,6 +175,21 @@ class Inputs:
         return torch.cat(torch.autograd.grad(value, self.leaves, **options))
 
 
+def known(kind: str, size: tuple[int, ...]) -> Tensor:
+    """A mask of MASKS, 1 = known. Holes end above the last row and left of the last column, but for "holes"."""
+    n, c, h, w = size
+    rng = generator(8)
+    mask = torch.ones(n, c if kind == "channels" else 1, h, w)
+    if kind == "holes":
+        return mask.zero_()
+    if kind == "known":
+        return mask
+    inner = torch.rand(mask[..., :-1, :-1].shape, generator=rng)
+    mask[..., :-1, :-1] = inner if kind == "fractional" else (inner < 0.6).to(mask)
+    mask[..., 3 : h // 2, 2 : w // 2] = 0.25 if kind == "fractional" else 0
+    return mask
+
+
 def inputs(
     name: str,
     n: int = N,
@@ -181,7 +199,7 @@ def inputs(
     size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    """Images in [0, 1]; `mask` is a kind of `objective_cases.known`, turned to the method's polarity."""
+    """Images in [0, 1]; `mask` is one of MASKS, turned to the method's polarity."""
     method = METHODS[name]
     channels, size = channels or method.channels, size or method.size
     rng = generator(3)
@@ -192,3 +210,9 @@ def inputs(
     critic = Discriminators(method.heads, channels + method.extra) if method.heads else None
     condition = torch.rand(n, 1, size, size, generator=rng) if method.channels == 1 else None
     return Inputs(leaves, target, weights, critic, condition).to(dtype)
+
+
+def assert_same(x: Inputs, got: Any, want: Any) -> None:
+    """All terms, and the gradients of the totals."""
+    torch.testing.assert_close(got, want)
+    assert relative(x.gradient(got.total), x.gradient(want.total)) < 1e-5

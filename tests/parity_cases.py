@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,3 +282,104 @@ def _stages() -> tuple[nn.Sequential, dict[str, str]]:
         convolution.load_state_dict({key: state[f"{i}.{key}"] for key in ("weight", "bias")})
         found.add_module(f"layer{i + 1}", nn.Sequential(convolution, nn.ReLU(inplace=True)))
     return found, {name: name for name, _ in found.named_children()}
+
+
+# ---- figures as terms of objectives ------------------------------------------------------------------------------
+
+VGG = tuple(f"relu{b}_{i + 1}" for b, n in ((1, 2), (2, 2), (3, 4), (4, 4), (5, 1)) for i in range(n))
+ABLATION = {
+    "perceptual_layers": VGG,
+    "perceptual_known_only": True,
+    "perceptual_weight": 0.03,
+    "hole_weight": 2.5,
+    "feature_matching_known_only": True,
+    "extra_hole_weight": 3,
+    "mask_resize": "adaptive_max",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of `file` in tests/parity, whose keys follow a `prefix`, as equations with the terms of `method`."""
+
+    method: str
+    file: str
+    terms: str
+    gradients: str = "grad_total = total"  # by the prediction, of a term
+    prefix: str = ""
+    mask: str = "binary"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    discriminator: str = ""  # the keys without the prefix
+    critic_gradients: str = ""
+
+
+def _ctn(name: str, mask: str, style: str) -> Figures:
+    return Figures(
+        name,
+        name,
+        f"l1 = l1; perceptual = perceptual; style = {style}; adversarial = 0.1 adversarial; total = total",
+        "grad_total = total; grad_style_unweighted = style; grad_perceptual = perceptual",
+        prefix=f"{mask}.",
+        mask=mask,
+        discriminator="loss_D = total; loss_D + loss_D = real + fake",
+        critic_gradients="grad_D.",
+    )
+
+
+_LAMA = "G_adversarial = 10 adversarial; G_feature_matching = 100 feature_matching; G_total = total; "
+FIGURES = {
+    "CTN-binary": _ctn("CTN", "binary", "style"),
+    "CTN-fractional": _ctn("CTN", "fractional", "style"),
+    "T-former-binary": _ctn("T-former", "binary", "250 style"),
+    "T-former-fractional": _ctn("T-former", "fractional", "250 style"),
+    "MAT": Figures(
+        "MAT",
+        "MAT",
+        "G_adv + G_adv_stage1 = adversarial; G_perceptual = perceptual; G_total = total",
+        "grad_raw_stage1 | grad_raw = total; zero | grad_perceptual_unweighted = perceptual",
+        discriminator="D_loss + D_loss_stage1 = total",
+        critic_gradients="Dmain.grad.",
+    ),
+    "TransCNN-HAE": Figures(
+        "TransCNN-HAE",
+        "TransCNN-HAE",
+        "l1 = 2 l1; perceptual = perceptual; style = 250 style; total = total",
+        "grad_total = total; grad_style_unweighted = style; grad_perceptual = perceptual",
+    ),
+    "CoordFill": Figures(
+        "CoordFill",
+        "CoordFill",
+        "lpips = 10 lpips; adversarial = adversarial; feature_matching = 100 feature_matching; total = total",
+        "grad_raw = total; grad_lpips_unweighted = lpips",
+        discriminator="loss_D = total; loss_D_real = real; loss_D_fake = fake",
+    ),
+    "LaMa": Figures("LaMa", "LaMa", _LAMA + "G_l1 = 10 valid; G_resnet_pl = 30 perceptual"),
+    "LaMa-ablation": Figures(
+        "LaMa",
+        "LaMa",
+        _LAMA + "G_l1 = 10 valid + 2.5 hole; G_vgg = 0.03 perceptual",
+        prefix="opt_",
+        settings=ABLATION,
+    ),
+    "EdgeConnect-inpaint": Figures(
+        "EdgeConnect-inpaint",
+        "EdgeConnect",
+        "l_l1 = l1; l_per = 0.1 perceptual; l_sty = 250 style; l_g2 = 0.1 adversarial; total = total",
+        prefix="inpaint.",
+        discriminator="inpaint.l_d2 = total; inpaint.D = total",
+    ),
+    "EdgeConnect-edge": Figures(
+        "EdgeConnect-edge",
+        "EdgeConnect",
+        "l_g1 = adversarial; l_fm = 10 feature_matching; total = total",
+        prefix="edge.",
+        discriminator="edge.l_d1 = total; edge.D = total",
+    ),
+    "AOT-GAN": Figures(
+        "AOT-GAN-released",
+        "AOT-GAN",
+        "L1 = l1; Style = 250 style; Perceptual = 0.1 perceptual; advg = 0.01 adversarial; total = total",
+        discriminator="D_loss = total",
+        critic_gradients="grad_D_alone.",
+    ),
+}

@@ -1,4 +1,4 @@
-"""feature_distance: values and gradients."""
+"""feature_distance: values, gradients, second derivatives, and the gradients to a mask."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from feature_cases import (
     MASKS,
+    check,
     check_distance,
     distance_call,
     distance_formula,
@@ -17,15 +18,10 @@ from feature_cases import (
     distance_sizes,
     layer_mask,
 )
-from harness import LAYOUTS, Backend, assert_within_budget, evaluate, grid, laid_out
+from harness import LAYOUTS, Backend, assert_within_budget, evaluate, gradient_of, grid, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
-from pixel_cases import (
-    MASK_DTYPES,
-    on_device,
-    skip_unsupported,
-    with_specials,
-)
+from pixel_cases import MASK_DTYPES, on_device, skip_unsupported, with_specials
 from torch import Tensor
 
 PENALTIES = ("l1", "l2", "charbonnier")
@@ -60,48 +56,44 @@ def test_one_layer_in_float64(backend: Backend, penalty: str, dtype: str) -> Non
     predictions=(1, 3),
     layout=("contiguous", "channels_last"),
     normalize=("mask", "image"),
-    penalty=("l1", "l2"),
+    penalty=PENALTIES,
+    layer_reduction=("sum", "mean"),
+    weights=(None, WEIGHTS, (1.0, 0.0, -2.0)),
 )
-def test_masks(
-    backend: Backend, mask: str, predictions: int, layout: str, normalize: str, penalty: str
+def test_settings(
+    backend: Backend,
+    mask: str,
+    predictions: int,
+    layout: str,
+    normalize: str,
+    penalty: str,
+    layer_reduction: str,
+    weights: Sequence[float] | None,
 ) -> None:
     pairs = [
         distance_pair(size, predictions=predictions, layouts=f"{layout}/{layout}", seed=i)
-        for i, size in enumerate(LAYERS[:2])
+        for i, size in enumerate(LAYERS)
     ]
-    masks = [layer_mask(mask, size, predictions, seed=i) for i, size in enumerate(LAYERS[:2])]
-    run(backend, distance_settings(penalty, normalize=normalize, weights=WEIGHTS[:2]), pairs, masks)
+    masks = [layer_mask(mask, size, predictions, seed=i) for i, size in enumerate(LAYERS)]
+    settings = distance_settings(
+        penalty, normalize=normalize, weights=weights, layer_reduction=layer_reduction
+    )
+    run(backend, settings, pairs, masks)
 
 
 @grid(
     mask=("shared", "plane", "channels", "each-channels"),
     mask_layout=LAYOUTS,
+    mask_dtype=MASK_DTYPES,
     layout=("contiguous", "channels_last"),
+    dtype=("f32", "f16", "f64"),
 )
-def test_mask_layouts(backend: Backend, mask: str, mask_layout: str, layout: str) -> None:
-    weights = laid_out(layer_mask(mask, SIZE, 2), mask_layout)
-    run(
-        backend,
-        distance_settings(),
-        [distance_pair(SIZE, predictions=2, layouts=f"{layout}/{layout}")],
-        [weights],
-    )
-
-
-@grid(mask_dtype=MASK_DTYPES, mask=("shared", "each-channels"), dtype=("f32", "f16", "f64"))
-def test_mask_dtypes(backend: Backend, mask_dtype: str, mask: str, dtype: str) -> None:
-    pair = distance_pair(SIZE, predictions=2, dtypes=f"{dtype}/{dtype}")
-    run(backend, distance_settings(), [pair], [layer_mask(mask, SIZE, 2, mask_dtype)])
-
-
-@grid(penalty=PENALTIES, layer_reduction=("sum", "mean"), weights=(None, WEIGHTS, (1.0, 0.0, -2.0)))
-def test_layers(
-    backend: Backend, penalty: str, layer_reduction: str, weights: Sequence[float] | None
+def test_memory_of_masks(
+    backend: Backend, mask: str, mask_layout: str, mask_dtype: str, layout: str, dtype: str
 ) -> None:
-    pairs = [distance_pair(size, predictions=2, seed=i) for i, size in enumerate(LAYERS)]
-    for masks in ([], [layer_mask("shared", size, 2, seed=i) for i, size in enumerate(LAYERS)]):
-        settings = distance_settings(penalty, weights=weights, layer_reduction=layer_reduction)
-        run(backend, settings, pairs, masks)
+    options = {"dtypes": f"{dtype}/{dtype}", "layouts": f"{layout}/{layout}"}
+    weights = laid_out(layer_mask(mask, SIZE, 2, mask_dtype), mask_layout)
+    run(backend, distance_settings(), [distance_pair(SIZE, predictions=2, **options)], [weights])
 
 
 def test_many_layers_of_many_kinds(backend: Backend) -> None:
@@ -248,6 +240,81 @@ def test_counted_specials_propagate(backend: Backend, penalty: str, special: str
         assert at == (0 if special == "nan" else clean[1][0].abs().max())
     else:
         assert not at.isfinite()
+
+
+# ---- derivatives -------------------------------------------------------------------------------------------------
+
+
+@grid(penalty=PENALTIES, mask=MASKS, layout=("contiguous", "channels_last"))
+def test_second_derivatives(backend: Backend, penalty: str, mask: str, layout: str) -> None:
+    predictions = 2 if layout == "contiguous" else 1
+    pair = distance_pair(SIZE, predictions=predictions, layouts=f"{layout}/{layout}")
+    masks = [m for m in [layer_mask(mask, SIZE, predictions)] if m is not None]
+    settings = distance_settings(penalty, weights=(0.7,))
+    formula = partial(distance_formula, layers=1, **settings)
+
+    def inner(call: Any) -> Any:
+        # (input, target, upstream, *masks): the upstream gradient last is what `gradient_of` expects.
+        return lambda x, y, up, *masks: gradient_of(lambda a, b: call(a, b, *masks))(x, y, up)
+
+    def sizes(x: Tensor, y: Tensor, up: Tensor, *rest: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        masks, seconds = rest[: len(rest) - 2], rest[len(rest) - 2 :]
+        first = distance_sizes(x, y, *masks, up, layers=1, **settings)[1]
+        exact = evaluate(inner(formula), [x, y, up, *masks], (0, 1, 2), seconds)[1]
+        largest = [g.abs().max().expand(g.shape) for g in exact[:2]]
+        whole = sum((first[i] * seconds[i].abs()).sum() for i in (0, 1)) / up
+        return [first[0], first[1]], {0: largest[0], 1: largest[1], 2: whole}
+
+    up = torch.tensor(1.3)
+    check(
+        inner(distance_call(backend, 1, settings)),
+        inner(formula),
+        on_device(backend, *pair, up, *masks),
+        wanted=(0, 1, 2),
+        sizes=sizes,
+    )
+
+
+@grid(penalty=("l2", "charbonnier"), dtypes=("f16/f64", "bf16/f64", "f64/f32"), predictions=(1, 2))
+def test_second_derivatives_with_one_side_in_float64(
+    backend: Backend, penalty: str, dtypes: str, predictions: int
+) -> None:
+    """The other side joins it, with all derivatives by the float64 side."""
+    pair = distance_pair(SIZE, predictions=predictions, dtypes=dtypes)
+    skip_unsupported(backend, *pair)
+    settings = distance_settings(penalty)
+    wide = next(i for i, t in enumerate(pair) if t.dtype == torch.float64)
+
+    def second(call: Any, flat: Sequence[Tensor]) -> Tensor:
+        leaves = [t.detach().requires_grad_() for t in flat]
+        (first,) = torch.autograd.grad(call(*leaves), leaves[wide], create_graph=True)
+        upstream = torch.linspace(-1, 1, first.numel(), dtype=first.dtype).reshape(first.shape)
+        return torch.autograd.grad(first, leaves[wide], upstream)[0]
+
+    got = second(distance_call(backend, 1, settings), pair)
+    want = second(partial(distance_formula, layers=1, **settings), [t.double() for t in pair])
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(want.abs().max()))
+
+
+@grid(penalty=PENALTIES, mask=("one", "plane", "shared", "each-channels"), normalize=("mask", "image"))
+def test_gradient_to_the_mask(penalty: str, mask: str, normalize: str) -> None:
+    """The automatic choice takes the differentiable formula, with the full derivative also at weight 0."""
+    pair = distance_pair(SIZE, predictions=2)
+    settings = distance_settings(penalty, normalize=normalize)
+
+    def sizes(*flat: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        values, gradients = distance_sizes(*flat, layers=1, **settings)
+        by_mask = evaluate(formula, flat[:3], (2,), flat[3:])[1][0]
+        return values, gradients | {2: by_mask.abs().max().expand(by_mask.shape)}
+
+    formula = partial(distance_formula, layers=1, select=False, **settings)
+    check(
+        distance_call(None, 1, settings),
+        formula,
+        [*pair, layer_mask(mask, SIZE, 2)],
+        wanted=(0, 1, 2),
+        sizes=sizes,
+    )
 
 
 # ---- properties --------------------------------------------------------------------------------------------------

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_checks import ops_called
-from trunk_cases import Hooked, images, names_in_hooked, small_net
+from trunk_cases import both_kinds, images, relative, small_net, small_trunk
 
 import inpaint_kernels as ik
 from inpaint_kernels.features import FrozenTrunk
-
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
 def test_stays_frozen_and_in_evaluation_mode() -> None:
@@ -35,40 +34,48 @@ def test_stays_frozen_and_in_evaluation_mode() -> None:
     assert all(p.grad is None for p in trunk.parameters())
 
 
-PREPROCESSING = {
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LPIPS = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+def normalized(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Gray images count as three equal channels."""
+    return (x - x.new_tensor(mean).view(1, 3, 1, 1)) / x.new_tensor(std).view(1, 3, 1, 1)
+
+
+PREPROCESSING: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "imagenet": lambda x: (x - MEAN.to(x)) / STD.to(x),
-    "imagenet_tanh": lambda x: ((x + 1) / 2 - MEAN.to(x)) / STD.to(x),
-    "lpips": lambda x: (
-        (x - x.new_tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        / x.new_tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
-    ),
+    "imagenet": lambda x: normalized(x, *IMAGENET),
+    "imagenet_tanh": lambda x: normalized((x + 1) / 2, *IMAGENET),
+    "lpips": lambda x: normalized(x, *LPIPS),
 }
+NORMALIZATIONS = [name for name in PREPROCESSING if name != "none"]
+
+
+def alone(name: str) -> FrozenTrunk:
+    """A trunk that returns the images as it reads them."""
+    return FrozenTrunk(nn.Sequential(nn.Identity()), ["0"], name)
 
 
 @pytest.mark.parametrize("name", PREPROCESSING)
 @pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_preprocessing(name: str, channels: int, dtype: torch.dtype) -> None:
-    """Of the values the images hold, in float32; gray images count as three equal channels."""
+    """Of the values the images hold, in float32."""
     x = (images(2, channels, 6, 5) * 2 - 1).to(dtype)
-    got = FrozenTrunk(nn.Sequential(nn.Identity()), ["0"], name)(x)[0]
-    want = PREPROCESSING[name](x.double() if name == "none" else x.double().expand(-1, 3, -1, -1))
+    got = alone(name)(x)[0]
     assert got.dtype == (dtype if name == "none" else torch.float32)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.double(), PREPROCESSING[name](x.double()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "imagenet_tanh", "lpips"])
+@pytest.mark.parametrize("name", NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [3, 1])
 def test_constants_have_the_accuracy_of_the_images(name: str, channels: int) -> None:
     """Whatever was done to the trunk: rounding it to half and back must not round them."""
     x = images(2, channels, 6, 5).double()
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if name != "imagenet":
-        mean, std = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-    want = torch.stack([(x[:, c % channels] - mean[c]) / std[c] for c in range(3)], 1)
-    trunk = FrozenTrunk(nn.Sequential(nn.Identity()), ["0"], name)
-    empty = FrozenTrunk(nn.Sequential(nn.Identity()), ["0"], name).to("meta").to_empty(device="cpu")
+    want = PREPROCESSING[name](x)
+    trunk = alone(name)
+    empty = alone(name).to("meta").to_empty(device="cpu")
     for module in (trunk, trunk.half(), trunk.double(), trunk.to(torch.bfloat16).float(), empty):
         torch.testing.assert_close(module(x)[0], want, rtol=1e-15, atol=1e-15)
         torch.testing.assert_close(module(x.float())[0].double(), want, rtol=0, atol=1e-6)
@@ -96,30 +103,24 @@ def test_half_networks(dtype: torch.dtype, preprocess: str) -> None:
     for given in (x, x.float()):
         got = half(given)[0]
         assert got.dtype == dtype
-        assert (got.float() - want).norm() < 2 * torch.finfo(dtype).eps * want.norm()
+        assert relative(got, want) < 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("name", ["imagenet", "lpips"])
+@pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_gradient_of_gray_images(name: str) -> None:
-    x = images(2, 1, 6, 5).requires_grad_()
     weights = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
-    (FrozenTrunk(nn.Sequential(nn.Identity()), ["0"], name)(x)[0] * weights).sum().backward()
-    std = STD if name == "imagenet" else torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
-    torch.testing.assert_close(x.grad, (weights / std).sum().expand_as(x))
+    gradients = []
+    for read in (lambda x: alone(name)(x)[0], PREPROCESSING[name]):
+        x = images(2, 1, 6, 5).requires_grad_()
+        gradients += torch.autograd.grad((read(x) * weights).sum(), x)
+    torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("kind", ["sequential", "hooked"])
+@both_kinds
 def test_channels_last(kind: str) -> None:
-    taps = ["1", "4"]
-    x = images()
+    x, taps = images(), ["1", "4"]
     want = FrozenTrunk(small_net(), taps, "imagenet")(x)
-    hooked = kind == "hooked"
-    trunk = FrozenTrunk(
-        Hooked(small_net()) if hooked else small_net(),
-        names_in_hooked(taps) if hooked else taps,
-        "imagenet",
-        channels_last=True,
-    )
+    trunk = small_trunk(kind, taps, "imagenet", channels_last=True)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in trunk.parameters() if p.ndim == 4)
     for got, expected in zip(trunk(x), want, strict=True):
         assert got.is_contiguous(memory_format=torch.channels_last)
@@ -132,24 +133,18 @@ def test_autocast(dtype: torch.dtype) -> None:
     taps = ["1", "4"]
     x = images().requires_grad_()
     want = FrozenTrunk(small_net(), taps, "imagenet")(x)
-    found = FrozenTrunk(small_net(), taps, "imagenet", autocast=dtype)(x)
-    for got, expected in zip(found, want, strict=True):
+    features = FrozenTrunk(small_net(), taps, "imagenet", autocast=dtype)(x)
+    for got, expected in zip(features, want, strict=True):
         assert got.dtype == dtype
-        error = (got.float() - expected).norm() / expected.norm()
-        assert error < 2 * torch.finfo(dtype).eps
-    (gradient,) = torch.autograd.grad(sum(f.float().sum() for f in found), x)
+        assert relative(got, expected) < 2 * torch.finfo(dtype).eps
+    (gradient,) = torch.autograd.grad(sum(f.float().sum() for f in features), x)
     assert gradient.dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("kind", ["sequential", "hooked"])
+@both_kinds
 def test_empty_batch(kind: str) -> None:
-    trunk = (
-        FrozenTrunk(small_net(), ["4"], "imagenet")
-        if kind == "sequential"
-        else FrozenTrunk(Hooked(small_net()), ["second.4"], "imagenet")
-    )
-    assert trunk(images(0, 3, 8, 8))[0].shape == (0, 6, 4, 4)
+    assert small_trunk(kind, ["4"], "imagenet")(images(0, 3, 8, 8))[0].shape == (0, 6, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +169,17 @@ def test_bad_types() -> None:
     pair = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
     with pytest.raises(TypeError, match="taps: '0' returns a tuple"):
         FrozenTrunk(pair, ["0"])(images())
-    for size in ((2, 4, 8, 8), (3, 8, 8)):
-        for dtype in (torch.float32, torch.float64):
-            with pytest.raises(ValueError, match=r"images has shape.*imagenet.*\(N, 1, H, W\)"):
-                FrozenTrunk(small_net(), ["4"], "imagenet")(images(*size).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(2, 4, 8, 8), (3, 8, 8)])
+def test_bad_images(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"images has shape.*imagenet.*\(N, 1, H, W\)"):
+        FrozenTrunk(small_net(), ["4"], "imagenet")(images(*size).to(dtype))
+
+
+def stack(*layers: nn.Module) -> FrozenTrunk:
+    return FrozenTrunk(nn.Sequential(*layers), [str(len(layers) - 1)])
 
 
 SMALLEST = {
@@ -185,25 +187,13 @@ SMALLEST = {
     "vgg16-relu5_1": (lambda: ik.features.vgg16(("relu5_1",), weights=None), (16, 16)),
     "vgg16-relu1_1": (lambda: ik.features.vgg16(("relu1_1",), weights=None), (1, 1)),
     "alexnet": (lambda: ik.features.alexnet(weights=None), (31, 31)),
-    "strided": (
-        lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, (5, 3), (2, 1), dilation=(1, 2))), ["0"]),
-        (5, 5),
-    ),
-    "same": (lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, 5, padding="same")), ["0"]), (1, 1)),
-    "valid": (lambda: FrozenTrunk(nn.Sequential(nn.Conv2d(3, 4, 5, padding="valid")), ["0"]), (5, 5)),
-    "ceil": (
-        lambda: FrozenTrunk(nn.Sequential(*[nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3)]), ["2"]),
-        (8, 8),
-    ),
-    "nested": (
-        lambda: FrozenTrunk(nn.Sequential(nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), nn.AvgPool2d(3)), ["1"]),
-        (6, 6),
-    ),
-    # What it is not known of may need more.
-    "adaptive": (
-        lambda: FrozenTrunk(nn.Sequential(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(8), nn.MaxPool2d(4)), ["2"]),
-        (2, 2),
-    ),
+    "strided": (lambda: stack(nn.Conv2d(3, 4, (5, 3), (2, 1), dilation=(1, 2))), (5, 5)),
+    "same": (lambda: stack(nn.Conv2d(3, 4, 5, padding="same")), (1, 1)),
+    "valid": (lambda: stack(nn.Conv2d(3, 4, 5, padding="valid")), (5, 5)),
+    "ceil": (lambda: stack(*(nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3))), (8, 8)),
+    "nested": (lambda: stack(nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), nn.AvgPool2d(3)), (6, 6)),
+    # Layers after one whose output size is not known may need more.
+    "adaptive": (lambda: stack(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(8), nn.MaxPool2d(4)), (2, 2)),
 }
 
 

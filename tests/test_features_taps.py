@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training_checks import ops_called
-from trunk_cases import Hooked, images, names_in_hooked, outputs_of, small_net
+from trunk_cases import (
+    Hooked,
+    Wrapped,
+    both_kinds,
+    images,
+    names_in_hooked,
+    outputs_of,
+    small_net,
+    small_trunk,
+)
 
 import inpaint_kernels as ik
 from inpaint_kernels.features import FrozenTrunk
@@ -18,35 +28,19 @@ TAPS = (("0",), ("0", "1", "2"), ("3", "0"), ("2", "4", "6"), ("4", "4"), ("1", 
 
 
 @pytest.mark.parametrize("taps", TAPS, ids="-".join)
-@pytest.mark.parametrize("kind", ["sequential", "hooked"])
+@both_kinds
 def test_taps(taps: tuple[str, ...], kind: str) -> None:
     """In the order asked for, and what the submodule returned, whatever the in-place ReLU after it did."""
-    x = images()
-    want = [outputs_of(small_net(), x)[int(tap)] for tap in taps]
-    hooked = kind == "hooked"
-    module = Hooked(small_net()) if hooked else small_net()
-    trunk = FrozenTrunk(module, names_in_hooked(taps) if hooked else taps)
-    for _ in range(2):
-        for got, expected in zip(trunk(x), want, strict=True):
-            assert torch.equal(got, expected)
-    assert torch.equal(x, images())
-
-
-@pytest.mark.parametrize("taps", TAPS, ids="-".join)
-def test_gradients_of_both_kinds(taps: tuple[str, ...]) -> None:
-    found = []
-    for trunk in (
-        FrozenTrunk(small_net(), taps),
-        FrozenTrunk(Hooked(small_net()), names_in_hooked(taps)),
-    ):
-        x = images().requires_grad_()
-        sum((f * f).sum() for f in trunk(x)).backward()
-        found.append(x.grad)
     x = images().requires_grad_()
     outputs = outputs_of(small_net(), x)
-    sum((outputs[int(tap)] ** 2).sum() for tap in taps).backward()
-    for got in found:
-        torch.testing.assert_close(got, x.grad)
+    want = [outputs[int(tap)] for tap in taps]
+    trunk = small_trunk(kind, taps)
+    for _ in range(2):
+        features = trunk(x)
+        assert all(map(torch.equal, features, want))
+        assert torch.equal(x, images())
+    gradients = [torch.autograd.grad(sum((f * f).sum() for f in each), x)[0] for each in (features, want)]
+    torch.testing.assert_close(*gradients)
 
 
 class InPlaceInside(nn.Module):
@@ -82,24 +76,14 @@ def test_in_place_work_reaches_no_tap(kind: str) -> None:
     want = middle, net[1:](middle.clone())
     (exact,) = torch.autograd.grad(sum((f * f).sum() for f in want), x)
     for trunk in (FrozenTrunk(net, taps), FrozenTrunk(Wrapped(net), [f"net.{tap}" for tap in taps])):
-        found = trunk(x)
-        for got, expected in zip(found, want, strict=True):
-            assert torch.equal(got, expected)
-        (gradient,) = torch.autograd.grad(sum((f * f).sum() for f in found), x)
+        features = trunk(x)
+        assert all(map(torch.equal, features, want))
+        (gradient,) = torch.autograd.grad(sum((f * f).sum() for f in features), x)
         torch.testing.assert_close(gradient, exact)
 
 
-class Wrapped(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 @pytest.mark.parametrize("front", [k for k in BEHIND_A_TAP if k != "nested-sequential"])
-@pytest.mark.parametrize("kind", ["sequential", "hooked"])
+@both_kinds
 def test_in_place_work_reaches_no_image(front: str, kind: str) -> None:
     first = BEHIND_A_TAP[front]()
     net = nn.Sequential(*first, nn.Conv2d(3, 6, 3))
@@ -113,39 +97,37 @@ def test_in_place_work_reaches_no_image(front: str, kind: str) -> None:
     assert x.grad is not None
 
 
-def test_one_module_in_several_places() -> None:
+def repeating_net() -> nn.Sequential:
     """A ReLU without parameters is often one object in a whole network."""
     torch.manual_seed(0)
     relu = nn.ReLU(inplace=True)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), relu, nn.Conv2d(6, 6, 3), relu, nn.Conv2d(6, 4, 3))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), relu, nn.Conv2d(6, 6, 3), relu, nn.Conv2d(6, 4, 3))
+
+
+@pytest.mark.parametrize("taps", ["3", "14", "31", "03"])
+def test_one_module_in_several_places(taps: str) -> None:
+    """Behind hooks its runs are in the order of its names."""
+    net, x = repeating_net(), images()
+    want = [outputs_of(net, x)[int(tap)] for tap in taps]
+    for trunk in (FrozenTrunk(net, [*taps]), FrozenTrunk(Wrapped(net), [f"net.{tap}" for tap in taps])):
+        assert all(map(torch.equal, trunk(x), want))
+
+
+class Twice(nn.Module):
+    """Runs one module twice under a single name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.second, *_ = repeating_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.second(self.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("taps", [["relu"], ["relu", "second"]])
+def test_a_module_with_one_name_is_tapped_in_its_first_run(taps: list[str]) -> None:
     x = images()
-    want = outputs_of(net, x)
-    for got, expected in zip(FrozenTrunk(net, ["1", "4"])(x), (want[1], want[4]), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_one_module_in_several_places_behind_hooks() -> None:
-    """Its runs in the order of its names; a module with one name that runs again is tapped in its first run."""
-    torch.manual_seed(0)
-    relu = nn.ReLU(inplace=True)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), relu, nn.Conv2d(6, 6, 3), relu, nn.Conv2d(6, 4, 3))
-    x = images()
-    want = outputs_of(net, x)
-    for taps in (["3"], ["1", "4"], ["3", "1"], ["0", "3"]):
-        found = FrozenTrunk(Wrapped(net), [f"net.{tap}" for tap in taps])(x)
-        for got, tap in zip(found, taps, strict=True):
-            assert torch.equal(got, want[int(tap)])
-
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.relu, self.second = net[0], relu, net[2]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.second(self.relu(self.first(x))))
-
-    assert torch.equal(FrozenTrunk(Twice(), ["relu"])(x)[0], want[1])
-    assert torch.equal(FrozenTrunk(Twice(), ["relu", "second"])(x)[0], want[1])
+    assert torch.equal(FrozenTrunk(Twice(), taps)(x)[0], outputs_of(repeating_net(), x)[1])
 
 
 class Residual(nn.Module):
@@ -168,10 +150,10 @@ def test_in_place_arithmetic_of_a_forward() -> None:
     torch.manual_seed(0)
     net = Residual()
     x = images()
-    found = FrozenTrunk(net, ["same", "last"])(x)
+    same, last = FrozenTrunk(net, ["same", "last"])(x)
     assert torch.equal(x, images())
-    assert torch.equal(found[0], net.conv(x - 0.5))
-    assert torch.equal(found[1], net(x.clone()))
+    assert torch.equal(same, net.conv(x - 0.5))
+    assert torch.equal(last, net(x.clone()))
     leaf = x.clone().requires_grad_()
     FrozenTrunk(net, ["same", "last"])(leaf)[1].sum().backward()
     assert leaf.grad is not None
@@ -196,14 +178,13 @@ def test_taps_inside_nested_sequentials(taps: str, convolutions: int) -> None:
     net = nested_net()
     trunk = FrozenTrunk(net, taps.split())
     assert trunk.sequential
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     watched = nested_net()
     for name, module in watched.named_modules():
-        module.register_forward_hook(lambda _m, _i, out, name=name: found.__setitem__(name, out.clone()))
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out.clone()}))
     x = images()
     watched(x)
-    for got, tap in zip(trunk(x), taps.split(), strict=True):
-        assert torch.equal(got, found[tap])
+    assert all(map(torch.equal, trunk(x), [outputs[tap] for tap in taps.split()]))
     own = {f"features.{key}": value for key, value in net.state_dict().items()}
     state = trunk.state_dict()
     assert len(state) == 2 * convolutions
@@ -262,15 +243,15 @@ def test_the_usual_networks_copy_nothing(
 
 
 @pytest.mark.parametrize(
-    ("net", "taps"),
+    ("net", "taps", "options"),
     [
-        (small_net, ["0", "1", "4"]),
-        (nested_net, ["0", "1.0.0", "2"]),
-        (lambda: nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), InPlaceInside()), ["1", "2"]),
+        (small_net, ["0", "1", "4"], {"autocast": torch.bfloat16}),
+        (nested_net, ["0", "1.0.0", "2"], {}),
+        (nested_net, ["0", "1.0.0", "2"], {"preprocess": "imagenet"}),
+        (lambda: nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), InPlaceInside()), ["1", "2"], {}),
     ],
-    ids=["flat", "nested", "copies"],
+    ids=["flat-autocast", "nested", "nested-imagenet", "copies"],
 )
-@pytest.mark.parametrize("options", [{}, {"preprocess": "imagenet"}, {"autocast": torch.bfloat16}], ids=str)
 def test_sequential_trunks_compile_to_one_graph(
     net: Callable[[], nn.Module], taps: list[str], options: dict[str, Any]
 ) -> None:
@@ -279,33 +260,22 @@ def test_sequential_trunks_compile_to_one_graph(
     trunk = FrozenTrunk(net(), taps, **options)
     compiled = torch.compile(trunk, fullgraph=True, backend="aot_eager")
     x = images().requires_grad_()
-    want, found = trunk(x), compiled(x)
-    for got, expected in zip(found, want, strict=True):
-        torch.testing.assert_close(got, expected)
-    gradients = [torch.autograd.grad(sum(f.float().sum() for f in fs), x)[0] for fs in (found, want)]
+    want, features = trunk(x), compiled(x)
+    torch.testing.assert_close(features, want)
+    gradients = [torch.autograd.grad(sum(f.float().sum() for f in fs), x)[0] for fs in (features, want)]
     torch.testing.assert_close(*gradients)
     assert torch.equal(x.detach(), images())
 
 
-def count_calls(trunk: FrozenTrunk) -> dict[str, int]:
-    calls: dict[str, int] = {}
+@both_kinds
+def test_stops_after_the_last_tap(kind: str) -> None:
+    trunk = small_trunk(kind, ["4", "1"])
+    calls: Counter[str] = Counter()
     for name, module in trunk.features.named_modules():
         if not list(module.children()):
-            module.register_forward_pre_hook(
-                lambda _m, _i, name=name: calls.__setitem__(name, calls.get(name, 0) + 1)
-            )
-    return calls
-
-
-@pytest.mark.parametrize("kind", ["sequential", "hooked"])
-def test_stops_after_the_last_tap(kind: str) -> None:
-    hooked = kind == "hooked"
-    trunk = FrozenTrunk(
-        Hooked(small_net()) if hooked else small_net(), names_in_hooked(["4", "1"]) if hooked else ["4", "1"]
-    )
-    calls = count_calls(trunk)
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     trunk(images())
-    assert calls == dict.fromkeys(names_in_hooked("01234") if hooked else "01234", 1)
+    assert calls == dict.fromkeys(names_in_hooked("01234") if kind == "hooked" else "01234", 1)
 
 
 def test_errors_inside_the_network_pass_through_and_leave_no_hook() -> None:

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from objective_table import METHODS, WITH_CRITIC, WITH_TRUNK, inputs, objective, settings_of
+from objective_table import (
+    METHODS,
+    WITH_CRITIC,
+    WITH_TRUNK,
+    every_method,
+    inputs,
+    objective,
+    settings_of,
+    trunk,
+)
 
-from inpaint_kernels.objectives import DiscriminatorOutput
+from inpaint_kernels.objectives import DiscriminatorOutput, PartialConvObjective
 
-every_method = pytest.mark.parametrize("name", METHODS)
 COMPOSED = [name for name in WITH_CRITIC if settings_of(name).discriminator_image == "composite"]
 MATCHED = [name for name in WITH_CRITIC if getattr(settings_of(name), "feature_matching_weight", 0)]
 
@@ -78,6 +86,36 @@ def test_the_mask_is_missing(name: str, call: str) -> None:
         calls[call]()
 
 
+# The settings that its objective shares with others have rows below.
+BAD_SETTINGS_OF_PARTIAL_CONV: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+    ({"style_weight": "120"}, TypeError, "style_weight.*str"),
+    ({"style_weight": float("nan")}, ValueError, "style_weight.*nan"),
+    ({"hole_weight": True}, TypeError, "hole_weight.*bool"),
+    ({"normalize": "pairs"}, ValueError, "normalize.*'pairs'.*'image'"),
+    ({"preprocess": "caffe"}, ValueError, "preprocess.*'caffe'.*'imagenet_tanh'"),
+    ({"tv_region": "all"}, ValueError, "tv_region.*'all'.*'dilated_hole'"),
+    ({"tv_normalize": "sample"}, ValueError, "tv_normalize.*'sample'.*'pairs'"),
+    ({"tv_region": "image", "tv_normalize": "mask"}, ValueError, "tv_normalize.*tv_region"),
+    ({"tv_image": "target"}, ValueError, "tv_image.*'target'.*'raw'"),
+    ({"composite_from": "pred"}, ValueError, "composite_from.*'pred'.*'masked_target'"),
+    ({"process_group": "gloo"}, TypeError, "process_group.*ProcessGroup.*'gloo'"),
+    ({"pixel_space": "vgg"}, ValueError, "pixel_space.*'vgg'.*'trunk'"),
+    ({"predictions": "raw"}, TypeError, "predictions.*'raw'"),
+    ({"predictions": ["raw", "target"]}, ValueError, "predictions.*'target'.*'composite'"),
+    ({"predictions": []}, ValueError, "predictions.*at least one"),
+    ({"predictions": ["raw", "raw"]}, ValueError, "predictions.*twice"),
+    ({"layers": "pool1"}, TypeError, "layers.*'pool1'"),
+    ({"swap_channels": 1}, TypeError, "swap_channels.*1"),
+    ({"chunk": 0}, ValueError, "chunk.*0"),
+    ({"layers": ["pool4"]}, ValueError, "trunk.*pool4.*taps pool1, pool2, pool3.*layers="),
+    ({"trunk": trunk("pconv-paper", preprocess="imagenet")}, ValueError, "'imagenet'.*preprocess='none'"),
+    ({"weights": None}, ValueError, "weights.*trunk="),
+    ({"channels_last": True}, ValueError, "channels_last.*trunk="),
+    ({"trunk": None, "weights": "/no/file"}, FileNotFoundError, "weights.*/no/file"),
+    ({"trunk": None, "weights": None, "layers": ["pool9"]}, ValueError, "pool9.*vgg16"),
+)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "words"),
     [
@@ -104,11 +142,17 @@ def test_the_mask_is_missing(name: str, call: str) -> None:
         ("CoordFill", {"heads": [torch.tensor([-1.0])] * 5}, ValueError, r"heads\[0\].*non-negative.*-1"),
         ("CoordFill", {"heads": [1.0] * 5}, TypeError, r"heads\[0\].*Tensor.*1.0"),
         ("DeepFill-v1", {"every_stage": 2}, TypeError, "every_stage.*2"),
+        *(("pconv-paper", *row) for row in BAD_SETTINGS_OF_PARTIAL_CONV),
     ],
 )  # fmt: skip
 def test_bad_settings(name: str, options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         objective(name, **options)
+
+
+def test_no_such_preset() -> None:
+    with pytest.raises(ValueError, match=r"preset.*'liu'.*'paper', 'nvidia', 'naoto0804', 'mmagic'"):
+        PartialConvObjective("liu")
 
 
 def test_bad_inputs() -> None:

@@ -6,15 +6,15 @@ objectives, which test_objective_parity.py checks against the figures of the rel
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from harness import INTERPRETING, generator
-from parity_cases import Parity, load
+from parity_cases import load
 from torch import Tensor
 
 from inpaint_kernels import features
@@ -63,28 +63,20 @@ def test_log_loss_in_float32() -> None:
 # -- LaMa --------------------------------------------------------------------------------------
 
 
-def lama(case: Parity, pred: Tensor, **options: Any) -> published.Terms:
-    fake, real = case.critic(pred), case.critic(case.target)
-    assert_gradient(fake.logits, case.numbers["fake_logits"])
-    assert_gradient(real.logits, case.numbers["real_logits_G_phase"])
-    return published.lama(
-        case.maps,
-        pred,
-        case.target,
-        case.masks["binary"],
-        fake=fake.logits,
-        fake_features=fake.features,
-        real_features=real.features,
-        **options,
-    )
-
-
 def test_switches_of_lama() -> None:
     case = load("LaMa")
     pred, mask = case.pred, case.masks["binary"]
-    terms = lama(
-        case,
+    fake, real = case.critic(pred), case.critic(case.target)
+    assert_gradient(fake.logits, case.numbers["fake_logits"])
+    assert_gradient(real.logits, case.numbers["real_logits_G_phase"])
+    terms = published.lama(
+        case.maps,
         pred,
+        case.target,
+        mask,
+        fake=fake.logits,
+        fake_features=fake.features,
+        real_features=real.features,
         hole_weight=2.5,
         perceptual_weight=0,
         extra_hole_weight=3,
@@ -92,21 +84,12 @@ def test_switches_of_lama() -> None:
         mask_features=True,
     )
     assert "perceptual" not in terms
-    vgg = published.lama_vgg_perceptual(
-        lambda images, layers: case.maps(images, layers, "vgg19", average_pooling=True),
-        pred,
-        case.target,
-        mask,
-    )
-    for value, key in (
-        (terms["l1"], "l1"),
-        (10 * terms["adversarial"], "adversarial"),
-        (100 * terms["feature_matching"], "feature_matching"),
-        (0.03 * vgg, "vgg"),
-        (terms["total"] + 0.03 * vgg, "total"),
-    ):
-        assert_value(value, case.numbers[f"opt_G_{key}"])
-    assert_gradient(gradient(terms["total"] + 0.03 * vgg, pred), case.numbers["opt_grad_total"])
+    trunk = functools.partial(case.maps, net="vgg19", average_pooling=True)
+    terms["vgg"] = published.lama_vgg_perceptual(trunk, pred, case.target, mask)
+    terms["total"] = terms["total"] + 0.03 * terms["vgg"]
+    for key, weight in {"l1": 1, "adversarial": 10, "feature_matching": 100, "vgg": 0.03, "total": 1}.items():
+        assert_value(weight * terms[key], case.numbers[f"opt_G_{key}"])
+    assert_gradient(gradient(terms["total"], pred), case.numbers["opt_grad_total"])
 
 
 def test_hole_alone_in_lamas_generator() -> None:

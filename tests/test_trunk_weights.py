@@ -12,52 +12,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from inpaint_kernels.features import FrozenTrunk, alexnet, vgg16, vgg19
+from inpaint_kernels.features import alexnet, vgg16, vgg19
 
-# {child: shape of its weight}, from torchvision 0.20.
-VGG16 = {
-    0: (64, 3, 3, 3),
-    2: (64, 64, 3, 3),
-    5: (128, 64, 3, 3),
-    7: (128, 128, 3, 3),
-    10: (256, 128, 3, 3),
-    12: (256, 256, 3, 3),
-    14: (256, 256, 3, 3),
-    17: (512, 256, 3, 3),
-    **dict.fromkeys((19, 21, 24, 26, 28), (512, 512, 3, 3)),
+# Output channels of the convolutions, each with a ReLU behind it, and M for pooling; from torchvision 0.20.
+STACKS = {
+    vgg16: "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
+    vgg19: "64 64 M 128 128 M 256 256 256 256 M 512 512 512 512 M 512 512 512 512 M",
+    alexnet: "64 M 192 M 384 256 256 M",
 }
-VGG19 = {
-    0: (64, 3, 3, 3),
-    2: (64, 64, 3, 3),
-    5: (128, 64, 3, 3),
-    7: (128, 128, 3, 3),
-    10: (256, 128, 3, 3),
-    **dict.fromkeys((12, 14, 16), (256, 256, 3, 3)),
-    19: (512, 256, 3, 3),
-    **dict.fromkeys((21, 23, 25, 28, 30, 32, 34), (512, 512, 3, 3)),
-}
-ALEXNET = {
-    0: (64, 3, 11, 11),
-    3: (192, 64, 5, 5),
-    6: (384, 192, 3, 3),
-    8: (256, 384, 3, 3),
-    10: (256, 256, 3, 3),
-}
-NETS: dict[str, tuple[Callable[..., FrozenTrunk], dict[int, tuple[int, ...]], str, str]] = {
-    # loader, convolutions, last tap, an early tap
-    "vgg16": (vgg16, VGG16, "pool5", "relu1_2"),
-    "vgg19": (vgg19, VGG19, "pool5", "relu1_2"),
-    "alexnet": (alexnet, ALEXNET, "pool5", "relu1"),
-}
+# (kernel, stride, padding)
+KERNELS = {alexnet: [(11, 4, 2), (5, 1, 2), *[(3, 1, 1)] * 3]}
+POOLING = {alexnet: (3, 2)}  # (kernel, stride)
+NETS = {load.__name__: load for load in STACKS}
+every_net = pytest.mark.parametrize("net", NETS)
+
+
+def convolutions(net: str) -> dict[int, tuple[int, ...]]:
+    """{child: shape of its weight}"""
+    load = NETS[net]
+    kernels = iter(KERNELS.get(load, [(3, 1, 1)] * 16))
+    shapes: dict[int, tuple[int, ...]] = {}
+    child, channels = 0, 3
+    for layer in STACKS[load].split():
+        if layer == "M":
+            child += 1
+            continue
+        kernel, _, _ = next(kernels)
+        shapes[child] = (int(layer), channels, kernel, kernel)
+        child, channels = child + 2, int(layer)
+    return shapes
+
+
 CLASSIFIER = {"classifier.6.weight": (1000, 4096), "classifier.6.bias": (1000,)}
 
 
 def state_dict(net: str) -> dict[str, Tensor]:
     """All keys and shapes of the official file, each tensor one number expanded: a file of a few kilobytes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for child, shape in NETS[net][1].items():
-        shapes[f"features.{child}.weight"] = shape
-        shapes[f"features.{child}.bias"] = shape[:1]
+    for child, shape in convolutions(net).items():
+        shapes |= {f"features.{child}.weight": shape, f"features.{child}.bias": shape[:1]}
     return {
         key: torch.full((1,), 0.01 + 0.001 * i).expand(shape)
         for i, (key, shape) in enumerate((shapes | CLASSIFIER).items())
@@ -69,68 +62,53 @@ def saved(path: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("net", NETS)
+@every_net
 def test_keys_and_shapes_are_torchvisions(net: str) -> None:
-    load, convolutions, last, _ = NETS[net]
-    found = {key: tuple(t.shape) for key, t in load((last,), weights=None).state_dict().items()}
-    want = {}
-    for child, shape in convolutions.items():
-        want |= {f"features.{child}.weight": shape, f"features.{child}.bias": shape[:1]}
-    assert found == want
+    trunk = NETS[net](("pool5",), weights=None)
+    shapes = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in state_dict(net).items() if key not in CLASSIFIER}
 
 
-def test_layers_are_torchvisions() -> None:
-    """Strides, paddings and pooling, which no state dict tells."""
-    kinds = {
-        "vgg16": "CRCRM CRCRM CRCRCRM CRCRCRM CRCRCRM",
-        "vgg19": "CRCRM CRCRM CRCRCRCRM CRCRCRCRM CRCRCRCRM",
-        "alexnet": "CRM CRM CRCRCRM",
-    }
-    for net, (load, _, last, _) in NETS.items():
-        children = list(load((last,), weights=None).features)
-        assert "".join(type(m).__name__[0] for m in children) == kinds[net].replace(" ", "")
-        for module in children:
-            if isinstance(module, torch.nn.MaxPool2d):
-                assert (module.kernel_size, module.stride) == ((3, 2) if net == "alexnet" else (2, 2))
-                assert (module.padding, module.ceil_mode) == (0, False)
-        convolutions = [(m.stride[0], m.padding[0]) for m in children if isinstance(m, torch.nn.Conv2d)]
-        if net == "alexnet":
-            assert convolutions == [(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
-        else:
-            assert set(convolutions) == {(1, 1)}
+@every_net
+def test_layers_are_torchvisions(net: str) -> None:
+    """Kinds, strides, paddings and pooling, which no state dict tells."""
+    load = NETS[net]
+    children = list(load(("pool5",), weights=None).features)
+    kinds = "".join("M" if layer == "M" else "CR" for layer in STACKS[load].split())
+    assert "".join(type(m).__name__[0] for m in children) == kinds
+    kernels = iter(KERNELS.get(load, [(3, 1, 1)] * 16))
+    for module in children:
+        if isinstance(module, torch.nn.MaxPool2d):
+            assert (module.kernel_size, module.stride) == POOLING.get(load, (2, 2))
+            assert (module.padding, module.ceil_mode) == (0, False)
+        elif isinstance(module, torch.nn.Conv2d):
+            assert (module.kernel_size[0], module.stride[0], module.padding[0]) == next(kernels)
 
 
 def test_layers_by_name_and_number() -> None:
     names = {
-        vgg16: {"relu1_1": "1", "pool1": "4", "relu2_2": "8", "pool2": "9", "relu3_3": "15", "pool3": "16"},
-        vgg19: {
-            "relu1_1": "1",
-            "relu2_1": "6",
-            "relu3_1": "11",
-            "relu4_1": "20",
-            "relu5_1": "29",
-            "conv4_2": "21",
-        },
-        alexnet: {"relu1": "1", "relu2": "4", "relu3": "7", "relu4": "9", "relu5": "11"},
+        vgg16: "relu1_1=1 pool1=4 relu2_2=8 pool2=9 relu3_3=15 pool3=16",
+        vgg19: "relu1_1=1 relu2_1=6 relu3_1=11 relu4_1=20 relu5_1=29 conv4_2=21",
+        alexnet: "relu1=1 relu2=4 relu3=7 relu4=9 relu5=11",
     }
     for load, known in names.items():
-        assert load(tuple(known), weights=None).taps == tuple(known.values())
-        assert load(tuple(known.values()), weights=None).taps == tuple(known.values())
+        by_name, by_number = zip(*(layer.split("=") for layer in known.split()), strict=True)
+        for taps in (by_name, by_number):
+            assert load(taps, weights=None).taps == by_number
     with pytest.raises(ValueError, match=r"taps.*conv9_9.*vgg16 has conv1_1"):
         vgg16(("conv9_9",), weights=None)
     with pytest.raises(ValueError, match=r"taps.*31.*0 to 30"):
         vgg16(("31",), weights=None)
 
 
-@pytest.mark.parametrize("net", NETS)
+@every_net
 @pytest.mark.parametrize("as_string", [True, False])
 def test_weights_from_a_file(tmp_path: Path, net: str, as_string: bool) -> None:
     """Every parameter, in its place; what the trunk does not use may be there or not."""
-    load, _, last, early = NETS[net]
     content = state_dict(net)
     path = saved(tmp_path / "net.pth", content)
-    for tap in (last, early):
-        trunk = load((tap,), weights=str(path) if as_string else path)
+    for tap in ("pool5", "1"):
+        trunk = NETS[net]((tap,), weights=str(path) if as_string else path)
         for key, value in trunk.state_dict().items():
             assert torch.equal(value, content[key])
         assert not any(p.requires_grad for p in trunk.parameters())
@@ -205,40 +183,52 @@ def test_a_state_dict_itself() -> None:
         vgg16(("pool1",), weights=state_dict("vgg19"))
 
 
-WRONG_CONTENT: dict[str, Callable[[], Any]] = {
-    "tensor": lambda: torch.zeros(3),
-    "list": lambda: [torch.zeros(3)],
-    "no keys": dict,
-    "wrapped": lambda: {"state_dict": state_dict("vgg16")},
-    "without prefix": lambda: {k.removeprefix("features."): v for k, v in state_dict("vgg16").items()},
-    "key missing": lambda: {k: v for k, v in state_dict("vgg16").items() if k != "features.12.bias"},
-    "not a tensor": lambda: state_dict("vgg16") | {"features.0.weight": 3},
-    "wrong shape": lambda: state_dict("vgg16") | {"features.5.weight": torch.zeros(128, 64, 5, 5)},
-    "one channel": lambda: state_dict("vgg16") | {"features.0.weight": torch.zeros(64, 1, 3, 3)},
-    "alexnet": lambda: state_dict("alexnet"),
-    "vgg19": lambda: state_dict("vgg19"),
-    "batch norm": lambda: state_dict("vgg16") | {"features.1.running_mean": torch.zeros(64)},
-    "last layer missing": lambda: {k: v for k, v in state_dict("vgg16").items() if ".28." not in k},
-    "one layer more": lambda: state_dict("vgg16") | {"features.31.weight": torch.zeros(1)},
-    "last layer not a tensor": lambda: state_dict("vgg16") | {"features.28.bias": None},
-}
-# What the error says of the file.
-WORDS = {
-    "tensor": "is a Tensor, not a state dict",
-    "list": "is a list, not a state dict",
-    "no keys": "no keys under 'features.', it holds nothing",
-    "wrapped": "no keys under 'features.', it holds 'state_dict'",
-    "without prefix": "no keys under 'features.', it holds '0.weight', '0.bias', '2.weight'",
-    "key missing": "no 'features.12.bias'",
-    "not a tensor": "holds a int under 'features.0.weight'",
-    "wrong shape": r"'features.5.weight' of shape \(128, 64, 5, 5\), vgg16 needs \(128, 64, 3, 3\)",
-    "one channel": r"'features.0.weight' of shape \(64, 1, 3, 3\), vgg16 needs \(64, 3, 3, 3\)",
-    "alexnet": r"holds alexnet weights, not vgg16's; alexnet\(\) takes them",
-    "vgg19": r"holds vgg19 weights, not vgg16's; vgg19\(\) takes them",
-    "batch norm": "batch normalisation",
-    "last layer missing": "no 'features.28.weight'",
-    "one layer more": "has 'features.31.weight', which vgg16 has not",
-    "last layer not a tensor": "holds a NoneType under 'features.28.bias'",
+def vgg16_but(key: str, value: Any) -> dict[str, Any]:
+    return state_dict("vgg16") | {f"features.{key}": value}
+
+
+def vgg16_without(words: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict("vgg16").items() if words not in key}
+
+
+# (content, what the error says of the file)
+WRONG_CONTENT: dict[str, tuple[Callable[[], Any], str]] = {
+    "tensor": (lambda: torch.zeros(3), "is a Tensor, not a state dict"),
+    "list": (lambda: [torch.zeros(3)], "is a list, not a state dict"),
+    "no keys": (dict, "no keys under 'features.', it holds nothing"),
+    "wrapped": (
+        lambda: {"state_dict": state_dict("vgg16")},
+        "no keys under 'features.', it holds 'state_dict'",
+    ),
+    "without prefix": (
+        lambda: {key.removeprefix("features."): value for key, value in state_dict("vgg16").items()},
+        "no keys under 'features.', it holds '0.weight', '0.bias', '2.weight'",
+    ),
+    "key missing": (lambda: vgg16_without("s.12.bias"), "no 'features.12.bias'"),
+    "not a tensor": (lambda: vgg16_but("0.weight", 3), "holds a int under 'features.0.weight'"),
+    "wrong shape": (
+        lambda: vgg16_but("5.weight", torch.zeros(128, 64, 5, 5)),
+        r"'features.5.weight' of shape \(128, 64, 5, 5\), vgg16 needs \(128, 64, 3, 3\)",
+    ),
+    "one channel": (
+        lambda: vgg16_but("0.weight", torch.zeros(64, 1, 3, 3)),
+        r"'features.0.weight' of shape \(64, 1, 3, 3\), vgg16 needs \(64, 3, 3, 3\)",
+    ),
+    "alexnet": (
+        lambda: state_dict("alexnet"),
+        r"holds alexnet weights, not vgg16's; alexnet\(\) takes them",
+    ),
+    "vgg19": (lambda: state_dict("vgg19"), r"holds vgg19 weights, not vgg16's; vgg19\(\) takes them"),
+    "batch norm": (lambda: vgg16_but("1.running_mean", torch.zeros(64)), "batch normalisation"),
+    "last layer missing": (lambda: vgg16_without(".28."), "no 'features.28.weight'"),
+    "one layer more": (
+        lambda: vgg16_but("31.weight", torch.zeros(1)),
+        "has 'features.31.weight', which vgg16 has not",
+    ),
+    "last layer not a tensor": (
+        lambda: vgg16_but("28.bias", None),
+        "holds a NoneType under 'features.28.bias'",
+    ),
 }
 
 
@@ -246,8 +236,9 @@ WORDS = {
 @pytest.mark.parametrize("tap", ["relu1_1", "pool3", "pool5"])
 def test_another_file(tmp_path: Path, content: str, tap: str) -> None:
     """Whatever part is used. The first convolutions of VGG19 fit into VGG16: wrong numbers, if nobody looked on."""
-    path = saved(tmp_path / "net.pth", WRONG_CONTENT[content]())
-    with pytest.raises(ValueError, match=f"weights: '{path}' .*{WORDS[content]}" + ADVICE):
+    make, words = WRONG_CONTENT[content]
+    path = saved(tmp_path / "net.pth", make())
+    with pytest.raises(ValueError, match=f"weights: '{path}' .*{words}" + ADVICE):
         vgg16((tap,), weights=path)
 
 
@@ -264,10 +255,9 @@ OFFICIAL = {
 }
 
 
-@pytest.mark.parametrize("net", NETS)
+@every_net
 def test_default_weights_come_from_torchs_loader(monkeypatch: pytest.MonkeyPatch, net: str) -> None:
     """From the official address, its checksum verified, without running code."""
-    load, _, last, _ = NETS[net]
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def loader(url: str, **options: Any) -> dict[str, Tensor]:
@@ -275,7 +265,7 @@ def test_default_weights_come_from_torchs_loader(monkeypatch: pytest.MonkeyPatch
         return state_dict(net)
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", loader)
-    trunk = load((last,))
+    trunk = NETS[net](("pool5",))
     assert torch.equal(trunk.features[0].weight, state_dict(net)["features.0.weight"])
     (url, options), *rest = calls
     assert not rest
@@ -293,12 +283,10 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         vgg19()
 
 
-def test_torchvision_agrees() -> None:
+@every_net
+def test_torchvision_agrees(net: str) -> None:
     """Where it is installed."""
-    models = pytest.importorskip("torchvision.models")
-    for net, (load, _, last, _) in NETS.items():
-        theirs = getattr(models, net)(weights=None).eval()
-        trunk = load((last,), weights=None, preprocess="none")
-        trunk.load_state_dict({k: v for k, v in theirs.state_dict().items() if k.startswith("features.")})
-        x = torch.rand(1, 3, 64, 64)
-        torch.testing.assert_close(trunk(x)[0], theirs.features(x))
+    theirs = getattr(pytest.importorskip("torchvision.models"), net)(weights=None).eval()
+    trunk = NETS[net](("pool5",), weights=theirs.state_dict(), preprocess="none")
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(trunk(x)[0], theirs.features(x))
