@@ -85,11 +85,8 @@ IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, Vec<T> si
       to_target = to_target - pixel;
     }
   }
-  const bool stream = row.stream && count == V::lanes;
-  if (row.grad_pred)
-    stream ? to_pred.stream(row.grad_pred + i) : store_part(to_pred, row.grad_pred + i, count);
-  if (row.grad_target)
-    stream ? to_target.stream(row.grad_target + i) : store_part(to_target, row.grad_target + i, count);
+  if (row.grad_pred) store_part(to_pred, row.grad_pred + i, count, row.stream);
+  if (row.grad_target) store_part(to_target, row.grad_target + i, count, row.stream);
 }
 
 template <bool WEIGHTED, bool COMPOSITE, bool LOSSES, typename T>

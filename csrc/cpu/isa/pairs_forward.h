@@ -64,8 +64,8 @@ IK_INLINE V pair_block(const Pairs<T>& pairs, int64_t i, int count) {
                                                   positive, negative);
   }
   if constexpr (SIGNS) {
-    store_bits<VECTORS * V::lanes>(positive, pairs.signs, i, count);
-    store_bits<VECTORS * V::lanes>(negative, pairs.signs + pairs.groups, i, count);
+    store_bits<VECTORS * V::lanes>(positive, pairs.signs + i / 8, count);
+    store_bits<VECTORS * V::lanes>(negative, pairs.signs + pairs.groups + i / 8, count);
   }
   return sum;
 }

@@ -21,14 +21,6 @@ struct Unit {
   int64_t segments() const { return segment_end - segment_begin; }
 };
 
-template <int LANES>
-IK_INLINE void store_bits(uint32_t bits, uint8_t* plane, int64_t i, int count) {
-  if (count == LANES) {
-    std::memcpy(plane + i / 8, &bits, LANES / 8);
-  } else {
-    for (int g = 0; 8 * g < count; ++g) plane[i / 8 + g] = static_cast<uint8_t>(bits >> (8 * g));
-  }
-}
 // Everything a range of units works with, allocated once.
 template <typename T>
 class Rows {
@@ -103,8 +95,8 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
     plus = minus = 0;
     for (int place = 0; place < 32; place += V::lanes) mix(i + place, V::lanes, place);
     if (positive != nullptr) {
-      store_bits<32>(plus, positive, i, 32);
-      store_bits<32>(minus, negative, i, 32);
+      store_bits<32>(plus, positive + i / 8, 32);
+      store_bits<32>(minus, negative + i / 8, 32);
     }
   }
   for (; i < n; i += V::lanes) {
@@ -112,8 +104,8 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
     const int count = static_cast<int>(least(V::lanes, n - i));
     mix(i, count, 0);
     if (positive != nullptr) {
-      store_bits<V::lanes>(plus, positive, i, count);
-      store_bits<V::lanes>(minus, negative, i, count);
+      store_bits<V::lanes>(plus, positive + i / 8, count);
+      store_bits<V::lanes>(minus, negative + i / 8, count);
     }
   }
   if constexpr (LOSSES) {

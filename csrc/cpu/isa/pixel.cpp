@@ -173,7 +173,7 @@ IK_INLINE void for_each_block(const Unit& unit, bool in_place, F&& f) {
 // predictions that pass over the target together, each a stream of reads of its own.
 template <typename S, typename T, int K>
 void forward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
   alignas(64) T mask_buffer[kChunk];
   alignas(64) S pred[kBlock], target[kBlock];
@@ -226,7 +226,7 @@ IK_INLINE bool with_half(Penalty penalty, Dtype first, Dtype second, F&& f) {
 
 template <typename S, typename T>
 void forward_units_as(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
   const bool pairs =
       in_place && call.copies % 2 == 0 && !call.mask_per_copy && call.signs != nullptr && call.map == nullptr;
@@ -249,13 +249,13 @@ void forward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) 
 template <typename S>
 S* output_at(void* data, Dtype dtype, int64_t offset, S* buffer) {
   if (data == nullptr) return nullptr;
-  return dtype == dtype_of(buffer) ? static_cast<S*>(data) + offset : buffer;
+  return dtype == kNative<S> ? static_cast<S*>(data) + offset : buffer;
 }
 
 template <typename S>
 void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* buffer) {
   if constexpr (sizeof(S) >= 4) {
-    if (data == nullptr || dtype == dtype_of(buffer)) return;
+    if (data == nullptr || dtype == kNative<S>) return;
     convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
   }
 }
@@ -263,7 +263,7 @@ void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* b
 // S: the type the gradients are stored in, or T for any.
 template <typename S, typename T>
 void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool l1 = call.penalty == Penalty::l1;
   const bool in_place = call.grad_pred_dtype == stored && call.grad_target_dtype == stored &&
                         (l1 || (call.pred_dtype == stored && call.target_dtype == stored));

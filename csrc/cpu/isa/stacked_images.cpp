@@ -148,9 +148,8 @@ class Worker {
           if (from.part == Part::composite) target = target + select_zero_(valid, valid * g);
         }
       }
-      if (to_pred) stream&& n == V::lanes ? pred.stream(to_pred + i) : store_part(pred, to_pred + i, n);
-      if (to_target)
-        stream&& n == V::lanes ? target.stream(to_target + i) : store_part(target, to_target + i, n);
+      if (to_pred) store_part(pred, to_pred + i, n, stream);
+      if (to_target) store_part(target, to_target + i, n, stream);
     });
     finish(call_.grad_pred, call_.pred_dtype, run, to_pred);
     finish(call_.grad_target, call_.target_dtype, run, to_target);
@@ -196,8 +195,7 @@ class Worker {
                               F&& value) const {
     for_each_vector<V>(run.n, [&](int64_t i, int count) __attribute__((always_inline)) {
       const V shift = run.scales ? load_part<V>(run.shifts + i, count) : V(share.shift);
-      const V x = value(i, count) * scale(share, run, i, count) + shift;
-      stream&& count == V::lanes ? x.stream(out + i) : store_part(x, out + i, count);
+      store_part(value(i, count) * scale(share, run, i, count) + shift, out + i, count, stream);
     });
   }
 
