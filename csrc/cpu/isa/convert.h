@@ -196,6 +196,12 @@ IK_INLINE auto with_stored(Dtype dtype, const F& f) {
   }
 }
 
+// Calls f with the type that stands for `value`.
+template <typename F>
+IK_INLINE void with_bool(bool value, const F& f) {
+  value ? f(std::true_type()) : f(std::false_type());
+}
+
 // dst[i] = src[i], i < n.
 template <typename T>
 IK_NOINLINE void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
@@ -251,6 +257,21 @@ static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, 
     }
   }
   return buffer;
+}
+
+// Where results for `offset` of `data` are computed: in place when stored as S, else in `buffer`, out of which
+// store_output converts them. Null without `data`.
+template <typename S>
+static S* output_at(void* data, Dtype dtype, int64_t offset, S* buffer) {
+  if (data == nullptr) return nullptr;
+  return dtype == kNative<S> ? static_cast<S*>(data) + offset : buffer;
+}
+template <typename S>
+static void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* buffer) {
+  if constexpr (sizeof(S) >= 4) {
+    if (data == nullptr || dtype == kNative<S>) return;
+    convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
+  }
 }
 
 }  // namespace ik::IK_ISA

@@ -60,9 +60,9 @@ template <typename V>
 IK_INLINE V load_signs(const int8_t* a) {
   float values[V::lanes];
   for (int i = 0; i < V::lanes; ++i) values[i] = static_cast<float>(a[i]);
-  V found;
-  for (int i = 0; i < V::lanes; ++i) found.v[i] = values[i];
-  return found;
+  V signs;
+  for (int i = 0; i < V::lanes; ++i) signs.v[i] = values[i];
+  return signs;
 }
 template <typename V>
 IK_INLINE V load_difference(const int8_t* a, const int8_t* b) {

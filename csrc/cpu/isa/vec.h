@@ -36,9 +36,6 @@ using ik::min_;
 using ik::select_positive_;
 using ik::select_zero_;
 using ik::sqrt_;
-// value where weight == 0, else 0.
-IK_INLINE float select_if_zero_(float weight, float value) { return weight == 0.0f ? value : 0.0f; }
-IK_INLINE double select_if_zero_(double weight, double value) { return weight == 0.0 ? value : 0.0; }
 
 template <typename T>
 struct Vec {
@@ -101,6 +98,7 @@ IK_VEC_BINARY(operator/, a.v[i] / b.v[i])
 IK_VEC_BINARY(min_, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 IK_VEC_BINARY(max_, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 IK_VEC_BINARY(select_zero_, a.v[i] == T(0) ? T(0) : b.v[i])
+// b where a == 0, else 0.
 IK_VEC_BINARY(select_if_zero_, a.v[i] == T(0) ? b.v[i] : T(0))
 #undef IK_VEC_BINARY
 template <typename T>
