@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools.errors import SetupError
@@ -35,15 +36,15 @@ def find_torch() -> Path:
 
 
 def find_ninja() -> str:
-    try:
+    folder = None
+    with suppress(ImportError):
         import ninja
-    except ImportError:
-        found = shutil.which("ninja")
-    else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
-    if found is None:
+
+        folder = ninja.BIN_DIR
+    program = shutil.which("ninja", path=folder) or shutil.which("ninja")
+    if program is None:
         raise LeftOut("ninja is missing; pip install ninja")
-    return found
+    return program
 
 
 def find_cxx() -> list[str]:
@@ -55,15 +56,11 @@ def find_cxx() -> list[str]:
         if shutil.which(command[0]) is None:
             continue
         probe = "#include <optional>\nstatic_assert(__cplusplus >= 201703L);\n"
-        run = subprocess.run(
-            [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"],
-            input=probe,
-            text=True,
-            capture_output=True,
-        )
+        check = [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        run = subprocess.run(check, input=probe, text=True, capture_output=True)
         if run.returncode == 0:
             return command
-        raise LeftOut(f"{command[0]} cannot compile C++17: {last_lines(run.stderr, 1)}")
+        raise LeftOut(f"{command[0]} cannot compile C++17: {last_line(run.stderr)}")
     raise LeftOut(f"CXX={given} was not found" if given else "no C++17 compiler found (g++, clang++)")
 
 
@@ -74,9 +71,9 @@ def find_nvcc() -> str:
             if (Path(home) / "bin/nvcc").is_file():
                 return str(Path(home) / "bin/nvcc")
             raise LeftOut(f"{variable}={home} has no bin/nvcc")
-    found = shutil.which("nvcc")
-    if found:
-        return found
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return on_path
     # nvidia-cuda-nvcc from PyPI unpacks to nvidia/cu13 (nvidia/cuda_nvcc before CUDA 13).
     site = Path(sysconfig.get_path("purelib")) / "nvidia"
     for folder in [*sorted(site.glob("cu[0-9]*"), reverse=True), site / "cuda_nvcc", Path("/usr/local/cuda")]:
@@ -100,8 +97,8 @@ def default_archs(nvcc: str) -> str:
     allow do not count.
     """
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = set(printed(query, r"\d+\.\d"))
-    present = [capability for capability in found if number(capability) >= number(RELEASE_ARCHS[0])]
+    capabilities = set(printed(query, r"\d+\.\d"))
+    present = [each for each in capabilities if number(each) >= number(RELEASE_ARCHS[0])]
     known = [int(arch) for arch in printed([nvcc, "--list-gpu-arch"], r"(?<=compute_)\d+")]
     wanted = {number(capability) for capability in present or RELEASE_ARCHS}
     if known and present:
@@ -159,8 +156,8 @@ def compiled_for(flags: list[str], kind: str) -> list[str]:
     return [f"{major}.{minor}" for major, minor in re.findall(rf"{kind}_(\d+)(\d[af]?)", codes)]
 
 
-def last_lines(text: str, count: int) -> str:
-    return "\n".join(text.strip().splitlines()[-count:])
+def last_line(text: str) -> str:
+    return "".join(text.strip().splitlines()[-1:])
 
 
 def version_line(command: list[str]) -> str:
