@@ -43,7 +43,7 @@ from toolchain import (  # noqa: E402
     find_ninja,
     find_nvcc,
     find_torch,
-    last_lines,
+    last_line,
     parse_archs,
     version_line,
 )
@@ -198,9 +198,7 @@ class NinjaFile:
         empty = self.write_once("stub/empty.cpp", "")
         soname = ["-Wl,-soname,libtorch_cuda.so"]
         stub = self.edge("link", empty.parent / "libtorch_cuda.so", [empty], flags=soname)
-        objects = [
-            self.edge("nvcc", self.folder / f"{source.stem}.o", [source]) for source in sources("cuda")
-        ]
+        objects = [self.edge("nvcc", self.folder / f"{file.stem}.o", [file]) for file in sources("cuda")]
         torch = ["-Wl,--no-as-needed", f"-L{stub.parent}", "-ltorch_cuda", f"-L{self.tools.torch}/lib",
                  "-ltorch_cpu", "-Wl,--as-needed"]  # fmt: skip
         # g++ links, not nvcc: the device link nvcc adds is not needed and leaves build paths in the file. The
@@ -272,9 +270,8 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         self.target.mkdir(parents=True, exist_ok=True)
         record = self.target / "_build_info.json"
-        kept = [
-            name for name in self.plan.left_out if self.in_tree and (self.target / LIBRARIES[name]).exists()
-        ]
+        present = [name for name, file in LIBRARIES.items() if (self.target / file).exists()]
+        kept = [name for name in self.plan.left_out if self.in_tree and name in present]
         if kept and not self.plan.libraries:
             # An editable install for lint or tables, a machine the libraries were copied to: nothing is to change.
             return
@@ -291,9 +288,8 @@ class BuildLibraries(build_ext):
                     raise
                 self.plan.left_out[name] = str(error)
         for name, reason in self.plan.left_out.items():
-            print(
-                f"{PACKAGE}: {LIBRARIES[name]} {'kept' if name in kept else 'left out'}: {reason}", flush=True
-            )
+            fate = "kept" if name in kept else "left out"
+            print(f"{PACKAGE}: {LIBRARIES[name]} {fate}: {reason}", flush=True)
         info = self.build_info()
         before = json.loads(record.read_text()) if kept and record.exists() else {}
         for name in kept:
@@ -321,7 +317,7 @@ class BuildLibraries(build_ext):
         print(run.stdout, end="", flush=True)
         if run.returncode != 0:
             errors = [line for line in run.stdout.splitlines() if re.search(r"\berror\b", line)]
-            raise ExecError(f"compiling {file} failed: {errors[0] if errors else last_lines(run.stdout, 1)}")
+            raise ExecError(f"compiling {file} failed: {errors[0] if errors else last_line(run.stdout)}")
         if name == "cuda":
             logs = sorted((ROOT / folder).glob("*.o.log"))
             (ROOT / "build").mkdir(exist_ok=True)  # a build of setuptools' own has its folders elsewhere
@@ -329,22 +325,19 @@ class BuildLibraries(build_ext):
 
     def build_info(self) -> dict:
         """What doctor tells about the build. No paths, no date: the same sources give the same file."""
-        info: dict = {"left_out": dict(self.plan.left_out)}
-        for name in self.plan.libraries:
-            tools = self.plan.tools
-            if name == "cpu":
-                flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if self.sanitize else [])]
-                variants = list(cpu_variants())
-                info[name] = {"compiler": version_line(tools.cxx), "flags": flags, "variants": variants}
-            else:
-                flags = [*NVCC_FLAGS, *tools.archs]
-                compiler = version_line([tools.nvcc])
-                toolkit = re.search(r"release (\d+\.\d+)", compiler)
-                info[name] = {"compiler": compiler, "flags": flags}
-                # What `_cuda_support.py` compares with the driver and the GPU.
-                info[name]["toolkit"] = toolkit[1] if toolkit else None
-                info[name]["architectures"] = compiled_for(tools.archs, "sm")
-                info[name]["ptx"] = compiled_for(tools.archs, "compute")
+        tools, info = self.plan.tools, {"left_out": dict(self.plan.left_out)}
+        if "cpu" in self.plan.libraries:
+            flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if self.sanitize else [])]
+            variants = list(cpu_variants())
+            info["cpu"] = {"compiler": version_line(tools.cxx), "flags": flags, "variants": variants}
+        if "cuda" in self.plan.libraries:
+            compiler = version_line([tools.nvcc])
+            toolkit = re.search(r"release (\d+\.\d+)", compiler)
+            info["cuda"] = {"compiler": compiler, "flags": [*NVCC_FLAGS, *tools.archs]}
+            # What `_cuda_support.py` compares with the driver and the GPU.
+            info["cuda"]["toolkit"] = toolkit[1] if toolkit else None
+            info["cuda"]["architectures"] = compiled_for(tools.archs, "sm")
+            info["cuda"]["ptx"] = compiled_for(tools.archs, "compute")
         return info
 
     # setuptools asks for these when it installs, and when it makes an editable install.

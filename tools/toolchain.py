@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools.errors import SetupError
@@ -35,12 +36,12 @@ def find_torch() -> Path:
 
 
 def find_ninja() -> str:
-    try:
+    folder = None
+    with suppress(ImportError):
         import ninja
-    except ImportError:
-        program = shutil.which("ninja")
-    else:
-        program = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+
+        folder = ninja.BIN_DIR
+    program = shutil.which("ninja", path=folder) or shutil.which("ninja")
     if program is None:
         raise LeftOut("ninja is missing; pip install ninja")
     return program
@@ -55,15 +56,11 @@ def find_cxx() -> list[str]:
         if shutil.which(command[0]) is None:
             continue
         probe = "#include <optional>\nstatic_assert(__cplusplus >= 201703L);\n"
-        run = subprocess.run(
-            [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"],
-            input=probe,
-            text=True,
-            capture_output=True,
-        )
+        check = [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        run = subprocess.run(check, input=probe, text=True, capture_output=True)
         if run.returncode == 0:
             return command
-        raise LeftOut(f"{command[0]} cannot compile C++17: {last_lines(run.stderr, 1)}")
+        raise LeftOut(f"{command[0]} cannot compile C++17: {last_line(run.stderr)}")
     raise LeftOut(f"CXX={given} was not found" if given else "no C++17 compiler found (g++, clang++)")
 
 
@@ -159,8 +156,8 @@ def compiled_for(flags: list[str], kind: str) -> list[str]:
     return [f"{major}.{minor}" for major, minor in re.findall(rf"{kind}_(\d+)(\d[af]?)", codes)]
 
 
-def last_lines(text: str, count: int) -> str:
-    return "\n".join(text.strip().splitlines()[-count:])
+def last_line(text: str) -> str:
+    return "".join(text.strip().splitlines()[-1:])
 
 
 def version_line(command: list[str]) -> str:

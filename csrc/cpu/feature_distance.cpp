@@ -7,11 +7,11 @@ namespace {
 // `batch`: samples of the target. The mask's batch is 1, that of the target or that of the input.
 void set_layer(PixelTensors& t, const std::vector<Tensor>& masks, size_t layer, int64_t batch) {
   std::vector<int64_t> size = t.kind.size;
-  if (batch > 0) t.call.copies = size[0] / batch;
+  if (batch > 0) t.call.predictions = size[0] / batch;
   if (masks.empty()) return;
   const Tensor& mask = masks[layer];
-  t.call.mask_per_copy = mask.dim() == 4 && mask.sizes()[0] == size[0] && size[0] != batch;
-  if (!t.call.mask_per_copy) size[0] = batch;
+  t.call.mask_per_prediction = mask.dim() == 4 && mask.sizes()[0] == size[0] && size[0] != batch;
+  if (!t.call.mask_per_prediction) size[0] = batch;
   t.set_mask(mask, size);
 }
 

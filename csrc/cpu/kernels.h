@@ -31,6 +31,12 @@ struct Kernels {
   Kernel<Call> forward, backward;
 };
 
+// Rows or elements begin .. end of up to 4 segments of one sample.
+struct Unit {
+  int64_t sample, segment_begin, segment_end, begin, end;
+  int64_t segments() const { return segment_end - segment_begin; }
+};
+
 // What every kernel over images is called with.
 struct ImageCall {
   PixelShape shape;           // of pred
@@ -46,6 +52,21 @@ struct ImageCall {
   void* grad_pred = nullptr;
   void* grad_target = nullptr;
   bool stream = false;  // write the results around the cache
+
+  // The segments of a unit share a mask of one channel, which is then read from memory once. Units are fixed by
+  // the shape alone, so that results do not depend on the number of threads.
+  static constexpr int64_t unit_segments = 4;
+  int64_t segment_groups() const { return (shape.segments + unit_segments - 1) / unit_segments; }
+  // Unit `index` of chunks of `step` out of `extent` rows or elements.
+  Unit unit_of(int64_t index, int64_t extent, int64_t step) const {
+    const int64_t chunks = (extent + step - 1) / step;
+    const int64_t begin = index % chunks * step;
+    const int64_t segment = index / chunks % segment_groups() * unit_segments;
+    const int64_t sample = index / chunks / segment_groups();
+    const int64_t segment_end = segment + unit_segments;
+    return {sample, segment, segment_end < shape.segments ? segment_end : shape.segments, begin,
+            begin + step < extent ? begin + step : extent};
+  }
 };
 
 }  // namespace ik

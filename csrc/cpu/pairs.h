@@ -69,14 +69,11 @@ struct PairCall : ImageCall {
     return signs + ((sample * shape.segments + segment) * rows + row) * planes() * groups();
   }
 
-  // A unit is a run of rows of up to 4 segments of one sample, which share the rows of a single-channel mask.
-  // Fixed by the shape alone, so that results do not depend on the number of threads. The row below it is
-  // read twice.
-  static constexpr int64_t unit_segments = 4;
+  // The row below a unit is read twice.
   static constexpr int64_t unit_elements = 16384;
   int64_t unit_rows() const { return width >= unit_elements ? 1 : unit_elements / (width > 0 ? width : 1); }
   int64_t chunks() const { return (rows + unit_rows() - 1) / unit_rows(); }
-  int64_t segment_groups() const { return (shape.segments + unit_segments - 1) / unit_segments; }
+  Unit unit(int64_t index) const { return unit_of(index, rows, unit_rows()); }
   int64_t units() const { return shape.numel() > 0 ? shape.samples * segment_groups() * chunks() : 0; }
 };
 

@@ -36,23 +36,14 @@ struct PairTensors : ImageTensors<PairCall> {
   // its rows as bits.
   int64_t tail_bytes(const std::optional<Tensor>& mask) const {
     if (!mask.has_value()) return 0;
-    const int64_t copies = mask->dim() == 4 ? mask->size(0) * mask->size(1) : 1;
-    return 1 + copies * kind.size[2] * ((kind.size[3] + 7) / 8);
+    const int64_t planes = mask->dim() == 4 ? mask->size(0) * mask->size(1) : 1;
+    return 1 + planes * kind.size[2] * ((kind.size[3] + 7) / 8);
   }
 
   Tensor make_signs(const Tensor& like, const std::optional<Tensor>& mask, bool save_signs) {
     if (!save_signs) return empty_1d(like, 0, ScalarType::Byte);
     const int64_t used = call.shape.samples * call.shape.segments * call.rows * call.planes() * call.groups();
-    Tensor signs = empty_1d(like, sign_bytes() + tail_bytes(mask), ScalarType::Byte);
-    call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
-    // An output left unwritten in part would differ between runs.
-    std::fill(call.signs + used, call.signs + signs.numel(), uint8_t(0));
-    if (mask.has_value()) {
-      call.binary = call.signs + sign_bytes();
-      *call.binary = 1;
-      call.mask_bits = call.binary + 1;
-    }
-    return signs;
+    return ImageTensors::make_signs(like, used, sign_bytes(), tail_bytes(mask), true);
   }
 
   void set_signs(const Tensor& signs, const std::optional<Tensor>& mask) {

@@ -114,22 +114,6 @@ void finish_raw(const Tensor& raw, const Tensor& ratio, const Tensor& new_mask,
   run(call, IK_PICK_ISA(partial_conv_kernels, wide).finish);
 }
 
-template <typename T>
-void add_units(const std::vector<T>& sums, int64_t channels, Tensor& out) {
-  std::vector<double> total(static_cast<size_t>(channels), 0.0);
-  for (size_t i = 0; i < sums.size(); ++i) total[i % static_cast<size_t>(channels)] += sums[i];
-  T* values = static_cast<T*>(out.mutable_data_ptr());
-  for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<T>(total[static_cast<size_t>(c)]);
-}
-
-template <typename T>
-void differentiate(PartialConvCall& call, bool need_bias, Tensor& bias_grad) {
-  std::vector<T> sums(static_cast<size_t>(call.units() * call.channels));
-  call.bias_sums = sums.data();
-  run(call, IK_PICK_ISA(partial_conv_kernels, sizeof(T) == 8).finish_backward);
-  if (need_bias) add_units(sums, call.channels, bias_grad);
-}
-
 Tensor finish_backward(const Tensor& grad, const std::optional<Tensor>& output, const Tensor& ratio,
                        const Tensor& new_mask, int64_t how, double slope, bool need_bias, Tensor out) {
   PartialConvCall call = make_call(grad, out, "grad");
@@ -138,10 +122,16 @@ Tensor finish_backward(const Tensor& grad, const std::optional<Tensor>& output, 
     STD_TORCH_CHECK(output.has_value() && same_sizes(*output, grad), "output must have grad's shape");
     call.output = view_of(*output, "output");
   }
-  Tensor bias_grad = empty_1d(grad, need_bias ? call.channels : 0, ratio.scalar_type());
-  is_double(ratio) ? differentiate<double>(call, need_bias, bias_grad)
-                   : differentiate<float>(call, need_bias, bias_grad);
-  return bias_grad;
+  const bool wide = is_double(ratio);
+  const int64_t count = call.units() * call.channels;
+  std::vector<char> sums(static_cast<size_t>(count) * (wide ? sizeof(double) : sizeof(float)));
+  call.bias_sums = sums.data();
+  run(call, IK_PICK_ISA(partial_conv_kernels, wide).finish_backward);
+  if (!need_bias) return empty_1d(grad, 0, ratio.scalar_type());
+  std::vector<double> values(static_cast<size_t>(count)), total(static_cast<size_t>(call.channels), 0.0);
+  generic::convert_to(dtype_code(ratio.scalar_type()), sums.data(), count, values.data());
+  for (size_t i = 0; i < values.size(); ++i) total[i % total.size()] += values[i];
+  return make_tensor(grad, total, {call.channels}, ratio.scalar_type());
 }
 
 void run_rows(const WindowCall& call, int64_t count, int64_t elements, Kernel<WindowCall> kernel) {
@@ -150,8 +140,14 @@ void run_rows(const WindowCall& call, int64_t count, int64_t elements, Kernel<Wi
 
 std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t multiplicity, const Ints& windows,
                                   double numerator, const std::string& update, ScalarType dtype) {
-  WindowCall call{window_shape(mask, Windows(windows))};
-  call.mask = mask.const_data_ptr();
+  const Windows shape(windows);
+  Tensor ready = mask;
+  WindowCall call{window_shape(ready, shape)};
+  if (!call.flat() && ready.stride(1) != 1) {
+    ready = torch::stable::contiguous(mask);
+    call = {window_shape(ready, shape)};
+  }
+  call.mask = ready.const_data_ptr();
   call.mask_dtype = dtype_code(mask.scalar_type());
   call.multiplicity = mask.size(1) == 1 ? multiplicity : 1;
   call.numerator = numerator;
@@ -164,8 +160,8 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t multiplicity, cons
   const bool wide = dtype == ScalarType::Double;
   const WindowKernels& kernels = IK_PICK_ISA(window_kernels, wide);
   std::unique_ptr<char[]> planes;
-  if (mask.size(1) == 1 && call.multiplicity == 1 && mask.is_contiguous() && mask.scalar_type() == dtype) {
-    call.planes = const_cast<void*>(mask.const_data_ptr());
+  if (mask.size(1) == 1 && call.multiplicity == 1 && ready.is_contiguous() && mask.scalar_type() == dtype) {
+    call.planes = const_cast<void*>(ready.const_data_ptr());
   } else {
     planes.reset(new char[static_cast<size_t>(call.samples * call.groups * call.pixels()) * (wide ? 8 : 4)]);
     call.planes = planes.get();
@@ -177,39 +173,33 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask, int64_t multiplicity, cons
   return {ratio, new_mask};
 }
 
-// By name, through the dispatcher: the C shims of the two operators belong to Inductor, not to the stable
-// ABI, and without one of them the library would not load. They spared each call some microseconds.
+// The stack of a call by name, through the dispatcher: the C shims of the two operators belong to Inductor, not
+// to the stable ABI, and without one of them the library would not load. They spared each call some
+// microseconds.
+template <typename... Args>
+std::array<StableIValue, sizeof...(Args)> called(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
 Tensor convolution(const Tensor& input, const Tensor& weight, const Windows& windows) {
-  using torch::stable::detail::from;
   const Ints zeros(windows.stride.size(), 0);
-  std::array<StableIValue, 9> stack{from(input),          from(weight),          from(std::nullopt),
-                                    from(windows.stride), from(windows.padding), from(windows.dilation),
-                                    from(false),          from(zeros),           from(windows.groups)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Tensor>(called("aten::convolution", input, weight, std::nullopt,
+                                                  windows.stride, windows.padding, windows.dilation, false,
+                                                  zeros, windows.groups)[0]);
 }
 
 // Gradients to the input and to the weight; of an operand whose partner's gradient is not wanted only the
 // shape counts.
 std::array<Tensor, 2> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                            const Windows& windows, bool need_input, bool need_weight) {
-  using torch::stable::detail::from;
   using torch::stable::detail::to;
   const Ints zeros(windows.stride.size(), 0);
   const std::array<bool, 3> wanted{need_input, need_weight, false};
-  std::array<StableIValue, 11> stack{from(grad),
-                                     from(input),
-                                     from(weight),
-                                     from(std::nullopt),
-                                     from(windows.stride),
-                                     from(windows.padding),
-                                     from(windows.dilation),
-                                     from(false),
-                                     from(zeros),
-                                     from(windows.groups),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const auto stack = called("aten::convolution_backward", grad, input, weight, std::nullopt, windows.stride,
+                            windows.padding, windows.dilation, false, zeros, windows.groups,
+                            torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
   (void)to<Tensor>(stack[2]);
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
@@ -279,9 +269,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_backward(
     // An operand torch asks for and does not read: in another layout than the others it would be copied.
     const Tensor w =
         both ? with_dtype(*weight, inner) : empty_image(grad, weight_size, inner_weight_last, inner);
-    auto found = convolution_backward(finished->tensor(), x.tensor(), w, windows, both, true);
-    if (both) raw = found[0];
-    grad_weight = in_layout(with_dtype(found[1], dtype), weight_last);
+    const auto gradients = convolution_backward(finished->tensor(), x.tensor(), w, windows, both, true);
+    if (both) raw = gradients[0];
+    grad_weight = in_layout(with_dtype(gradients[1], dtype), weight_last);
   } else {
     grad_weight = empty_1d(grad, 0, dtype);
   }

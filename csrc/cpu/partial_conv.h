@@ -59,6 +59,11 @@ struct WindowCall : WindowShape {
   void* new_mask = nullptr;
   static constexpr int64_t tile = 2048;
   int64_t pixels() const { return size[0] * size[1] * size[2]; }
+  // The pixels of a channel are one run. Else its channels must be, at every pixel.
+  bool flat() const {
+    return mask_stride[4] == 1 && mask_stride[3] == size[2] &&
+           (size[0] == 1 || mask_stride[2] == size[2] * size[1]);
+  }
   int64_t sum_units() const { return samples * groups * ((pixels() + tile - 1) / tile); }
   int64_t rows() const { return samples * groups * out_size[0] * out_size[1]; }
 };

@@ -11,10 +11,10 @@ struct PixelCall : ImageCall {
   Penalty penalty = Penalty::l1;
   double param = 0;
   int regions = 1;  // 2: (hole, valid); mask_is_hole: the mask holds the first one's weight
-  // pred holds `copies` predictions of one target, in the order of torch.cat; shape.samples counts them all.
-  // Images are [N, segments, length], the target's N that of pred / copies.
-  int64_t copies = 1;
-  bool mask_per_copy = false;  // the mask's batch is pred's, not target's
+  // pred holds `predictions` of one target, in the order of torch.cat; shape.samples counts them all.
+  // Images are [N, segments, length], the target's N that of pred / predictions.
+  int64_t predictions = 1;
+  bool mask_per_prediction = false;  // the mask's batch is pred's, not target's
   Dtype grad_pred_dtype{}, grad_target_dtype{};
   uint8_t* signs = nullptr;  // [N * segments, groups, 2]; written forward, read backward (l1)
 
@@ -28,14 +28,10 @@ struct PixelCall : ImageCall {
   const double* coefficient = nullptr;  // [N, regions]: grad * scale
   const void* grad_map = nullptr;       // [N, segments, length] float or double: reduction="none"
 
-  // A unit is up to 4 segments of one sample over one chunk of elements: a mask shared by the channels is
-  // then read from memory once. Fixed by the shape alone, so that results do not depend on the number of
-  // threads.
   static constexpr int64_t chunk = 8192;
-  static constexpr int64_t unit_segments = 4;
   int64_t chunks() const { return (shape.length + chunk - 1) / chunk; }
-  int64_t segment_groups() const { return (shape.segments + unit_segments - 1) / unit_segments; }
-  int64_t units() const { return shape.samples / copies * segment_groups() * chunks(); }
+  Unit unit(int64_t index) const { return unit_of(index, shape.length, chunk); }
+  int64_t units() const { return shape.samples / predictions * segment_groups() * chunks(); }
 };
 
 }  // namespace ik

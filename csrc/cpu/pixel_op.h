@@ -6,22 +6,18 @@
 
 namespace ik {
 
-// What an l1 forward of `cpu` appends to the signs (ops/_pixel.py: fake_signs), so that its backward need not
-// read a mask of zeros and ones again: a byte that is 1 for such a mask, and for two regions that mask as
-// bits.
+// What an l1 forward of `cpu` appends to the signs (ops/_pixel.py: fake_signs): a byte, and for two regions the
+// mask as bits.
 struct MaskTail {
-  int64_t at = 0;
-  int64_t bits_bytes = 0;
+  int64_t bytes = 1;
   bool packs = false;  // a plane that all channels share; an interleaved one would have to be spread first
 
   MaskTail(const PixelShape& shape, int regions, const Tensor& mask) {
-    at = shape.sign_bytes();
     if (regions == 1 || shape.channels == 1) return;
-    bits_bytes = shape.samples * ((shape.pixels + 7) / 8);
+    bytes += shape.samples * ((shape.pixels + 7) / 8);
     packs = shape.segments == shape.channels &&
             (mask.dim() == 2 || mask.sizes()[1] == 1 || mask.strides()[1] == 0);
   }
-  int64_t bytes() const { return 1 + bits_bytes; }
 };
 
 struct PixelTensors : ImageTensors<PixelCall> {
@@ -56,40 +52,25 @@ struct PixelTensors : ImageTensors<PixelCall> {
 
   Tensor make_signs(const Tensor& like, bool save_signs, const std::optional<Tensor>& mask = std::nullopt) {
     if (!save_signs) return empty_1d(like, 0, ScalarType::Byte);
-    const int64_t sign_bytes = call.shape.sign_bytes();
-    std::optional<MaskTail> tail;
-    if (mask.has_value()) tail.emplace(call.shape, call.regions, *mask);
-    Tensor signs = empty_1d(like, sign_bytes + (tail ? tail->bytes() : 0), ScalarType::Byte);
-    call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
-    // channels_last may need fewer groups; an output left unwritten in part would differ between runs.
     const int64_t used = 2 * call.shape.samples * call.shape.segments * call.shape.groups();
-    std::fill(call.signs + used, call.signs + sign_bytes, uint8_t(0));
-    if (!tail) return signs;
-    call.binary = call.signs + sign_bytes;
-    *call.binary = 1;
-    uint8_t* bits = call.binary + 1;
-    if (tail->packs) {
-      call.mask_bits = bits;
-    } else {
-      std::fill(bits, bits + tail->bits_bytes, uint8_t(0));
-    }
-    return signs;
+    const int64_t sign_bytes = call.shape.sign_bytes();
+    if (!mask.has_value()) return ImageTensors::make_signs(like, used, sign_bytes, 0, false);
+    const MaskTail tail(call.shape, call.regions, *mask);
+    return ImageTensors::make_signs(like, used, sign_bytes, tail.bytes, tail.packs);
   }
 
   // The mask of a backward: none where the signs tell all, else its bits if they were kept.
   void set_backward_mask(const std::optional<Tensor>& mask) {
     if (!mask.has_value()) return;
     if (call.penalty == Penalty::l1 && call.shape.numel() > 0) {
-      const MaskTail tail(call.shape, call.regions, *mask);
-      if (call.signs[tail.at] == 1) {
-        if (call.regions == 1) return;
-        if (tail.packs) {
-          call.shape.has_mask = true;
-          call.shape.mask_stride_n = 8 * call.shape.groups();
-          call.mask = call.signs + tail.at + 1;
-          call.mask_dtype = Dtype::bits;
-          return;
-        }
+      const uint8_t* binary = call.signs + call.shape.sign_bytes();
+      if (*binary == 1 && call.regions == 1) return;
+      if (*binary == 1 && MaskTail(call.shape, call.regions, *mask).packs) {
+        call.shape.has_mask = true;
+        call.shape.mask_stride_n = 8 * call.shape.groups();
+        call.mask = binary + 1;
+        call.mask_dtype = Dtype::bits;
+        return;
       }
     }
     set_mask(*mask, kind.size);

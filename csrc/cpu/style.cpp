@@ -15,11 +15,11 @@ std::unique_ptr<double[]> given_grams(const Tensor& target) {
 // One row of G - G', `count` entries below the diagonal and the one on it: returns the penalties of the row
 // and of its mirror image, writes `factor` times the slopes. Four sums, which compilers turn into vectors.
 template <typename T, typename Gram>
-double style_row(bool l1, const Gram* gram, double scale, const Gram* goal, double goal_scale, int64_t count,
-                 double factor, T* row) {
+double style_row(bool l1, const Gram* gram, double scale, const Gram* target_gram, double target_scale,
+                 int64_t count, double factor, T* row) {
   double sums[4] = {0, 0, 0, 0};
   auto entry = [&](int64_t j) {
-    const double d = gram[j] * scale - goal[j] * goal_scale;
+    const double d = gram[j] * scale - target_gram[j] * target_scale;
     row[j] = static_cast<T>(factor * style_penalty_grad(l1, d));
     return style_penalty(l1, d);
   };
@@ -33,12 +33,12 @@ double style_row(bool l1, const Gram* gram, double scale, const Gram* goal, doub
 
 // The same against a given matrix, which may be unsymmetric.
 template <typename T>
-double given_row(bool l1, const double* gram, double scale, const double* goal, int64_t C, int64_t i,
+double given_row(bool l1, const double* gram, double scale, const double* target_gram, int64_t C, int64_t i,
                  double factor, T* row) {
   double sum = 0;
   for (int64_t j = 0; j <= i; ++j) {
-    const double d = gram[j] * scale - goal[i * C + j];
-    const double mirrored = gram[j] * scale - goal[j * C + i];
+    const double d = gram[j] * scale - target_gram[i * C + j];
+    const double mirrored = gram[j] * scale - target_gram[j * C + i];
     row[j] = static_cast<T>(factor * style_entry_grad(l1, d, mirrored));
     sum += style_entry(l1, d, mirrored, i == j);
   }
@@ -64,24 +64,24 @@ double style_layer(const Tensor& input, const Tensor& target, bool is_gram, bool
     const auto given = given_grams(target);
     const double* gram = grams.wide();
     write_symmetric(N, C, factor, [&](int64_t n, int64_t i, T* row) {
-      const double* goal = given.get() + n % batch * C * C;
-      losses[n * C + i] = given_row(l1, gram + (n * C + i) * C, scale, goal, C, i, slope, row);
+      const double* target_gram = given.get() + n % batch * C * C;
+      losses[n * C + i] = given_row(l1, gram + (n * C + i) * C, scale, target_gram, C, i, slope, row);
     });
   } else {
     const Features y(target);
-    GramSums<T> goals(y.map);
-    const double goal_scale =
+    GramSums<T> target_grams(y.map);
+    const double target_scale =
         gram_scale(normalize, static_cast<double>(C), static_cast<double>(y.map.pixels));
-    auto compare = [&](const auto* gram, const auto* goal) {
+    auto compare = [&](const auto* gram, const auto* target_gram) {
       write_symmetric(N, C, factor, [&](int64_t n, int64_t i, T* row) {
-        losses[n * C + i] = style_row(l1, gram + (n * C + i) * C, scale, goal + (n % batch * C + i) * C,
-                                      goal_scale, i, slope, row);
+        losses[n * C + i] = style_row(l1, gram + (n * C + i) * C, scale,
+                                      target_gram + (n % batch * C + i) * C, target_scale, i, slope, row);
       });
     };
-    if (grams.whole() && goals.whole()) {
-      compare(grams.partials.get(), goals.partials.get());
+    if (grams.whole() && target_grams.whole()) {
+      compare(grams.partials.get(), target_grams.partials.get());
     } else {
-      compare(grams.wide(), goals.wide());
+      compare(grams.wide(), target_grams.wide());
     }
   }
   double loss = 0;

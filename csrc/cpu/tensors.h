@@ -154,6 +154,22 @@ struct ImageTensors {
     call.mask = ready.back().const_data_ptr();
   }
 
+  // Packed signs: `used` of the `sign_bytes` are written by the kernel. Behind them `tail_bytes` for the mask, so
+  // that the backward need not read it again: a byte that is 1 if it holds zeros and ones alone, and then, if it
+  // `packs`, the mask as bits.
+  Tensor make_signs(const Tensor& like, int64_t used, int64_t sign_bytes, int64_t tail_bytes, bool packs) {
+    Tensor signs = empty_1d(like, sign_bytes + tail_bytes, ScalarType::Byte);
+    call.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+    // An output left unwritten in part would differ between runs.
+    std::fill(call.signs + used, call.signs + signs.numel(), uint8_t(0));
+    if (tail_bytes > 0) {
+      call.binary = call.signs + sign_bytes;
+      *call.binary = 1;
+      call.mask_bits = packs ? call.binary + 1 : nullptr;
+    }
+    return signs;
+  }
+
   void run(Kernel<Call> kernel) {
     const int64_t elements = call.shape.numel() / std::max<int64_t>(call.units(), 1);
     run_units(call, kernel, call.units(), kGrainElements / std::max<int64_t>(elements, 1) + 1);

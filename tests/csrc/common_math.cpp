@@ -29,14 +29,6 @@ auto with_penalty(const std::string& name, F&& f) {
   throw std::invalid_argument("penalty " + name);
 }
 
-ik::Normalize normalize_by_name(const std::string& name) {
-  if (name == "mask") return ik::Normalize::mask;
-  if (name == "image") return ik::Normalize::image;
-  if (name == "sample") return ik::Normalize::sample;
-  if (name == "sum") return ik::Normalize::sum;
-  throw std::invalid_argument("normalize " + name);
-}
-
 template <typename T>
 py::object penalty_value(const std::string& name, py::array_t<T> d, T param) {
   return with_penalty(name, [&](auto penalty) -> py::object {
@@ -45,22 +37,23 @@ py::object penalty_value(const std::string& name, py::array_t<T> d, T param) {
   });
 }
 
+// The gradient of l1, as the kernels compute it: through the packed bits, at each of the 8 places of a group.
+template <typename T>
+T sign_through_bits(T x) {
+  const T result = ik::apply_sign(ik::sign_bits(x), 0, T(1));
+  for (int place = 1; place < 8; ++place) {
+    if (ik::apply_sign(ik::sign_bits(x) << place, place, T(1)) != result)
+      throw std::logic_error("apply_sign depends on the place");
+  }
+  return result;
+}
+
 template <typename T>
 py::object penalty_grad(const std::string& name, py::array_t<T> d, T param) {
   return with_penalty(name, [&](auto penalty) -> py::object {
     constexpr ik::Penalty P = decltype(penalty)::value;
     if constexpr (P == ik::Penalty::l1) {
-      // As the kernels do: through the packed bits, at each of the eight places of a group.
-      return py::vectorize([](T x) {
-        T result = 0;
-        for (int place = 0; place < 8; ++place) {
-          const uint32_t word = ik::sign_bits(x) << place;
-          const T here = ik::apply_sign(word, place, T(1));
-          if (place > 0 && here != result) throw std::logic_error("apply_sign depends on the place");
-          result = here;
-        }
-        return result;
-      })(d);
+      return py::vectorize(&sign_through_bits<T>)(d);
     } else {
       return py::vectorize([param](T x) { return ik::penalty_grad<P, T>(x, param); })(d);
     }
@@ -84,10 +77,12 @@ void define_for(py::module_& m, const std::string& suffix) {
 PYBIND11_MODULE(common_math, m) {
   define_for<float>(m, "f32");
   define_for<double>(m, "f64");
-  m.def("sample_scale",
-        [](const std::string& normalize, double weight_n, double weight, double numel, double samples) {
-          return ik::sample_scale(normalize_by_name(normalize), weight_n, weight, numel, samples);
-        });
+  py::enum_<ik::Normalize>(m, "Normalize")
+      .value("mask", ik::Normalize::mask)
+      .value("image", ik::Normalize::image)
+      .value("sample", ik::Normalize::sample)
+      .value("sum", ik::Normalize::sum);
+  m.def("sample_scale", &ik::sample_scale);
   m.def("sign_layout", [](int64_t n, int64_t c, int64_t pixels, bool channels_last) {
     ik::PixelShape shape;
     shape.samples = n;

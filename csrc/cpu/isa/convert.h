@@ -8,10 +8,6 @@
 
 namespace ik::IK_ISA {
 
-// How T itself is stored.
-template <typename T>
-constexpr Dtype kNative = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
-
 IK_INLINE float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -60,6 +56,11 @@ struct Half {
 struct Bfloat16 {
   uint16_t bits;
 };
+template <typename S>
+constexpr Dtype kNative = std::is_same_v<S, Half>       ? Dtype::f16
+                          : std::is_same_v<S, Bfloat16> ? Dtype::bf16
+                          : sizeof(S) == 4              ? Dtype::f32
+                                                        : Dtype::f64;
 
 // One element, or a vector of them, as the type the kernels compute in.
 template <typename T>
@@ -95,71 +96,23 @@ IK_INLINE void store_vec(Vec<T> x, T* p, bool stream) {
   stream ? x.stream(p) : x.store(p);
 }
 
-#if defined(IK_ISA_AVX512)
+#if defined(IK_ISA_AVX)
 
-IK_INLINE Vec<float> load_first(const float* p, int valid) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << valid) - 1), p);
-}
-IK_INLINE void store_first(Vec<float> x, float* p, int valid) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << valid) - 1), x.v);
-}
-IK_INLINE Vec<float> load_vec(const Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+IK_INLINE Vec<float> load_vec(const Half* p) { return IK_MM(cvtph_ps)(load_halves(p)); }
 IK_INLINE Vec<float> load_vec(const Bfloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-IK_INLINE void store_bits(__m256i bits, void* p, bool stream) {
-  __m256i* at = reinterpret_cast<__m256i*>(p);
-  stream ? _mm256_stream_si256(at, bits) : _mm256_storeu_si256(at, bits);
+  return reinterpret_cast<Register>(IK_MM(slli_epi32)(IK_MM(cvtepu16_epi32)(load_halves(p)), 16));
 }
 IK_INLINE void store_vec(Vec<float> x, Half* p, bool stream) {
-  store_bits(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), p, stream);
+  store_halves(IK_MM(cvtps_ph)(x.v, _MM_FROUND_TO_NEAREST_INT), p, stream);
 }
 IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool stream) {
-  const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
-  store_bits(_mm512_cvtepi32_epi16(rounded), p, stream);
-}
-
-#elif defined(IK_ISA_AVX2)
-
-IK_INLINE __m256i first_lanes(int valid) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(valid), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-IK_INLINE Vec<float> load_first(const float* p, int valid) {
-  return _mm256_maskload_ps(p, first_lanes(valid));
-}
-IK_INLINE void store_first(Vec<float> x, float* p, int valid) {
-  _mm256_maskstore_ps(p, first_lanes(valid), x.v);
-}
-IK_INLINE Vec<float> load_vec(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-IK_INLINE Vec<float> load_vec(const Bfloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-IK_INLINE void store_bits(__m128i bits, void* p, bool stream) {
-  __m128i* at = reinterpret_cast<__m128i*>(p);
-  stream ? _mm_stream_si128(at, bits) : _mm_storeu_si128(at, bits);
-}
-IK_INLINE void store_vec(Vec<float> x, Half* p, bool stream) {
-  store_bits(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT), p, stream);
-}
-IK_INLINE void store_vec(Vec<float> x, Bfloat16* p, bool stream) {
-  const __m256i bits = _mm256_castps_si256(x.v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
-  // packus works within 128-bit halves: the permutation brings the two wanted quarters together.
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
-  store_bits(_mm256_castsi256_si128(packed), p, stream);
+  const Integers bits = reinterpret_cast<Integers>(x.v);
+  const Integers odd = IK_MM(srli_epi32)(bits, 16) & IK_MM(set1_epi32)(1);
+  const Integers up = IK_MM(add_epi32)(bits, IK_MM(add_epi32)(odd, IK_MM(set1_epi32)(0x7fff)));
+  const Lanes nan = compare<_CMP_UNORD_Q>(x.v, x.v);
+  const Register rounded = choose(nan, reinterpret_cast<Register>(IK_MM(set1_epi32)(0x7fc0)),
+                                  reinterpret_cast<Register>(IK_MM(srli_epi32)(up, 16)));
+  store_halves(low_halves(reinterpret_cast<Integers>(rounded)), p, stream);
 }
 
 #else
@@ -199,7 +152,7 @@ IK_INLINE V load_part(const S* p, int count) {
   using T = typename V::Element;
   if constexpr (kDirect<S, T>) {
     if (count == V::lanes) return load_vec(p);
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+#if defined(IK_ISA_AVX)
     if constexpr (std::is_same_v<S, float>) return load_first(p, count);
 #endif
   }
@@ -207,13 +160,14 @@ IK_INLINE V load_part(const S* p, int count) {
   for (int i = 0; i < count; ++i) part[i] = static_cast<T>(load_one(p + i));
   return V::load(part);
 }
+// `stream`: whole vectors go around the cache.
 template <typename V, typename S>
-IK_INLINE void store_part(V x, S* p, int count) {
+IK_INLINE void store_part(V x, S* p, int count, bool stream = false) {
   using T = typename V::Element;
   if constexpr (kDirect<S, T>) {
-    if (count == V::lanes) return store_vec(x, p, false);
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
-    if constexpr (std::is_same_v<S, float>) return store_first(x, p, count);
+    if (count == V::lanes) return store_vec(x, p, stream);
+#if defined(IK_ISA_AVX)
+    if constexpr (std::is_same_v<S, float>) return store_first(x.v, p, count);
 #endif
   }
   T part[V::lanes];
@@ -242,6 +196,12 @@ IK_INLINE auto with_stored(Dtype dtype, const F& f) {
   }
 }
 
+// Calls f with the type that stands for `value`.
+template <typename F>
+IK_INLINE void with_bool(bool value, const F& f) {
+  value ? f(std::true_type()) : f(std::false_type());
+}
+
 // dst[i] = src[i], i < n.
 template <typename T>
 IK_NOINLINE void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
@@ -252,14 +212,6 @@ IK_NOINLINE void convert_to(Dtype dtype, const void* data, int64_t n, T* dst) {
     if constexpr (kDirect<S, T>) {
       for (; i + Vec<T>::lanes <= n; i += Vec<T>::lanes) load_vec(src + i).store(dst + i);
     }
-#if defined(IK_ISA_AVX2) || defined(IK_ISA_AVX512)
-    if constexpr (sizeof(S) == 1 && sizeof(T) == 4) {
-      for (; i + 8 <= n; i += 8) {
-        const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src + i));
-        _mm256_storeu_ps(dst + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)));
-      }
-    }
-#endif
     for (; i < n; ++i) dst[i] = static_cast<T>(load_one(src + i));
   });
 }
@@ -292,16 +244,11 @@ IK_NOINLINE void convert_from(Dtype dtype, const T* src, int64_t n, void* data) 
   });
 }
 
-constexpr Dtype dtype_of(const float*) { return Dtype::f32; }
-constexpr Dtype dtype_of(const double*) { return Dtype::f64; }
-constexpr Dtype dtype_of(const Half*) { return Dtype::f16; }
-constexpr Dtype dtype_of(const Bfloat16*) { return Dtype::bf16; }
-
 // `n` elements at `offset` of `data` as S: in place when stored as S, else converted into `buffer`. A half
 // type must be stored as such.
 template <typename S>
 static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, S* buffer) {
-  if (dtype == dtype_of(buffer)) return static_cast<const S*>(data) + offset;
+  if (dtype == kNative<S>) return static_cast<const S*>(data) + offset;
   if constexpr (sizeof(S) >= 4) {
     if (dtype == Dtype::bits) {
       unpack_bits(static_cast<const uint8_t*>(data) + offset / 8, n, buffer);
@@ -310,6 +257,21 @@ static const S* fetch(const void* data, Dtype dtype, int64_t offset, int64_t n, 
     }
   }
   return buffer;
+}
+
+// Where results for `offset` of `data` are computed: in place when stored as S, else in `buffer`, out of which
+// store_output converts them. Null without `data`.
+template <typename S>
+static S* output_at(void* data, Dtype dtype, int64_t offset, S* buffer) {
+  if (data == nullptr) return nullptr;
+  return dtype == kNative<S> ? static_cast<S*>(data) + offset : buffer;
+}
+template <typename S>
+static void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* buffer) {
+  if constexpr (sizeof(S) >= 4) {
+    if (data == nullptr || dtype == kNative<S>) return;
+    convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
+  }
 }
 
 }  // namespace ik::IK_ISA

@@ -1,7 +1,8 @@
 // Register tiles of the Gram kernels: small matrix products whose operands stay where they are.
 #pragma once
 
-#include "cpu/isa/vec.h"
+#include "cpu/isa/convert.h"
+#include "cpu/isa/scratch.h"
 
 namespace ik::IK_ISA {
 
@@ -25,7 +26,7 @@ constexpr int kOuterVectors = 2;
 template <typename T>
 constexpr int kOuterCols = kOuterVectors * Vec<T>::lanes;
 
-// out[r * ldo + s] += sum_k rows[r][k] * cols[s][k], k < n: both operands are contiguous along k, so that
+// out[r * ldo + s] = sum_k rows[r][k] * cols[s][k], k < n: both operands are contiguous along k, so that
 // lanes hold partial sums along k and no operand is transposed. The lanes are added up in a fixed order at
 // the end.
 template <typename T>
@@ -48,7 +49,7 @@ IK_INLINE void dot_tile(const T* const* rows, const T* const* cols, int64_t n, T
     for (int s = 0; s < kDotCols; ++s) {
       T tail = T(0);
       for (int64_t i = k; i < n; ++i) tail += rows[r][i] * cols[s][i];
-      out[r * ldo + s] += sums[r][s].lane_sum() + tail;
+      out[r * ldo + s] = sums[r][s].lane_sum() + tail;
     }
   }
 }
@@ -91,13 +92,10 @@ IK_INLINE void outer_tile(const T* const* rows, int64_t step, const T* panel, in
 // Columns of a panel from a row of a matrix, zero beyond `n`.
 template <typename T>
 IK_INLINE void pack_columns(const T* row, int64_t n, T* panel) {
-  if (n >= kOuterCols<T>) {
-    for (int v = 0; v < kOuterVectors; ++v) {
-      Vec<T>::load(row + v * Vec<T>::lanes).store(panel + v * Vec<T>::lanes);
-    }
-    return;
+  using V = Vec<T>;
+  for (int64_t i = 0; i < kOuterCols<T>; i += V::lanes) {
+    (i < n ? load_part<V>(row + i, static_cast<int>(least(V::lanes, n - i))) : V(T(0))).store(panel + i);
   }
-  for (int64_t i = 0; i < kOuterCols<T>; ++i) panel[i] = i < n ? row[i] : T(0);
 }
 
 }  // namespace ik::IK_ISA

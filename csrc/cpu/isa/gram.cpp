@@ -10,9 +10,7 @@
 
 #include <cstdlib>
 
-#include "cpu/isa/convert.h"
 #include "cpu/isa/gemm.h"
-#include "cpu/isa/scratch.h"
 
 namespace ik::IK_ISA {
 namespace {
@@ -52,7 +50,7 @@ void add_dot_products(const T* x, int64_t channels, int64_t first, int64_t last,
       for (int64_t j = column_block; j < least(column_end, i + kDotRows); j += kDotCols) {
         const T* cols[kDotCols];
         for (int s = 0; s < kDotCols; ++s) cols[s] = x + least(j + s, last - 1) * kBlockStride;
-        T tile[kDotRows * kDotCols] = {};
+        T tile[kDotRows * kDotCols];
         dot_tile(rows, cols, n, tile, kDotCols);
         for (int r = 0; r < kDotRows && i + r < last; ++r) {
           for (int s = 0; s < kDotCols && j + s <= i + r; ++s) {
@@ -101,11 +99,8 @@ void pack_panels(const FeatureMap& map, int64_t sample, int64_t k, int64_t n, in
   constexpr int64_t cols = kOuterCols<T>;
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
-  const bool native = map.dtype == kNative<T>;
   auto values = [&](int64_t index, int64_t count) {
-    if (native) return reinterpret_cast<const T*>(element(map, index));
-    convert_to(map.dtype, element(map, index), count, converted);
-    return static_cast<const T*>(converted);
+    return fetch(map.data, map.dtype, index, count, converted);
   };
   if (map.channels_last) {
     for (int64_t m = 0; m < n; ++m) {
@@ -199,7 +194,6 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
   const int64_t stride = SymmetricProductCall::padded_cols(C);
-  const bool native = map.dtype == kNative<T>;
   const bool stream = call.stream && aligned(call.out) && M * sizeof(T) % 64 == 0;
   for (int64_t m = begin; m < end; m += panel_count<T>(C) * cols) {
     const int64_t width = least(panel_count<T>(C) * cols, end - m);
@@ -207,9 +201,7 @@ void product_of_planes(const SymmetricProductCall& call, const T* factor, int64_
     for (int64_t c = 0; c < C; ++c) {
       const int64_t run = (sample * C + c) * M + m;
       if (c + 1 < C) fetch_run(map, run + M, width);
-      const char* plane = element(map, run);
-      if (!native) convert_to(map.dtype, plane, width, converted);
-      const T* row = native ? reinterpret_cast<const T*>(plane) : converted;
+      const T* row = fetch(map.data, map.dtype, run, width, converted);
       for (int64_t p = 0; p < width; p += cols) pack_columns(row + p, width - p, scratch + p * C + c * cols);
     }
     for (int64_t p = 0; p < width; p += cols) {
@@ -231,13 +223,10 @@ void product_of_pixels(const SymmetricProductCall& call, const T* panels, int64_
   const FeatureMap& map = call.map;
   const int64_t C = map.channels;
   const int64_t M = map.pixels;
-  const bool native = map.dtype == kNative<T>;
   const bool stream = call.stream && aligned(call.out) && C * sizeof(T) % 64 == 0;
   for (int64_t m = begin; m < end; m += kPixelRows) {
     const int64_t height = least(kPixelRows, end - m);
-    const char* pixels = element(map, (sample * M + m) * C);
-    if (!native) convert_to(map.dtype, pixels, height * C, scratch);
-    const T* x = native ? reinterpret_cast<const T*>(pixels) : scratch;
+    const T* x = fetch(map.data, map.dtype, (sample * M + m) * C, height * C, scratch);
     for (int64_t c = first; c < last; c += cols) {
       for (int64_t r = 0; r < height; r += kOuterRows) {
         const int64_t index = (sample * M + m + r) * C + c;

@@ -85,11 +85,8 @@ IK_INLINE void write_gradient(const GradientRow<T>& row, Vec<T> image, Vec<T> si
       to_target = to_target - pixel;
     }
   }
-  const bool stream = row.stream && count == V::lanes;
-  if (row.grad_pred)
-    stream ? to_pred.stream(row.grad_pred + i) : store_part(to_pred, row.grad_pred + i, count);
-  if (row.grad_target)
-    stream ? to_target.stream(row.grad_target + i) : store_part(to_target, row.grad_target + i, count);
+  if (row.grad_pred) store_part(to_pred, row.grad_pred + i, count, row.stream);
+  if (row.grad_target) store_part(to_target, row.grad_target + i, count, row.stream);
 }
 
 template <bool WEIGHTED, bool COMPOSITE, bool LOSSES, typename T>
@@ -151,21 +148,13 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
   const bool l1 = call.penalty == Penalty::l1;
   Scratch<T> pred_buffer(n), target_buffer(n);
   SignRows signs(call);
-  const auto output = [&](void* data, Dtype dtype, int64_t offset, T* buffer) {
-    if (data == nullptr) return static_cast<T*>(nullptr);
-    return dtype == kNative<T> ? static_cast<T*>(data) + offset : buffer;
-  };
-  const auto finish = [&](void* data, Dtype dtype, int64_t offset, const T* buffer) {
-    if (data == nullptr || dtype == kNative<T>) return;
-    convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
-  };
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const Unit unit(call, index);
+    const Unit unit = call.unit(index);
     rows.begin(unit);
     const PairCoefficients& c = call.coefficients[unit.sample];
     for (int64_t s = 0; s < unit.segments(); ++s) {
       const int64_t segment = unit.segment_begin + s;
-      for (int64_t y = unit.row_begin; y < unit.row_end; ++y) {
+      for (int64_t y = unit.begin; y < unit.end; ++y) {
         const int64_t offset = rows.offset(s, y);
         MaskRows<T>& mask = rows.mask(s);
         PairRows<T> pairs{};
@@ -181,22 +170,18 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
         row.down = static_cast<T>(c.down);
         row.across = static_cast<T>(c.across);
         row.mask_is_hole = call.mask_is_hole;
-        row.grad_pred = output(call.grad_pred, call.pred_dtype, offset, pred_buffer.get());
-        row.grad_target = output(call.grad_target, call.target_dtype, offset, target_buffer.get());
+        row.grad_pred = output_at(call.grad_pred, call.pred_dtype, offset, pred_buffer.get());
+        row.grad_target = output_at(call.grad_target, call.target_dtype, offset, target_buffer.get());
         row.stream = call.stream && aligned(row.grad_pred) && aligned(row.grad_target) &&
                      row.grad_pred != pred_buffer.get() && row.grad_target != target_buffer.get();
         if (l1) {
-          signs.go_to(unit.sample, segment, y, y == unit.row_begin);
-          if (call.losses) {
-            call.pair_weights ? sign_gradient<true, true, true>(row, signs, pairs)
-                              : sign_gradient<false, true, true>(row, signs, pairs);
-          } else if (call.composite) {
-            call.pair_weights ? sign_gradient<true, true, false>(row, signs, pairs)
-                              : sign_gradient<false, true, false>(row, signs, pairs);
-          } else {
-            call.pair_weights ? sign_gradient<true, false, false>(row, signs, pairs)
-                              : sign_gradient<false, false, false>(row, signs, pairs);
-          }
+          signs.go_to(unit.sample, segment, y, y == unit.begin);
+          with_bool(call.pair_weights, [&](auto weighted) {
+            constexpr bool W = decltype(weighted)::value;
+            if (call.losses) return sign_gradient<W, true, true>(row, signs, pairs);
+            call.composite ? sign_gradient<W, true, false>(row, signs, pairs)
+                           : sign_gradient<W, false, false>(row, signs, pairs);
+          });
         } else {
           const T* above = y > 0 ? image_row(call, rows, s, y - 1) : rows.image_beyond(s);
           const T* image = image_row(call, rows, s, y);
@@ -204,8 +189,8 @@ void backward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) 
           call.composite ? square_gradient<true>(row, above, image, below, pairs)
                          : square_gradient<false>(row, above, image, below, pairs);
         }
-        finish(call.grad_pred, call.pred_dtype, offset, pred_buffer.get());
-        finish(call.grad_target, call.target_dtype, offset, target_buffer.get());
+        store_output(call.grad_pred, call.pred_dtype, offset, n, pred_buffer.get());
+        store_output(call.grad_target, call.target_dtype, offset, n, target_buffer.get());
       }
     }
   }

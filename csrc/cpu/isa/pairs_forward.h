@@ -6,27 +6,12 @@
 namespace ik::IK_ISA {
 namespace {
 
-// A row of the image, and the one above it, with their pair weights and sign planes.
-template <typename T>
-struct PairRun {
-  const T* image;
-  const T* above;        // null: no pairs between the two
-  const T* first;        // of this row
-  const T* first_above;  // of the row above
-  const T* second;       // of this row
-  int64_t n, step;
-  bool has_across;        // pairs within this row
-  uint8_t* across_signs;  // planes 0 and 1 of this row; null: none
-  uint8_t* down_signs;    // planes 2 and 3 of the row above
-  int64_t groups;
-};
-
 // Pairs of one direction.
 template <typename T>
 struct Pairs {
-  const T *here, *next;     // the two pixels
+  const T *here, *next;     // the two pixels; null: no pairs of this direction
   const T *first, *second;  // their weights
-  uint8_t* signs;           // two planes, `groups` bytes apart
+  uint8_t* signs;           // two planes, `groups` bytes apart; null: none
   int64_t groups;
 };
 
@@ -64,29 +49,25 @@ IK_INLINE V pair_block(const Pairs<T>& pairs, int64_t i, int count) {
                                                   positive, negative);
   }
   if constexpr (SIGNS) {
-    store_bits<VECTORS * V::lanes>(positive, pairs.signs, i, count);
-    store_bits<VECTORS * V::lanes>(negative, pairs.signs + pairs.groups, i, count);
+    store_bits<VECTORS * V::lanes>(positive, pairs.signs + i / 8, count);
+    store_bits<VECTORS * V::lanes>(negative, pairs.signs + pairs.groups + i / 8, count);
   }
   return sum;
 }
 
-// Adds up weight * penalty(next - here) over the pairs of a run, and packs their signs.
+// Adds up weight * penalty(next - here) over the pairs of a row of `n` elements: those within the row and those
+// with the row above it. The pairs are copies: a byte of the signs could be part of them, for all the compiler
+// knows.
 template <Penalty P, bool WEIGHTED, bool SIGNS, bool ACROSS, bool DOWN, typename T>
-void pair_run(const PairRun<T>& run, PairSums& sums) {
+void pair_run(const Pairs<T> beside, const Pairs<T> below, int64_t n, int64_t step, PairSums& sums) {
   using V = Vec<T>;
   constexpr int lanes = V::lanes;
   constexpr int vectors = 32 / lanes;
-  // Copies: a byte of the signs could be part of `run`, for all the compiler knows.
-  const Pairs<T> beside{run.image,        run.image + run.step,
-                        run.first,        WEIGHTED ? run.second + run.step : nullptr,
-                        run.across_signs, run.groups};
-  const Pairs<T> below{run.above, run.image, run.first_above, run.second, run.down_signs, run.groups};
-  const int64_t n = run.n, step = run.step;
   V across(T(0)), down(T(0));
   int64_t i = 0;
   for (; i + 32 + step <= n; i += 32) {
     for (int64_t line = 0; line < 32; line += 64 / static_cast<int64_t>(sizeof(T)))
-      prefetch(beside.here + i + line);
+      prefetch((ACROSS ? beside.here : below.next) + i + line);
     if (ACROSS) across = across + pair_block<P, WEIGHTED, SIGNS, vectors, V>(beside, i, 32);
     if (DOWN) down = down + pair_block<P, WEIGHTED, SIGNS, vectors, V>(below, i, 32);
   }
@@ -102,26 +83,23 @@ void pair_run(const PairRun<T>& run, PairSums& sums) {
   if (DOWN) sums.down += down.sum();
 }
 
-template <Penalty P, bool WEIGHTED, bool SIGNS, typename T>
-void pair_run_of(const PairRun<T>& run, PairSums& sums) {
-  if (run.has_across && run.above) return pair_run<P, WEIGHTED, SIGNS, true, true>(run, sums);
-  if (run.has_across) return pair_run<P, WEIGHTED, SIGNS, true, false>(run, sums);
-  if (run.above) pair_run<P, WEIGHTED, SIGNS, false, true>(run, sums);
-}
-
 template <typename T>
-void add_pairs(const PairCall& call, const PairRun<T>& run, PairSums& sums) {
-  const bool weighted = call.region != Region::image;
-  if (call.penalty == Penalty::l2) {
-    return weighted ? pair_run_of<Penalty::l2, true, false>(run, sums)
-                    : pair_run_of<Penalty::l2, false, false>(run, sums);
-  }
-  if (call.signs == nullptr) {
-    return weighted ? pair_run_of<Penalty::l1, true, false>(run, sums)
-                    : pair_run_of<Penalty::l1, false, false>(run, sums);
-  }
-  weighted ? pair_run_of<Penalty::l1, true, true>(run, sums)
-           : pair_run_of<Penalty::l1, false, true>(run, sums);
+void add_pairs(const PairCall& call, const Pairs<T>& beside, const Pairs<T>& below, PairSums& sums) {
+  const auto add = [&](auto penalty, auto signs, auto weighted) {
+    constexpr Penalty P = decltype(penalty)::value;
+    constexpr bool S = decltype(signs)::value, W = decltype(weighted)::value;
+    if (below.here == nullptr)
+      return pair_run<P, W, S, true, false>(beside, below, call.width, call.step, sums);
+    beside.here != nullptr ? pair_run<P, W, S, true, true>(beside, below, call.width, call.step, sums)
+                           : pair_run<P, W, S, false, true>(beside, below, call.width, call.step, sums);
+  };
+  with_bool(call.region != Region::image, [&](auto weighted) {
+    constexpr std::integral_constant<Penalty, Penalty::l1> l1;
+    if (call.penalty == Penalty::l2) {
+      return add(std::integral_constant<Penalty, Penalty::l2>(), std::false_type(), weighted);
+    }
+    with_bool(call.signs != nullptr, [&](auto signs) { add(l1, signs, weighted); });
+  });
 }
 
 // What a row of the mask weighs, times the `shares` elements that each of its values stands for.
@@ -152,16 +130,16 @@ void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
   const int64_t groups = call.groups();
   const int64_t n = call.width;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const Unit unit(call, index);
+    const Unit unit = call.unit(index);
     rows.begin(unit);
     PairSums sums;
-    const int64_t last = least(unit.row_end + 1, call.rows);
+    const int64_t last = least(unit.end + 1, call.rows);
     // Segment by segment: their rows lie a power of two apart, and fall on the same lines of the cache.
     for (int64_t s = 0; s < unit.segments(); ++s) {
       const int64_t segment = unit.segment_begin + s;
       const T* above = nullptr;
-      for (int64_t y = unit.row_begin; y < last; ++y) {
-        const bool own = y < unit.row_end;
+      for (int64_t y = unit.begin; y < last; ++y) {
+        const bool own = y < unit.end;
         MaskRows<T>& mask = rows.mask(s);
         if (own && call.mask != nullptr && (s == 0 || call.shape.mask_stride_c != 0)) {
           const double shares = call.shape.mask_stride_c != 0 ? 1.0 : static_cast<double>(unit.segments());
@@ -177,32 +155,31 @@ void forward_units(const PairCall& call, int64_t unit_begin, int64_t unit_end) {
         if (own && call.losses) {
           bool ready;
           T* row = rows.image_slot(s, y, ready);
-          mix_row<true>(rows.pred(s, y), rows.target(s, y), mask.weights(y), n, call.mask_is_hole, row,
-                        &sums.hole, &sums.valid, signs ? signs + 4 * groups : nullptr,
-                        signs ? signs + 5 * groups : nullptr);
+          mix_row<true>(rows.pred(s, y), rows.target(s, y), mask.weights(y), n, call.mask_is_hole, row, &sums,
+                        signs ? signs + 4 * groups : nullptr, groups);
           image = row;
         } else if (!call.composite && call.pred_dtype == kNative<T>) {
           image = rows.pred(s, y);
         } else {
           image = image_row(call, rows, s, y);
         }
-        PairRun<T> run{};
-        run.image = image;
-        run.above = above;
+        Pairs<T> beside{nullptr, nullptr, nullptr, nullptr, signs, groups}, below = beside;
+        if (own) {
+          beside.here = image;
+          beside.next = image + call.step;
+        }
+        if (above != nullptr) {
+          below.here = above;
+          below.next = image;
+          if (call.signs != nullptr) below.signs = call.sign_row(unit.sample, segment, y - 1) + 2 * groups;
+        }
         if (call.region != Region::image) {
-          run.first = mask.first(y);
-          run.second = mask.second(y);
-          if (above != nullptr) run.first_above = mask.first(y - 1);
+          beside.first = mask.first(y);
+          beside.second = mask.second(y) + call.step;
+          if (above != nullptr) below.first = mask.first(y - 1);
+          below.second = mask.second(y);
         }
-        run.n = n;
-        run.step = call.step;
-        run.has_across = own;
-        run.across_signs = signs;
-        if (above != nullptr && call.signs != nullptr) {
-          run.down_signs = call.sign_row(unit.sample, segment, y - 1) + 2 * groups;
-        }
-        run.groups = groups;
-        add_pairs(call, run, sums);
+        add_pairs(call, beside, below, sums);
         above = image;
       }
     }

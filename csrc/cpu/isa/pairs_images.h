@@ -1,4 +1,4 @@
-// Units of work, and the rows of the images they go over.
+// The rows of the images that units of work go over.
 #pragma once
 
 #include "cpu/isa/pairs_rows.h"
@@ -6,29 +6,6 @@
 namespace ik::IK_ISA {
 namespace {
 
-// The segments of one sample and the rows one call works on.
-struct Unit {
-  int64_t sample, segment_begin, segment_end, row_begin, row_end;
-  Unit(const PairCall& call, int64_t unit) {
-    const int64_t chunks = call.chunks();
-    const int64_t groups = call.segment_groups();
-    row_begin = unit % chunks * call.unit_rows();
-    row_end = least(row_begin + call.unit_rows(), call.rows);
-    segment_begin = unit / chunks % groups * PairCall::unit_segments;
-    segment_end = least(segment_begin + PairCall::unit_segments, call.shape.segments);
-    sample = unit / chunks / groups;
-  }
-  int64_t segments() const { return segment_end - segment_begin; }
-};
-
-template <int LANES>
-IK_INLINE void store_bits(uint32_t bits, uint8_t* plane, int64_t i, int count) {
-  if (count == LANES) {
-    std::memcpy(plane + i / 8, &bits, LANES / 8);
-  } else {
-    for (int g = 0; 8 * g < count; ++g) plane[i / 8 + g] = static_cast<uint8_t>(bits >> (8 * g));
-  }
-}
 // Everything a range of units works with, allocated once.
 template <typename T>
 class Rows {
@@ -67,20 +44,21 @@ class Rows {
  private:
   RowRing<T> ring() const { return RowRing<T>(call_.width, call_.step + 16); }
   const PairCall& call_;
-  Unit unit_{call_, 0};
+  Unit unit_{};
   MaskRows<T> masks_[PairCall::unit_segments];
   RowRing<T> images_[PairCall::unit_segments];
   Scratch<T> pred_, target_;
 };
 
-// Writes a row of the composite; adds up hole and valid terms and packs the signs of pred - target if LOSSES.
+// Writes a row of the composite. LOSSES: adds up the hole and valid terms and packs the signs of pred - target
+// into two planes of `groups` bytes, unless `signs` is null.
 template <bool LOSSES, typename T>
 void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask_is_hole, T* out,
-             double* hole_sum, double* valid_sum, uint8_t* positive, uint8_t* negative) {
+             PairSums* sums, uint8_t* signs, int64_t groups) {
   using V = Vec<T>;
   const V one(T(1));
-  V hole_acc(T(0)), valid_acc(T(0));
-  uint32_t plus, minus;
+  V hole_sum(T(0)), valid_sum(T(0));
+  uint32_t positive, negative;
   const auto mix = [&](int64_t i, int count, int place) __attribute__((always_inline)) {
     prefetch(pred + i);
     prefetch(target + i);
@@ -92,33 +70,33 @@ void mix_row(const T* pred, const T* target, const T* mask, int64_t n, bool mask
     if constexpr (LOSSES) {
       const V d = p - t;
       const V value = abs_(d);
-      hole_acc = hole_acc + select_zero_(hole, hole * value);
-      valid_acc = valid_acc + select_zero_(valid, valid * value);
-      plus |= d.positive_bits() << place;
-      minus |= d.negative_bits() << place;
+      hole_sum = hole_sum + select_zero_(hole, hole * value);
+      valid_sum = valid_sum + select_zero_(valid, valid * value);
+      positive |= d.positive_bits() << place;
+      negative |= d.negative_bits() << place;
     }
   };
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    plus = minus = 0;
+    positive = negative = 0;
     for (int place = 0; place < 32; place += V::lanes) mix(i + place, V::lanes, place);
-    if (positive != nullptr) {
-      store_bits<32>(plus, positive, i, 32);
-      store_bits<32>(minus, negative, i, 32);
+    if (signs != nullptr) {
+      store_bits<32>(positive, signs + i / 8, 32);
+      store_bits<32>(negative, signs + groups + i / 8, 32);
     }
   }
   for (; i < n; i += V::lanes) {
-    plus = minus = 0;
+    positive = negative = 0;
     const int count = static_cast<int>(least(V::lanes, n - i));
     mix(i, count, 0);
-    if (positive != nullptr) {
-      store_bits<V::lanes>(plus, positive, i, count);
-      store_bits<V::lanes>(minus, negative, i, count);
+    if (signs != nullptr) {
+      store_bits<V::lanes>(positive, signs + i / 8, count);
+      store_bits<V::lanes>(negative, signs + groups + i / 8, count);
     }
   }
   if constexpr (LOSSES) {
-    *hole_sum += hole_acc.sum();
-    *valid_sum += valid_acc.sum();
+    sums->hole += hole_sum.sum();
+    sums->valid += valid_sum.sum();
   }
 }
 
@@ -131,8 +109,7 @@ const T* image_row(const PairCall& call, Rows<T>& rows, int64_t segment, int64_t
   const T* pred = rows.pred(segment, y);
   if (call.composite) {
     mix_row<false>(pred, rows.target(segment, y), rows.mask(segment).weights(y), call.width,
-                   call.mask_is_hole, row, static_cast<double*>(nullptr), static_cast<double*>(nullptr),
-                   static_cast<uint8_t*>(nullptr), static_cast<uint8_t*>(nullptr));
+                   call.mask_is_hole, row, nullptr, nullptr, 0);
   } else {
     std::memcpy(row, pred, static_cast<size_t>(call.width) * sizeof(T));
   }

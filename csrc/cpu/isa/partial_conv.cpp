@@ -13,40 +13,41 @@
 namespace ik::IK_ISA {
 namespace {
 
-// Calls f(Stored<S>()) for the dtype S of source and result; false where they differ or vectors of T do not
-// hold it.
-template <typename T, typename F>
-bool with_run(const PartialConvCall& call, const F& f) {
-  if (call.source.dtype != call.result.dtype || call.source.interleaved != call.result.interleaved)
-    return false;
-  return with_stored(call.source.dtype, [&](auto stored) {
-    constexpr bool direct = kDirect<typename decltype(stored)::type, T>;
-    if constexpr (direct) f(stored);
-    return direct;
-  });
+// Calls runs(Stored<S>(), interleaved) for the dtype S of source and result if both have it and lie the same way,
+// and vectors of T hold it; else blocks(pixel rows). `fits`: the other tensors allow runs.
+template <typename T, typename Runs, typename Blocks>
+void runs_or_blocks(const PartialConvCall& call, bool fits, const Runs& runs, const Blocks& blocks) {
+  if (fits && call.source.dtype == call.result.dtype && call.source.interleaved == call.result.interleaved) {
+    const bool done = with_stored(call.source.dtype, [&](auto stored) {
+      constexpr bool direct = kDirect<typename decltype(stored)::type, T>;
+      if constexpr (direct) {
+        with_bool(call.source.interleaved, [&](auto interleaved) { runs(stored, interleaved); });
+      }
+      return direct;
+    });
+    if (done) return;
+  }
+  // Where vectors run along channels, nothing has to be transposed if all are interleaved.
+  with_bool(call.source.interleaved && call.result.interleaved &&
+                (call.output.data == nullptr || call.output.interleaved) &&
+                (call.mask.data == nullptr || call.mask.interleaved),
+            blocks);
 }
 
 template <typename T>
 void mask_input_units(const PartialConvCall& call, int64_t begin, int64_t end) {
-  const bool several = call.mask.data != nullptr, interleaved = call.source.interleaved;
-  bool done = false;
-  const bool mask_fits = call.mask.interleaved == interleaved &&
-                         (call.mask.dtype == kNative<T> || call.mask.dtype == call.source.dtype);
-  if (several ? mask_fits : call.single_mask.data != nullptr) {
-    done = with_run<T>(call, [&](auto stored) {
-      using S = typename decltype(stored)::type;
-      if (several && call.mask.dtype == call.source.dtype) {
-        interleaved ? mask_input_runs<true, S, S, T>(call, begin, end)
-                    : mask_input_runs<false, S, S, T>(call, begin, end);
-      } else {
-        interleaved ? mask_input_runs<true, S, T, T>(call, begin, end)
-                    : mask_input_runs<false, S, T, T>(call, begin, end);
-      }
-    });
-  }
-  if (done) return;
-  all_interleaved(call) ? mask_input_blocks<true, T>(call, begin, end)
-                        : mask_input_blocks<false, T>(call, begin, end);
+  const bool several = call.mask.data != nullptr, same_dtype = call.mask.dtype == call.source.dtype;
+  const bool mask_fits =
+      call.mask.interleaved == call.source.interleaved && (call.mask.dtype == kNative<T> || same_dtype);
+  runs_or_blocks<T>(
+      call, several ? mask_fits : call.single_mask.data != nullptr,
+      [&](auto stored, auto interleaved) {
+        using S = typename decltype(stored)::type;
+        constexpr bool I = decltype(interleaved)::value;
+        several&& same_dtype ? mask_input_runs<I, S, S, T>(call, begin, end)
+                             : mask_input_runs<I, S, T, T>(call, begin, end);
+      },
+      [&](auto pixel_rows) { mask_input_blocks<decltype(pixel_rows)::value, T>(call, begin, end); });
 }
 
 // Runs of channels see one value of a plane.
@@ -56,14 +57,12 @@ bool planes_fit(const PartialConvCall& call) {
 
 template <typename T>
 void finish_units(const PartialConvCall& call, int64_t begin, int64_t end) {
-  const bool done = planes_fit(call) && with_run<T>(call, [&](auto stored) {
-                      using S = typename decltype(stored)::type;
-                      call.source.interleaved ? finish_runs<true, S, T>(call, begin, end)
-                                              : finish_runs<false, S, T>(call, begin, end);
-                    });
-  if (done) return;
-  all_interleaved(call) ? finish_blocks<true, T>(call, begin, end)
-                        : finish_blocks<false, T>(call, begin, end);
+  runs_or_blocks<T>(
+      call, planes_fit(call),
+      [&](auto stored, auto interleaved) {
+        finish_runs<decltype(interleaved)::value, typename decltype(stored)::type, T>(call, begin, end);
+      },
+      [&](auto pixel_rows) { finish_blocks<decltype(pixel_rows)::value, T>(call, begin, end); });
 }
 
 template <typename T>
@@ -71,14 +70,13 @@ void finish_backward_units(const PartialConvCall& call, int64_t begin, int64_t e
   const bool output_fits =
       call.output.data == nullptr ||
       (call.output.dtype == call.source.dtype && call.output.interleaved == call.source.interleaved);
-  const bool done = output_fits && planes_fit(call) && with_run<T>(call, [&](auto stored) {
-                      using S = typename decltype(stored)::type;
-                      call.source.interleaved ? finish_backward_runs<true, S, T>(call, begin, end)
-                                              : finish_backward_runs<false, S, T>(call, begin, end);
-                    });
-  if (done) return;
-  all_interleaved(call) ? finish_backward_blocks<true, T>(call, begin, end)
-                        : finish_backward_blocks<false, T>(call, begin, end);
+  runs_or_blocks<T>(
+      call, output_fits && planes_fit(call),
+      [&](auto stored, auto interleaved) {
+        finish_backward_runs<decltype(interleaved)::value, typename decltype(stored)::type, T>(call, begin,
+                                                                                               end);
+      },
+      [&](auto pixel_rows) { finish_backward_blocks<decltype(pixel_rows)::value, T>(call, begin, end); });
 }
 
 }  // namespace

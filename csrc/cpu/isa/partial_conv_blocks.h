@@ -86,27 +86,21 @@ template <bool PIXEL_ROWS, typename T>
 IK_NOINLINE void load_plane(const PlaneView& view, const PartialConvCall& call, const Block& b,
                             Vec<T>* rows) {
   const T* p = static_cast<const T*>(view.data) + b.n * view.stride_n + b.pixel;
-  const int64_t channels = call.channels / view.planes;
   const Shape<PIXEL_ROWS> shape(b);
-  if (PIXEL_ROWS) {
-    for (int r = 0; r < shape.rows; ++r) {
-      if (view.planes == 1) {
-        rows[r] = Vec<T>(p[r]);
-        continue;
-      }
+  // The plane of a channel of the block.
+  const auto plane = [&](int i) {
+    return view.planes == 1 ? p : p + (b.channel + i) / (call.channels / view.planes) * call.pixels;
+  };
+  for (int r = 0; r < shape.rows; ++r) {
+    if (!PIXEL_ROWS) {
+      rows[r] = load_part<Vec<T>>(plane(r), shape.lanes);
+    } else if (view.planes == 1) {
+      rows[r] = Vec<T>(p[r]);
+    } else {
       T some[Vec<T>::lanes] = {};
-      for (int i = 0; i < shape.lanes; ++i) some[i] = p[(b.channel + i) / channels * call.pixels + r];
+      for (int i = 0; i < shape.lanes; ++i) some[i] = plane(i)[r];
       rows[r] = Vec<T>::load(some);
     }
-    return;
-  }
-  if (view.planes == 1) {
-    const Vec<T> plane = load_part<Vec<T>>(p, shape.lanes);
-    for (int r = 0; r < shape.rows; ++r) rows[r] = plane;
-    return;
-  }
-  for (int r = 0; r < shape.rows; ++r) {
-    rows[r] = load_part<Vec<T>>(p + (b.channel + r) / channels * call.pixels, shape.lanes);
   }
 }
 
@@ -210,13 +204,6 @@ void finish_backward_blocks(const PartialConvCall& call, int64_t begin, int64_t 
     }
     store_block<PIXEL_ROWS>(call.result, b, rows);
   });
-}
-
-// True where nothing has to be transposed when vectors run along channels.
-static inline bool all_interleaved(const PartialConvCall& call) {
-  return call.source.interleaved && call.result.interleaved &&
-         (call.output.data == nullptr || call.output.interleaved) &&
-         (call.mask.data == nullptr || call.mask.interleaved);
 }
 
 }  // namespace

@@ -13,37 +13,20 @@ IK_INLINE void set_zero(T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = T(0);
 }
 
+// sum[i] += element offset + i of data, i < n.
 template <typename T>
-T mask_value(Dtype dtype, const void* p, int64_t at) {
-  return with_stored(dtype, [&](auto stored) {
-    return static_cast<T>(load_one(static_cast<const typename decltype(stored)::type*>(p) + at));
-  });
-}
-
-// sum[i] += src[i], i < n.
-template <typename T>
-void add_run(Dtype dtype, const void* data, int64_t n, T* sum) {
-  with_stored(dtype, [&](auto stored) {
-    using S = typename decltype(stored)::type;
-    const S* src = static_cast<const S*>(data);
-    if constexpr (kDirect<S, T> && sizeof(T) == 4) {
-      constexpr int L = Vec<T>::lanes;
-      int64_t i = 0;
-      for (; i + L <= n; i += L) {
-        prefetch(src + i);
-        (Vec<T>::load(sum + i) + load_vec(src + i)).store(sum + i);
-      }
-      for (; i < n; ++i) sum[i] += load_one(src + i);
-    } else {
-      constexpr int64_t kSome = 256;
-      T values[kSome];
-      for (int64_t at = 0; at < n; at += kSome) {
-        const int64_t count = least(kSome, n - at);
-        convert_to(dtype, src + at, count, values);
-        for (int64_t i = 0; i < count; ++i) sum[at + i] += values[i];
-      }
-    }
-  });
+void add_run(Dtype dtype, const void* data, int64_t offset, int64_t n, T* sum) {
+  constexpr int64_t kSome = 256;
+  T values[kSome];
+  for (int64_t at = 0; at < n; at += kSome) {
+    const int64_t count = least(kSome, n - at);
+    const T* run = fetch(data, dtype, offset + at, count, values);
+    for_each_vector<Vec<T>>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      prefetch(run + i);
+      store_part(load_part<Vec<T>>(sum + at + i, lanes) + load_part<Vec<T>>(run + i, lanes), sum + at + i,
+                 lanes);
+    });
+  }
 }
 
 // Adds the channels of every group into its plane; unit: (sample, group, tile of pixels).
@@ -52,9 +35,6 @@ void sum_channels_units(const WindowCall& call, int64_t begin, int64_t end) {
   const int64_t tiles = call.sum_units() / (call.samples * call.groups);
   const int64_t W = call.size[2];
   const int64_t* stride = call.mask_stride;
-  const int64_t bytes = dtype_bytes(call.mask_dtype);
-  const char* mask = static_cast<const char*>(call.mask);
-  const bool flat = stride[4] == 1 && stride[3] == W && (call.size[0] == 1 || stride[2] == W * call.size[1]);
   T values[256];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t plane = unit / tiles, n = plane / call.groups, first = plane % call.groups * call.members;
@@ -62,30 +42,23 @@ void sum_channels_units(const WindowCall& call, int64_t begin, int64_t end) {
     const int64_t to = least(from + WindowCall::tile, call.pixels());
     T* out = static_cast<T*>(call.planes) + plane * call.pixels();
     set_zero(out + from, to - from);
-    if (flat) {
+    if (call.flat()) {
       for (int64_t c = first; c < first + call.members; ++c) {
-        add_run(call.mask_dtype, mask + bytes * (n * stride[0] + c * stride[1] + from), to - from,
-                out + from);
+        add_run(call.mask_dtype, call.mask, n * stride[0] + c * stride[1] + from, to - from, out + from);
       }
     } else {
       for (int64_t at = from; at < to; ++at) {
         const int64_t x = at % W, y = at / W % call.size[1], z = at / W / call.size[1];
         const int64_t pixel = n * stride[0] + z * stride[2] + y * stride[3] + x * stride[4];
-        if (stride[1] != 1) {
-          for (int64_t c = first; c < first + call.members; ++c) {
-            out[at] += mask_value<T>(call.mask_dtype, mask, pixel + c * stride[1]);
-          }
-          continue;
-        }
         for (int64_t c = 0; c < call.members; c += 256) {
           const int64_t count = least(256, call.members - c);
-          convert_to(call.mask_dtype, mask + bytes * (pixel + first + c), count, values);
+          const T* run = fetch(call.mask, call.mask_dtype, pixel + first + c, count, values);
           T lanes[8] = {};
           int64_t i = 0;
           for (; i + 8 <= count; i += 8) {
-            for (int64_t k = 0; k < 8; ++k) lanes[k] += values[i + k];
+            for (int64_t k = 0; k < 8; ++k) lanes[k] += run[i + k];
           }
-          for (; i < count; ++i) lanes[0] += values[i];
+          for (; i < count; ++i) lanes[0] += run[i];
           for (int k = 0; k < 8; ++k) out[at] += lanes[k];
         }
       }

@@ -73,15 +73,12 @@ template <typename S, typename T>
 void backward_dispatch(const PixelCall& call, const BackwardRun<S, T>& run) {
   const auto weights = [&](auto p) {
     constexpr Penalty P = decltype(p)::value;
-    if (call.regions == 2) {
-      backward_run<P, Weights::two_regions, false>(run);
-    } else if (run.weight != nullptr) {
-      run.grad != nullptr ? backward_run<P, Weights::mask, true>(run)
-                          : backward_run<P, Weights::mask, false>(run);
-    } else {
-      run.grad != nullptr ? backward_run<P, Weights::none, true>(run)
-                          : backward_run<P, Weights::none, false>(run);
-    }
+    if (call.regions == 2) return backward_run<P, Weights::two_regions, false>(run);
+    with_bool(run.grad != nullptr, [&](auto map) {
+      constexpr bool MAP = decltype(map)::value;
+      run.weight != nullptr ? backward_run<P, Weights::mask, MAP>(run)
+                            : backward_run<P, Weights::none, MAP>(run);
+    });
   };
   if constexpr (!std::is_same<S, T>::value) {
     weights(std::integral_constant<Penalty, Penalty::l1>());
@@ -114,20 +111,6 @@ const T* fetch_mask(const PixelCall& call, int64_t sample, int64_t segment, int6
   return buffer;
 }
 
-struct Unit {
-  int64_t sample, segment_begin, segment_end, start, n;
-  Unit(const PixelCall& call, int64_t unit) {
-    const int64_t chunks = call.chunks();
-    const int64_t groups = call.segment_groups();
-    start = unit % chunks * kChunk;
-    n = call.shape.length - start < kChunk ? call.shape.length - start : kChunk;
-    segment_begin = unit / chunks % groups * PixelCall::unit_segments;
-    segment_end = segment_begin + PixelCall::unit_segments;
-    if (segment_end > call.shape.segments) segment_end = call.shape.segments;
-    sample = unit / chunks / groups;
-  }
-};
-
 // The weights of a run, null without a mask, and what is known of them.
 template <typename T>
 struct RunMask {
@@ -139,19 +122,20 @@ struct RunMask {
 template <bool SCAN, int K, typename T, typename F>
 IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* mask_buffer, F&& f) {
   const PixelShape& shape = call.shape;
-  const int64_t samples = shape.samples / call.copies;
+  const int64_t samples = shape.samples / call.predictions;
   RunMask<T> mask;
   for (int64_t segment = unit.segment_begin; segment < unit.segment_end; ++segment) {
-    for (int64_t copy = 0; copy < call.copies; copy += K) {
-      const int64_t sample = copy * samples + unit.sample;
-      if (shape.has_mask && (mask.weight == nullptr || shape.mask_stride_c != 0 || call.mask_per_copy)) {
-        mask.weight = fetch_mask(call, call.mask_per_copy ? sample : unit.sample, segment, unit.start, unit.n,
-                                 mask_buffer);
+    for (int64_t prediction = 0; prediction < call.predictions; prediction += K) {
+      const int64_t sample = prediction * samples + unit.sample;
+      if (shape.has_mask &&
+          (mask.weight == nullptr || shape.mask_stride_c != 0 || call.mask_per_prediction)) {
+        mask.weight = fetch_mask(call, call.mask_per_prediction ? sample : unit.sample, segment, unit.begin,
+                                 unit.end - unit.begin, mask_buffer);
         if constexpr (SCAN) {
           uint8_t* bits = call.mask_bits != nullptr && segment == 0
-                              ? call.mask_bits + sample * shape.groups() + unit.start / 8
+                              ? call.mask_bits + sample * shape.groups() + unit.begin / 8
                               : nullptr;
-          mask.scan = scan_mask(mask.weight, unit.n, bits);
+          mask.scan = scan_mask(mask.weight, unit.end - unit.begin, bits);
           if (call.binary != nullptr && !mask.scan.binary) __atomic_store_n(call.binary, 0, __ATOMIC_RELAXED);
         }
       }
@@ -160,46 +144,45 @@ IK_INLINE void for_each_run(const PixelCall& call, const Unit& unit, T* mask_buf
   }
 }
 
-// Calls f(begin, n) for the blocks of a unit: the whole unit where nothing needs converting.
+// Calls f(start, n) for the blocks of a unit: the whole unit where nothing needs converting.
 template <typename F>
 IK_INLINE void for_each_block(const Unit& unit, bool in_place, F&& f) {
   const int64_t step = in_place ? kChunk : kBlock;
-  for (int64_t begin = 0; begin < unit.n; begin += step) {
-    f(begin, unit.n - begin < step ? unit.n - begin : step);
-  }
+  for (int64_t begin = unit.begin; begin < unit.end; begin += step) f(begin, least(step, unit.end - begin));
 }
 
 // S: the type pred and target are stored in, or T for any: then others are converted in blocks. K:
 // predictions that pass over the target together, each a stream of reads of its own.
 template <typename S, typename T, int K>
 void forward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
   alignas(64) T mask_buffer[kChunk];
   alignas(64) S pred[kBlock], target[kBlock];
-  const int64_t target_rows = call.shape.samples / call.copies * call.shape.segments;
+  const int64_t target_rows = call.shape.samples / call.predictions * call.shape.segments;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const Unit unit(call, index);
+    const Unit unit = call.unit(index);
     double sum[2] = {0, 0};
     double weight[2] = {0, 0};
     for_each_run<true, K>(call, unit, mask_buffer, [&](int64_t, int64_t row, const RunMask<T>& mask) {
       const bool swapped = call.regions == 2 && !call.mask_is_hole;
-      weight[swapped ? 1 : 0] += K * (mask.weight ? mask.scan.weight : static_cast<double>(unit.n));
+      weight[swapped ? 1 : 0] +=
+          K * (mask.weight ? mask.scan.weight : static_cast<double>(unit.end - unit.begin));
       weight[swapped ? 0 : 1] += K * mask.scan.rest;
-      for_each_block(unit, in_place, [&](int64_t begin, int64_t n) {
-        const int64_t start = unit.start + begin;
+      for_each_block(unit, in_place, [&](int64_t start, int64_t n) {
         const int64_t target_offset = row % target_rows * call.shape.length + start;
         ForwardRun<S, T, K> run;
         run.target = fetch(call.target, call.target_dtype, target_offset, n, target);
-        run.weight = mask.weight ? mask.weight + begin : nullptr;
+        run.weight = mask.weight ? mask.weight + (start - unit.begin) : nullptr;
         run.n = n;
         run.param = static_cast<T>(call.param);
         run.mask_is_hole = call.mask_is_hole;
         for (int k = 0; k < K; ++k) {
-          const int64_t copy_row = row + k * target_rows;
-          const int64_t offset = copy_row * call.shape.length + start;
+          const int64_t prediction_row = row + k * target_rows;
+          const int64_t offset = prediction_row * call.shape.length + start;
           run.pred[k] = fetch(call.pred, call.pred_dtype, offset, n, pred);
-          run.signs[k] = call.signs ? call.signs + 2 * copy_row * call.shape.groups() + start / 4 : nullptr;
+          run.signs[k] =
+              call.signs ? call.signs + 2 * prediction_row * call.shape.groups() + start / 4 : nullptr;
         }
         run.map = call.map ? static_cast<T*>(call.map) + row * call.shape.length + start : nullptr;
         forward_dispatch(call, run, mask.scan.binary, sum);
@@ -226,10 +209,10 @@ IK_INLINE bool with_half(Penalty penalty, Dtype first, Dtype second, F&& f) {
 
 template <typename S, typename T>
 void forward_units_as(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool in_place = call.pred_dtype == stored && call.target_dtype == stored;
-  const bool pairs =
-      in_place && call.copies % 2 == 0 && !call.mask_per_copy && call.signs != nullptr && call.map == nullptr;
+  const bool pairs = in_place && call.predictions % 2 == 0 && !call.mask_per_prediction &&
+                     call.signs != nullptr && call.map == nullptr;
   pairs ? forward_units_of<S, T, 2>(call, unit_begin, unit_end)
         : forward_units_of<S, T, 1>(call, unit_begin, unit_end);
 }
@@ -246,41 +229,26 @@ void forward_units(const PixelCall& call, int64_t unit_begin, int64_t unit_end) 
   forward_units_as<T, T>(call, unit_begin, unit_end);
 }
 
-template <typename S>
-S* output_at(void* data, Dtype dtype, int64_t offset, S* buffer) {
-  if (data == nullptr) return nullptr;
-  return dtype == dtype_of(buffer) ? static_cast<S*>(data) + offset : buffer;
-}
-
-template <typename S>
-void store_output(void* data, Dtype dtype, int64_t offset, int64_t n, const S* buffer) {
-  if constexpr (sizeof(S) >= 4) {
-    if (data == nullptr || dtype == dtype_of(buffer)) return;
-    convert_from(dtype, buffer, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
-  }
-}
-
 // S: the type the gradients are stored in, or T for any.
 template <typename S, typename T>
 void backward_units_of(const PixelCall& call, int64_t unit_begin, int64_t unit_end) {
-  constexpr Dtype stored = dtype_of(static_cast<const S*>(nullptr));
+  constexpr Dtype stored = kNative<S>;
   const bool l1 = call.penalty == Penalty::l1;
   const bool in_place = call.grad_pred_dtype == stored && call.grad_target_dtype == stored &&
                         (l1 || (call.pred_dtype == stored && call.target_dtype == stored));
   alignas(64) T mask_buffer[kChunk], pred[kBlock], target[kBlock];
   alignas(64) S grad_pred[kBlock], grad_target[kBlock];
-  const int64_t target_rows = call.shape.samples / call.copies * call.shape.segments;
+  const int64_t target_rows = call.shape.samples / call.predictions * call.shape.segments;
   for (int64_t index = unit_begin; index < unit_end; ++index) {
-    const Unit unit(call, index);
+    const Unit unit = call.unit(index);
     for_each_run<false, 1>(call, unit, mask_buffer, [&](int64_t sample, int64_t row, const RunMask<T>& mask) {
-      for_each_block(unit, in_place, [&](int64_t begin, int64_t n) {
-        const int64_t start = unit.start + begin;
+      for_each_block(unit, in_place, [&](int64_t start, int64_t n) {
         const int64_t offset = row * call.shape.length + start;
         const int64_t target_offset = row % target_rows * call.shape.length + start;
         BackwardRun<S, T> run;
         run.pred = call.pred ? fetch(call.pred, call.pred_dtype, offset, n, pred) : nullptr;
         run.target = call.target ? fetch(call.target, call.target_dtype, target_offset, n, target) : nullptr;
-        run.weight = mask.weight ? mask.weight + begin : nullptr;
+        run.weight = mask.weight ? mask.weight + (start - unit.begin) : nullptr;
         run.grad = call.grad_map ? static_cast<const T*>(call.grad_map) + offset : nullptr;
         run.n = n;
         for (int r = 0; r < 2; ++r) {

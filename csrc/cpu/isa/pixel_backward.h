@@ -35,16 +35,15 @@ template <Penalty P, Weights W, bool MAP, typename S, typename T>
 void backward_run(const BackwardRun<S, T>& run) {
   using V = Vec<T>;
   const V one(T(1)), zero(T(0)), param(run.param), first(run.coefficient[0]), second(run.coefficient[1]);
-  int64_t i = 0;
-  for (; i + V::lanes <= run.n; i += V::lanes) {
-    const V mask = W == Weights::none ? one : V::load(run.weight + i);
-    const V c =
-        backward_coefficient<W>(MAP ? V::load(run.grad + i) : first, second, mask, one, run.mask_is_hole);
+  for_each_vector<V>(run.n, [&](int64_t i, int count) __attribute__((always_inline)) {
+    const V mask = W == Weights::none ? one : load_part<V>(run.weight + i, count);
+    const V c = backward_coefficient<W>(MAP ? load_part<V>(run.grad + i, count) : first, second, mask, one,
+                                        run.mask_is_hole);
     V out;
     if constexpr (P == Penalty::l1) {
       uint32_t positive = 0;
       uint32_t negative = 0;
-      for (int g = 0; g < V::lanes / 8; ++g) {
+      for (int g = 0; 8 * g < count; ++g) {
         positive |= static_cast<uint32_t>(run.signs[i / 4 + 2 * g]) << (8 * g);
         negative |= static_cast<uint32_t>(run.signs[i / 4 + 2 * g + 1]) << (8 * g);
       }
@@ -52,29 +51,14 @@ void backward_run(const BackwardRun<S, T>& run) {
     } else {
       prefetch(run.pred + i);
       prefetch(run.target + i);
-      out = c * penalty_grad<P>(V::load(run.pred + i) - V::load(run.target + i), param);
+      out =
+          c * penalty_grad<P>(load_part<V>(run.pred + i, count) - load_part<V>(run.target + i, count), param);
       // A region without a gradient has coefficient 0, and NaN in it must not reach the gradient.
       if constexpr (W != Weights::none) out = select_zero_(W == Weights::mask ? mask : c, out);
     }
-    if (run.grad_pred) store_vec(out, run.grad_pred + i, run.stream);
-    if (run.grad_target) store_vec(zero - out, run.grad_target + i, run.stream);
-  }
-  for (; i < run.n; ++i) {
-    const T mask = W == Weights::none ? T(1) : run.weight[i];
-    const T c = backward_coefficient<W>(MAP ? run.grad[i] : run.coefficient[0], run.coefficient[1], mask,
-                                        T(1), run.mask_is_hole);
-    T out;
-    if constexpr (P == Penalty::l1) {
-      const int64_t group = i / 8;
-      const uint32_t word = run.signs[2 * group] | (static_cast<uint32_t>(run.signs[2 * group + 1]) << 8);
-      out = apply_sign(word, static_cast<int>(i % 8), c);
-    } else {
-      out = c * penalty_grad<P>(run.pred[i] - run.target[i], run.param);
-      if constexpr (W != Weights::none) out = select_zero_(W == Weights::mask ? mask : c, out);
-    }
-    if (run.grad_pred) store_one(out, run.grad_pred + i);
-    if (run.grad_target) store_one(T(0) - out, run.grad_target + i);
-  }
+    if (run.grad_pred) store_part(out, run.grad_pred + i, count, run.stream);
+    if (run.grad_target) store_part(zero - out, run.grad_target + i, count, run.stream);
+  });
 }
 
 }  // namespace ik::IK_ISA

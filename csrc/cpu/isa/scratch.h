@@ -23,7 +23,7 @@ IK_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 
 // Orders them before whatever tells other threads that the work is done.
 IK_INLINE void end_stream(bool stream) {
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+#if defined(IK_ISA_AVX)
   if (stream) _mm_sfence();
 #else
   (void)stream;

@@ -60,9 +60,9 @@ template <typename V>
 IK_INLINE V load_signs(const int8_t* a) {
   float values[V::lanes];
   for (int i = 0; i < V::lanes; ++i) values[i] = static_cast<float>(a[i]);
-  V found;
-  for (int i = 0; i < V::lanes; ++i) found.v[i] = values[i];
-  return found;
+  V signs;
+  for (int i = 0; i < V::lanes; ++i) signs.v[i] = values[i];
+  return signs;
 }
 template <typename V>
 IK_INLINE V load_difference(const int8_t* a, const int8_t* b) {
@@ -75,7 +75,7 @@ IK_INLINE __m128i load_bytes(const int8_t* p) { return _mm_loadu_si128(reinterpr
 IK_INLINE Vec<float> from_bytes(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
 IK_INLINE __m128i load_bytes(const int8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 #endif
-#if defined(IK_ISA_AVX512) || defined(IK_ISA_AVX2)
+#if defined(IK_ISA_AVX)
 template <>
 IK_MEMBER Vec<float> load_signs<Vec<float>>(const int8_t* a) {
   return from_bytes(load_bytes(a));

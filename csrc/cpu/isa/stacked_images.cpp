@@ -14,7 +14,7 @@ constexpr int64_t kBlock = 1024;
 
 // What one channel of one part is: its place in the stacked batch and its affine map.
 template <typename T>
-struct Share {
+struct PartChannel {
   Part part;
   int64_t offset;  // of the run in the stacked batch
   T scale, shift;
@@ -26,8 +26,8 @@ struct Run {
   int64_t n;
   int64_t offset;  // in pred and target
   const T* mask;   // null without
-  const Share<T>* shares;
-  int64_t share_count;
+  const PartChannel<T>* part_channels;
+  int64_t part_channel_count;
   const T* scales;  // of every element, where channels are interleaved; else null
   const T* shifts;
 };
@@ -48,7 +48,7 @@ class Worker {
         step_(call.step()),
         block_(kBlock / step_ > 0 ? kBlock / step_ * step_ : step_),
         buffers_(8 * (block_ + 16)),
-        shares_(call.out_channels * call.part_count),
+        part_channels_(call.out_channels * call.part_count),
         scales_(2 * (block_ + 16)),
         gradients_(call.out_channels * call.part_count),
         converted_(call.stacked_dtype == kNative<T> ? 0
@@ -74,11 +74,11 @@ class Worker {
         const int64_t from = out_segments == shape.segments ? (call_.swap ? out_segments - 1 - out : out) : 0;
         if (step_ == 1 && from != segment) continue;
         for (int64_t p = 0; p < call_.part_count; ++p) {
-          Share<T>& share = shares_.get()[count++];
-          share.part = static_cast<Part>(call_.parts[p]);
-          share.offset = ((p * shape.samples + sample) * out_segments + out) * shape.length;
-          share.scale = static_cast<T>(call_.scale[out]);
-          share.shift = call_.shift ? static_cast<T>(call_.shift[out]) : T(0);
+          PartChannel<T>& part_channel = part_channels_.get()[count++];
+          part_channel.part = static_cast<Part>(call_.parts[p]);
+          part_channel.offset = ((p * shape.samples + sample) * out_segments + out) * shape.length;
+          part_channel.scale = static_cast<T>(call_.scale[out]);
+          part_channel.shift = call_.shift ? static_cast<T>(call_.shift[out]) : T(0);
         }
       }
       for (int64_t at = begin * step_; at < end * step_; at += block_) {
@@ -86,8 +86,8 @@ class Worker {
         run.n = least(block_, end * step_ - at);
         run.offset = (sample * shape.segments + segment) * shape.length + at;
         run.mask = call_.mask ? mask_of(sample, segment, at, run.n) : nullptr;
-        run.shares = shares_.get();
-        run.share_count = count;
+        run.part_channels = part_channels_.get();
+        run.part_channel_count = count;
         run.scales = step_ > 1 ? scales_.get() : nullptr;
         run.shifts = scales_.get() + block_ + 16;
         f(run, at);
@@ -99,12 +99,12 @@ class Worker {
     const T* pred = image(call_.pred, call_.pred_dtype, run, buffer(0));
     const T* target = image(call_.target, call_.target_dtype, run, buffer(1));
     const bool native = call_.stacked_dtype == kNative<T>;
-    for (int64_t s = 0; s < run.share_count; ++s) {
-      const Share<T>& share = run.shares[s];
-      const int64_t offset = share.offset + at;
-      T* out = native ? static_cast<T*>(call_.stacked) + offset : buffer(3);
-      write(share, run, pred, target, out, native && call_.stream && aligned(out));
-      if (!native) store(call_.stacked, call_.stacked_dtype, offset, out, run.n);
+    for (int64_t s = 0; s < run.part_channel_count; ++s) {
+      const PartChannel<T>& part_channel = run.part_channels[s];
+      const int64_t offset = part_channel.offset + at;
+      T* out = output_at(call_.stacked, call_.stacked_dtype, offset, buffer(3));
+      write(part_channel, run, pred, target, out, native && call_.stream && aligned(out));
+      store_output(call_.stacked, call_.stacked_dtype, offset, run.n, out);
     }
   }
 
@@ -113,13 +113,14 @@ class Worker {
     T* to_target = output(call_.grad_target, call_.target_dtype, run, buffer(4));
     Gradient* gradients = gradients_.get();
     int64_t count = 0;
-    for (int64_t s = 0; s < run.share_count; ++s) {
-      const Share<T>& share = run.shares[s];
-      const bool of_pred = share.part == Part::raw || share.part == Part::hole_raw;
-      if (share.part != Part::composite && (of_pred ? to_pred : to_target) == nullptr) continue;
+    for (int64_t s = 0; s < run.part_channel_count; ++s) {
+      const PartChannel<T>& part_channel = run.part_channels[s];
+      const bool of_pred = part_channel.part == Part::raw || part_channel.part == Part::hole_raw;
+      if (part_channel.part != Part::composite && (of_pred ? to_pred : to_target) == nullptr) continue;
       T* converted = converted_.get() ? converted_.get() + count * (block_ + 16) : nullptr;
-      gradients[count++] = {share.part, share.scale,
-                            fetch(call_.stacked, call_.stacked_dtype, share.offset + at, run.n, converted)};
+      gradients[count++] = {
+          part_channel.part, part_channel.scale,
+          fetch(call_.stacked, call_.stacked_dtype, part_channel.offset + at, run.n, converted)};
     }
     const bool stream = call_.stream && aligned(to_pred) && aligned(to_target) && to_pred != buffer(3) &&
                         to_target != buffer(4);
@@ -148,9 +149,8 @@ class Worker {
           if (from.part == Part::composite) target = target + select_zero_(valid, valid * g);
         }
       }
-      if (to_pred) stream&& n == V::lanes ? pred.stream(to_pred + i) : store_part(pred, to_pred + i, n);
-      if (to_target)
-        stream&& n == V::lanes ? target.stream(to_target + i) : store_part(target, to_target + i, n);
+      if (to_pred) store_part(pred, to_pred + i, n, stream);
+      if (to_target) store_part(target, to_target + i, n, stream);
     });
     finish(call_.grad_pred, call_.pred_dtype, run, to_pred);
     finish(call_.grad_target, call_.target_dtype, run, to_target);
@@ -162,9 +162,9 @@ class Worker {
   T* buffer(int64_t i) { return buffers_.get() + i * (block_ + 16); }
 
   const T* image(const void* data, Dtype dtype, const Run<T>& run, T* out) {
-    const T* found = fetch(data, dtype, run.offset, run.n, out);
-    if (!reverses()) return found;
-    reverse_channels(found, run.n, step_, buffer(5));
+    const T* values = fetch(data, dtype, run.offset, run.n, out);
+    if (!reverses()) return values;
+    reverse_channels(values, run.n, step_, buffer(5));
     std::memcpy(out, buffer(5), static_cast<size_t>(run.n) * sizeof(T));
     return out;
   }
@@ -175,79 +175,59 @@ class Worker {
     const int64_t repeat = shape.mask_repeat;
     const int64_t offset = sample * shape.mask_stride_n + segment * shape.mask_stride_c + at / repeat;
     const T* values = fetch(call_.mask, call_.mask_dtype, offset, n / repeat, buffer(6));
-    if (repeat > 1) {
-      repeat_each(values, n / repeat, repeat, buffer(7));
-      return buffer(7);
-    }
-    if (!reverses()) return values;
-    reverse_channels(values, n, step_, buffer(7));
+    if (repeat == 1 && !reverses()) return values;
+    repeat > 1 ? repeat_each(values, n / repeat, repeat, buffer(7))
+               : reverse_channels(values, n, step_, buffer(7));
     return buffer(7);
   }
 
-  IK_MEMBER void weights(const Run<T>& run, int64_t i, int count, V& hole, V& valid) const {
-    split_regions(load_part<V>(run.mask + i, count), V(T(1)), call_.mask_is_hole, hole, valid);
-  }
-  IK_MEMBER V scale(const Share<T>& share, const Run<T>& run, int64_t i, int count) const {
-    return run.scales ? load_part<V>(run.scales + i, count) : V(share.scale);
-  }
-
   template <typename F>
-  IK_MEMBER void write_values(const Share<T>& share, const Run<T>& run, T* out, bool stream,
+  IK_MEMBER void write_values(const PartChannel<T>& part_channel, const Run<T>& run, T* out, bool stream,
                               F&& value) const {
     for_each_vector<V>(run.n, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const V shift = run.scales ? load_part<V>(run.shifts + i, count) : V(share.shift);
-      const V x = value(i, count) * scale(share, run, i, count) + shift;
-      stream&& count == V::lanes ? x.stream(out + i) : store_part(x, out + i, count);
+      const V scale = run.scales ? load_part<V>(run.scales + i, count) : V(part_channel.scale);
+      const V shift = run.scales ? load_part<V>(run.shifts + i, count) : V(part_channel.shift);
+      store_part(value(i, count) * scale + shift, out + i, count, stream);
     });
   }
 
-  void write(const Share<T>& share, const Run<T>& run, const T* pred, const T* target, T* out,
+  void write(const PartChannel<T>& part_channel, const Run<T>& run, const T* pred, const T* target, T* out,
              bool stream) const {
-    const bool of_pred = share.part == Part::raw || share.part == Part::hole_raw;
-    const T* image = of_pred ? pred : target;
-    if (share.part == Part::raw || share.part == Part::target) {
-      return write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
-        return load_part<V>(image + i, count);
-      });
+    const T* image = part_channel.part == Part::raw || part_channel.part == Part::hole_raw ? pred : target;
+    if (part_channel.part == Part::raw || part_channel.part == Part::target) {
+      return write_values(part_channel, run, out, stream,
+                          [&](int64_t i, int count)
+                              __attribute__((always_inline)) { return load_part<V>(image + i, count); });
     }
-    if (share.part != Part::composite) {
-      return write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
+    with_bool(part_channel.part == Part::composite, [&](auto composite) {
+      write_values(part_channel, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
         V hole, valid;
-        weights(run, i, count, hole, valid);
-        return select_zero_(hole, hole * load_part<V>(image + i, count));
+        split_regions(load_part<V>(run.mask + i, count), V(T(1)), call_.mask_is_hole, hole, valid);
+        if constexpr (!decltype(composite)::value) {
+          return select_zero_(hole, hole * load_part<V>(image + i, count));
+        } else {
+          return select_zero_(hole, hole * load_part<V>(pred + i, count)) +
+                 select_zero_(valid, valid * load_part<V>(target + i, count));
+        }
       });
-    }
-    write_values(share, run, out, stream, [&](int64_t i, int count) __attribute__((always_inline)) {
-      V hole, valid;
-      weights(run, i, count, hole, valid);
-      return select_zero_(hole, hole * load_part<V>(pred + i, count)) +
-             select_zero_(valid, valid * load_part<V>(target + i, count));
     });
-  }
-
-  void store(void* data, Dtype dtype, int64_t offset, const T* from, int64_t n) const {
-    convert_from(dtype, from, n, static_cast<char*>(data) + offset * dtype_bytes(dtype));
   }
 
   // Where a gradient is written: in place, unless it has to be converted or reversed.
   T* output(void* data, Dtype dtype, const Run<T>& run, T* otherwise) const {
-    if (data == nullptr) return nullptr;
-    return dtype == kNative<T> && !reverses() ? static_cast<T*>(data) + run.offset : otherwise;
+    return data != nullptr && reverses() ? otherwise : output_at(data, dtype, run.offset, otherwise);
   }
   void finish(void* data, Dtype dtype, const Run<T>& run, const T* from) {
-    if (data == nullptr || (dtype == kNative<T> && !reverses())) return;
-    if (reverses()) {
-      reverse_channels(from, run.n, step_, buffer(5));
-      from = buffer(5);
-    }
-    store(data, dtype, run.offset, from, run.n);
+    if (data == nullptr || !reverses()) return store_output(data, dtype, run.offset, run.n, from);
+    reverse_channels(from, run.n, step_, buffer(5));
+    convert_from(dtype, buffer(5), run.n, static_cast<char*>(data) + run.offset * dtype_bytes(dtype));
   }
   bool reverses() const { return step_ > 1 && call_.swap; }
 
   const StackedCall& call_;
   int64_t step_, block_;
   Scratch<T> buffers_;
-  Scratch<Share<T>> shares_;
+  Scratch<PartChannel<T>> part_channels_;
   Scratch<T> scales_;
   // Of the gradients of one run, backward.
   struct Gradient {
@@ -259,20 +239,13 @@ class Worker {
   Scratch<T> converted_;
 };
 
-template <typename T>
-void forward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_end) {
+template <bool FORWARD, typename T>
+void units(const StackedCall& call, int64_t unit_begin, int64_t unit_end) {
   Worker<T> worker(call);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.forward(run, at); });
-  }
-  end_stream(call.stream);
-}
-
-template <typename T>
-void backward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_end) {
-  Worker<T> worker(call);
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) { worker.backward(run, at); });
+    worker.for_each_run(unit, [&](const Run<T>& run, int64_t at) {
+      FORWARD ? worker.forward(run, at) : worker.backward(run, at);
+    });
   }
   end_stream(call.stream);
 }
@@ -280,7 +253,7 @@ void backward_units(const StackedCall& call, int64_t unit_begin, int64_t unit_en
 }  // namespace
 
 template <typename T>
-constexpr Kernels<StackedCall> kKernels = {forward_units<T>, backward_units<T>};
+constexpr Kernels<StackedCall> kKernels = {units<true, T>, units<false, T>};
 IK_DEFINE_PER_ISA(Kernels<StackedCall>, stacked_kernels, kKernels)
 
 }  // namespace ik::IK_ISA
