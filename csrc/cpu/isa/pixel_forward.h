@@ -79,36 +79,44 @@ void forward_run(const ForwardRun<S, T, K>& run, double* sum) {
   const V one(T(1)), param(run.param);
   // Two independent sets of accumulators hide the latency of the additions.
   V sums[2][2] = {{V(T(0)), V(T(0))}, {V(T(0)), V(T(0))}};
-  uint32_t positive[K], negative[K];
-  // A vector of `count` elements; their signs go to the bits from `place` on.
-  const auto step = [&](int64_t at, int count, V* sums, int place) __attribute__((always_inline)) {
-    prefetch(run.target + at);
-    const V target = load_part<V>(run.target + at, count);
-    const V mask = W == Weights::none ? one : load_part<V>(run.weight + at, count);
-    for (int k = 0; k < K; ++k) {
-      prefetch(run.pred[k] + at);
-      V out;
-      const V d = forward_step<P, W>(load_part<V>(run.pred[k] + at, count), target, mask, param, count,
-                                     run.mask_is_hole, sums, out);
-      if constexpr (MAP) store_part(out, run.map + at, count);
-      if constexpr (SIGNS) {
-        positive[k] = (place == 0 ? 0 : positive[k]) | d.positive_bits() << place;
-        negative[k] = (place == 0 ? 0 : negative[k]) | d.negative_bits() << place;
-      }
-    }
+  struct Signs {
+    uint32_t positive[K] = {};
+    uint32_t negative[K] = {};
   };
-  const auto store = [&](int64_t at, int groups) __attribute__((always_inline)) {
-    for (int k = 0; SIGNS && k < K; ++k) store_signs(run.signs[k] + at / 4, groups, positive[k], negative[k]);
+  // A vector of `count` elements; their signs go to the bits from `place` on.
+  const auto step = [&](int64_t at, int count, V* sums, Signs& signs, int place)
+                        __attribute__((always_inline)) {
+                          prefetch(run.target + at);
+                          const V target = load_part<V>(run.target + at, count);
+                          const V mask = W == Weights::none ? one : load_part<V>(run.weight + at, count);
+                          for (int k = 0; k < K; ++k) {
+                            prefetch(run.pred[k] + at);
+                            V out;
+                            const V d = forward_step<P, W>(load_part<V>(run.pred[k] + at, count), target,
+                                                           mask, param, count, run.mask_is_hole, sums, out);
+                            if constexpr (MAP) store_part(out, run.map + at, count);
+                            if constexpr (SIGNS) {
+                              signs.positive[k] |= d.positive_bits() << place;
+                              signs.negative[k] |= d.negative_bits() << place;
+                            }
+                          }
+                        };
+  const auto store = [&](int64_t at, int groups, const Signs& signs) __attribute__((always_inline)) {
+    for (int k = 0; SIGNS && k < K; ++k) {
+      store_signs(run.signs[k] + at / 4, groups, signs.positive[k], signs.negative[k]);
+    }
   };
   int64_t i = 0;
   for (; i + 2 * V::lanes <= run.n; i += 2 * V::lanes) {
-    for (int u = 0; u < 2; ++u) step(i + u * V::lanes, V::lanes, sums[u], u * V::lanes);
-    store(i, V::lanes / 4);
+    Signs signs;
+    for (int u = 0; u < 2; ++u) step(i + u * V::lanes, V::lanes, sums[u], signs, u * V::lanes);
+    store(i, V::lanes / 4, signs);
   }
   for (; i < run.n; i += V::lanes) {
     const int count = static_cast<int>(least(V::lanes, run.n - i));
-    step(i, count, sums[0], 0);
-    store(i, (count + 7) / 8);
+    Signs signs;
+    step(i, count, sums[0], signs, 0);
+    store(i, (count + 7) / 8, signs);
   }
   if constexpr (!MAP) {
     const bool swap = W == Weights::two_binary_regions && !run.mask_is_hole;
