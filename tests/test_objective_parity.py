@@ -1,6 +1,6 @@
 """Every objective against what its method computes: every term, the total, gradients, and the discriminator's side.
 
-FIGURES are of the released training codes (tests/parity). FORMULAS are those of examples/published.py and, for the
+FIGURES are of the released training codes (tests/parity). FORMULAS are those of examples/published and, for the
 code bases of partial convolution, of partial_conv_formulas.py: for methods without figures, which test_published.py
 checks by hand, and for masks with fractions.
 """
