@@ -45,8 +45,8 @@ Run = Callable[..., Result]
 
 # An eighth of the channels of each trunk. LPIPS has weights for every channel of AlexNet, which is small anyway.
 NARROW = {
-    name: [item // 8 if isinstance(item, int) else item for item in getattr(torchvision_nets, name)]
-    for name in ("_VGG16", "_VGG19")
+    net: [item // 8 if isinstance(item, int) else item for item in torchvision_nets._CONFIGS[net]]
+    for net in ("vgg16", "vgg19")
 }
 
 
@@ -59,8 +59,8 @@ def write_noise(path: Path, seed: int = 0, size: int = 72) -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trunks of an eighth of the channels, and few rounds of timing."""
-    for name, channels in NARROW.items():
-        monkeypatch.setattr(torchvision_nets, name, channels)
+    for net, channels in NARROW.items():
+        monkeypatch.setitem(torchvision_nets._CONFIGS, net, channels)
     for rounds in ("ROUNDS", "TRUNK_ROUNDS"):
         monkeypatch.setattr(summary, rounds, 2)
 

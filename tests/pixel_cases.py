@@ -81,8 +81,8 @@ def penalty_map(d: Tensor, penalty: str) -> Tensor:
     if penalty == "charbonnier":
         return (d.square() + param**2).sqrt()
     # Infinity has the slope `param`, which a choice between two branches would make NaN.
-    quadratic = d.abs().clamp(max=param)
-    return quadratic * (d.abs() - quadratic / 2)
+    near = d.clamp(-param, param)
+    return near * (d - near / 2)
 
 
 def weighted(pred: Tensor, target: Tensor, weight: Tensor, penalty: str, select: bool = True) -> Tensor:
