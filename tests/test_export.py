@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import INTERPRETING, covering, generator
+from harness import INTERPRETING, generator
 from processes import fresh_python
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -81,13 +81,18 @@ def check_program(program: Any, network: nn.Module, *sizes: tuple[int, ...], cha
                     )
 
 
-@covering(
-    # torch 2.13 loads no program of dynamic shapes whose example was "sliced".
-    example=("expanded", "channel-expanded", "batch-expanded", "plain", "channels_last"),
-    channels=(True, False),
-    groups=(1, 2),
-    dynamic=(False, True),
-    strict=(False, True),
+# torch 2.13 loads no program of dynamic shapes whose example was "sliced". A strict export takes ten seconds or more.
+@pytest.mark.parametrize(
+    ("example", "channels", "groups", "dynamic", "strict"),
+    [
+        ("expanded", True, 1, False, False),
+        ("expanded", False, 2, True, False),
+        ("channel-expanded", True, 2, True, False),
+        ("batch-expanded", False, 1, False, False),
+        ("plain", True, 1, True, True),
+        ("channels_last", False, 2, False, True),
+        ("channels_last", True, 1, True, False),
+    ],
 )
 def test_the_layout_of_the_example_is_not_kept(
     example: str, channels: bool, groups: int, dynamic: bool, strict: bool
