@@ -38,20 +38,19 @@ test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton throug
 	$(MAKE) test-interpreter
 	$(MAKE) test-emulated
 
-# In a process of its own: interpreted and compiled kernels cannot live side by side. SHARED=n: one test in n, the
-# others with another SHARE=k.
-SHARED ?= 1
+# In a process of its own: interpreted and compiled kernels cannot live side by side. Slow: of the tests one in
+# INTERPRETED, scattered over all of them; INTERPRETED=1 runs all, another SHARE another part.
+INTERPRETED ?= 16
 SHARE ?= 0
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
 OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_values.py tests/test_training.py tests/test_derivatives.py
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(SHARED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
+	  set -x; TRITON_INTERPRET=1 TEST_SHARE=$(SHARE)/$(INTERPRETED) PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 \
 	    $(OP_TESTS) $(ARGS); \
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
 
-# The CUDA kernels as C++, blocks and threads emulated. Slow: of the tests one in EMULATED, scattered over all of them;
-# EMULATED=1 runs all, another SHARE another part.
+# The CUDA kernels as C++, blocks and threads emulated. Slow: of the tests one in EMULATED, in the same way.
 EMULATED ?= 12
 test-emulated: $(VENV)/.stamp-test build ## the CUDA kernels on the CPU
 	INPAINT_KERNELS_TEST_BACKENDS=emulated INPAINT_KERNELS_TEST_ROWS=covering TEST_SHARE=$(SHARE)/$(EMULATED) \
@@ -68,7 +67,8 @@ test-resources: $(VENV)/.stamp-test build ## compile every Triton kernel ahead o
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then $(MAKE) $(TRITONS:%=test-resources-%); \
 	else echo 'Triton has no build for this platform: its kernels are not compiled'; fi
 
-# SHARED=n as above; the two Tritons take different shares.
+# SHARED=n: one test in n. The two Tritons take different shares.
+SHARED ?= 1
 test-resources-%: build/triton-%
 	TEST_SHARE=$$(($(SHARE) + $(patsubst 3.%.0,%,$*) / 2))/$(SHARED) PYTHONPATH=$(CURDIR)/$<:tools \
 	  $(PYTEST) -p pytest_share -n 2 tests/test_resources*.py $(ARGS)
