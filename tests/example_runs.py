@@ -131,7 +131,7 @@ def two_processes(folder: Path, *options: object) -> subprocess.Popen[str]:
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
         "import plots, train\nfrom inpaint_kernels.features import torchvision_nets\n"
-        f"vars(torchvision_nets).update({NARROW})\n"
+        f"torchvision_nets._CONFIGS.update({NARROW})\n"
         "plots.write_png = lambda figure, path: None\nsys.exit(train.main())\n"
     )
     package = Path(ik.__file__).resolve().parents[1]

@@ -315,7 +315,8 @@ def test_check_fails_on_a_tile_too_large(op: str, changes: dict[str, int], warps
 @pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "finish"])
 def test_check_fails_on_narrow_loads(op: str) -> None:
     case, launch = first_of(op)
-    resources = compile_launch(launch, 90, aligned=False)
+    # Addresses that are not aligned may take too many registers as well.
+    resources = compile_launch(launch, 90, aligned=False)._replace(registers=0)
     with pytest.raises(AssertionError, match="narrow"):
         check(case, launch, resources)
 
