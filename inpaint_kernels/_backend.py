@@ -121,10 +121,14 @@ def _resolve(
             raise ValueError(f"backend: got {backend!r}, allowed: {', '.join(BACKENDS)}")
         reason = unavailable(backend, available, device, dtypes)
         if reason is not None:
-            problem = _problem(backend, device) if backend in available else None
-            if problem is not None and problem.reason != reason:
+            if backend not in available:
+                raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+            problem, remedy = _problem(backend, device), ""
+            if problem is not None and problem.reason == reason:
+                remedy = f" To mend it: {problem.remedy}."
+            elif problem is not None:
+                # What it would take is no help where the tensors do not suit the backend.
                 reason += f"; moreover {problem.reason}"
-            remedy = "" if problem is None else f" To mend it: {problem.remedy}."
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}.{remedy} {_DOCTOR}.")
         return backend
     reasons: tuple[tuple[str, str], ...] = ()

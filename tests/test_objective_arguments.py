@@ -196,3 +196,13 @@ def test_bad_inputs() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_channels_that_the_trunk_does_not_read(channels: int) -> None:
+    loss, x = objective("pconv-paper"), inputs("pconv-paper", channels=channels)
+    for call in (lambda: x.terms(loss), lambda: loss.prepare(x.target, x.mask)):
+        with pytest.raises(
+            ValueError, match=f"pred has {channels} channels; the trunk reads images of 1 or 3"
+        ):
+            call()

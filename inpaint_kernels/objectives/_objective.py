@@ -304,6 +304,10 @@ class Objective(DiscriminatorSide):
             scale, shift = self._constants
         elif not preprocessed and gray:
             scale = [1.0] * 3
+        if scale and not gray and pred.shape[1] != len(scale):
+            raise ValueError(
+                f"pred has {pred.shape[1]} channels; the trunk reads images of 1 or {len(scale)}"
+            )
         return checked_images(
             pred,
             target,
