@@ -18,6 +18,7 @@ from objective_table import (
     trunk,
 )
 
+import inpaint_kernels as ik
 from inpaint_kernels.objectives import DiscriminatorOutput, PartialConvObjective
 
 COMPOSED = [name for name in WITH_CRITIC if settings_of(name).discriminator_image == "composite"]
@@ -204,5 +205,21 @@ def test_channels_that_the_trunk_does_not_read(channels: int) -> None:
     for call in (lambda: x.terms(loss), lambda: loss.prepare(x.target, x.mask)):
         with pytest.raises(
             ValueError, match=f"pred has {channels} channels; the trunk reads images of 1 or 3"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.stages == 1])
+def test_a_list_of_predictions_where_one_is_compared(name: str) -> None:
+    x = inputs(name)
+    with pytest.raises(ValueError, match=r"pred is a list of 2 images; .*Objective compares one"):
+        objective(name)([x.pred, x.pred], x.target, x.mask)
+
+
+def test_what_discriminators_return_is_no_logits() -> None:
+    output = DiscriminatorOutput(torch.zeros(3, 1), torch.zeros(3, 1))  # type: ignore[arg-type]
+    for call in (lambda: ik.generator_loss(output), lambda: ik.nn.GANLoss()(output)):
+        with pytest.raises(
+            TypeError, match=r"logits must be tensors, got a DiscriminatorOutput: pass its \.logits"
         ):
             call()

@@ -98,6 +98,7 @@ class Objective(DiscriminatorSide):
     presets: ClassVar[Mapping[str, Any]]
     result: ClassVar[type[Any]]  # a named tuple: total, then the terms of the table
     net: ClassVar[Callable[..., FrozenTrunk] | None] = None  # builds the trunk; None: the caller brings it
+    staged: ClassVar[bool] = False  # takes a list of images, of all stages of a network
     settings: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -231,6 +232,8 @@ class Objective(DiscriminatorSide):
     ) -> Any:
         """The weighted total and the raw terms; arguments as the class says."""
         stages = _checks.as_layers("pred", pred)
+        if len(stages) > 1 and not self.staged:
+            raise ValueError(f"pred is a list of {len(stages)} images; {type(self).__name__} compares one")
         for stage in stages:
             _checks.check_images(stage, target)
         last = stages[-1]

@@ -95,6 +95,7 @@ class DeepFillObjective(Objective):
         >>> objective((first, second), target, mask, fake=fake).total.backward()
     """
 
+    staged = True
     presets = types.MappingProxyType(
         {
             "v2": DeepFillSettings(),

@@ -85,6 +85,7 @@ class MATObjective(Objective):
         >>> (loss + 16 * objective.discriminator_penalty(real, real_images)).backward()
     """
 
+    staged = True
     presets = types.MappingProxyType({"released": MATSettings()})
     result = MATTerms
     net = staticmethod(vgg19)

@@ -46,6 +46,8 @@ def check_options(
 
 def as_entries(name: str, logits: Logits) -> dict[str, Tensor]:
     """The logits of every critic, scale or head, by the name an error gives them."""
+    if isinstance(logits, tuple) and hasattr(logits, "logits"):
+        raise TypeError(f"{name} must be tensors, got a {type(logits).__name__}: pass its .logits")
     given = _checks.as_layers(name, logits)
     entries = (
         {name: given[0]} if isinstance(logits, Tensor) else {f"{name}[{i}]": x for i, x in enumerate(given)}
