@@ -93,6 +93,12 @@ class Objective(DiscriminatorSide):
     The trunk moves and converts with the objective (`.to`, `.half`, ...) but is no submodule: it is fixed, so no
     optimizer, checkpoint, weight average or DDP broadcast of a model that holds the objective should see it. As no
     checkpoint would bring its weights, `to_empty` keeps them, and a trunk without any is refused.
+
+    Example:
+        >>> import inpaint_kernels as ik
+        >>> objective = ik.objectives.DeepFillObjective("v2", hole_weight=2.0)
+        >>> isinstance(objective, ik.objectives.Objective), objective.settings.hole_weight, objective.trunk
+        (True, 2.0, None)
     """
 
     presets: ClassVar[Mapping[str, Any]]
