@@ -88,8 +88,9 @@ BENCHMARK = Benchmark(
             Case(
                 (2, 3, 128, 128) if name in RELATIVES else (4, 3, 256, 256),
                 name,
-                # MAT reads the deepest layers: eager's own gradient is 5.4e-3 off at 64x64 and 9.1e-3 at 256x256.
-                options={"method": name, **({"tolerance": 1e-2} if name == "mat" else {})},
+                # These read the deepest layers: eager's own gradient is up to 9.1e-3 off for MAT, 5.9e-3 for
+                # TransCNN-HAE.
+                options={"method": name, **({"tolerance": 1e-2} if name in ("mat", "transcnn-hae") else {})},
             )
             for name in METHODS
         ),
