@@ -173,8 +173,8 @@ def test_opcheck(kernel: Backend, op: Op, place: tuple[str, str], gradient: str)
 
 
 COMPILED_SIZES = ((2, 3, 9, 14), (3, 4, 16, 10))
-# Of each op three ways through its kernels. The first goes through the whole compiler. The reference is captured once:
-# what AOTAutograd and Inductor make of torch's own operators is their affair, and takes 20 s an op.
+# Of each op three ways through its kernels. The first goes through the whole compiler. The reference is captured
+# once: what AOTAutograd and Inductor make of torch's own operators is their affair, and takes 20 s an op.
 COMPILED = [
     (OPS[f"{name} {way}"], mask, layout, mask == "n1hw")
     for name, found in ALL_WAYS.items()

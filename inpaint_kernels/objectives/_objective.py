@@ -148,13 +148,18 @@ class Objective(DiscriminatorSide):
         self.settings = chosen(self.presets, next(iter(self.presets)) if preset is None else preset, settings)
         self._terms = {name: term for name, term in self.table(self.settings).items() if term.weight}
         self._passes = trunk_passes(self._terms)
+        counts = [len(each.terms) for each in self._passes]
+        # Where the terms of each pass begin in a `Truth`.
+        self._places = [sum(counts[:i]) for i in range(len(counts))]
         self._judged = {n: t for n, t in self._terms.items() if isinstance(t, (Adversarial, FeatureMatching))}
         pixels = {n: t for n, t in self._terms.items() if isinstance(t, (Pixel, TotalVariation))}
         self._pixels = PixelTerms(
             pixels, self.settings.mask_is, {"process_group": process_group, "backend": backend}
         )
         self._reads_mask = reads_mask(pixels) or any(
-            set(getattr(term, "images", ())) - {"raw"} or getattr(term, "known_only", False)
+            set(getattr(term, "images", ())) - {"raw"}
+            or getattr(term, "known_only", False)
+            or (isinstance(term, FeatureMatching) and term.reads_known)
             for term in self._terms.values()
         )
         self._composes = any(
@@ -256,17 +261,18 @@ class Objective(DiscriminatorSide):
             target = self._images(target, target, None, ("target",))
         composited = self._composited(target, mask) if self._composes else target
         found = self._pixel_terms([*stages[:-1], last], target, composited, mask)
-        for each, begin in zip(self._passes, self._places(), strict=True):
+        for each, begin in zip(self._passes, self._places, strict=True):
             own = None if truth is None else Truth(truth.terms[begin : begin + len(each.terms)])
             found = _added(
                 found, *self._feature_terms(each, last, target, mask, own, preprocessed, composited)
             )
         for name, term in self._judged.items():
+            known = self._known(mask) if term.reads_known else None
             if isinstance(term, Adversarial):
-                value = term.generator(logits_of("fake", fake), self._known(mask))
+                value = term.generator(logits_of("fake", fake), known)
             else:
                 features = features_of("fake", fake), features_of("real", real)
-                value = term.matched(*features, self._known(mask), self.backend)
+                value = term.matched(*features, known, self.backend)
             found = _added(found, value, {name: value}, term.weight)
         missing = [name for name in self.result._fields if name not in found]
         if missing:
@@ -276,7 +282,8 @@ class Objective(DiscriminatorSide):
 
     def _checked_mask(self, mask: Tensor | None, pred: Tensor) -> Tensor | None:
         if mask is not None:
-            return _checks.check_mask(mask, pred).detach()
+            mask = _checks.check_mask(mask, pred)
+            return mask.detach() if mask.requires_grad else mask
         if self._reads_mask:
             raise ValueError(
                 "mask is missing: these settings tell the hole from known pixels, which needs it"
@@ -338,11 +345,6 @@ class Objective(DiscriminatorSide):
         return [
             each.picked(term, maps, each.truths, [TRUTH_OF[term.images[0]]]) for term in each.terms.values()
         ]
-
-    def _places(self) -> list[int]:
-        """Where the terms of each pass begin in a `Truth`."""
-        counts = [len(each.terms) for each in self._passes]
-        return [sum(counts[:i]) for i in range(len(counts))]
 
     def _check_truth(self, truth: Truth, samples: int) -> None:
         if not isinstance(truth, Truth):

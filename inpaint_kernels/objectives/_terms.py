@@ -206,6 +206,11 @@ class Adversarial(Term):
     half: bool = False
     heads: str = "mean"
 
+    @property
+    def reads_known(self) -> bool:
+        """Whether the generator's loss depends on the mask."""
+        return False
+
     def generator(self, fake: Any, known: Tensor | None) -> Tensor:
         """Of the logits of a fake; the mask `known` is for those that read it."""
         if self.heads == "sum" and not isinstance(fake, Tensor):
@@ -225,15 +230,15 @@ class FeatureMatching(Term):
 
     penalty: str = "l1"
     layer_reduction: str = "sum"
-    known_only: bool = False
+    reads_known: bool = False
 
     def matched(self, fake: Any, real: Any, known: Tensor | None, backend: str | None) -> Tensor:
-        """Of lists of features; `known_only` weighs them with the mask."""
+        """Of lists of features, which the mask `known` weighs; None weighs all of them 1."""
         return feature_matching_loss(
             fake,
             real,
             penalty=self.penalty,
             layer_reduction=self.layer_reduction,
-            mask=known if self.known_only else None,
+            mask=known,
             backend=backend,
         )

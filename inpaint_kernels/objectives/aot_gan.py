@@ -86,6 +86,10 @@ class _SoftMaskGuided(Adversarial):
             hole = hole[None, None]
         return F.interpolate(logits, hole.shape[-2:], mode="bilinear", align_corners=True), hole
 
+    @property
+    def reads_known(self) -> bool:
+        return True
+
     def generator(self, fake: Any, known: Tensor | None) -> Tensor:
         logits, hole = self._enlarged(fake, known)
         error = (logits - 1).square()

@@ -70,6 +70,10 @@ class _MaskedAdversarial(Adversarial):
     extra_hole_weight: float = 0.0
     mask_resize: str = "nearest"
 
+    @property
+    def reads_known(self) -> bool:
+        return self.extra_hole_weight != 0
+
     def _resized(self, known: Tensor | None, logits: Any) -> Tensor:
         if known is None:
             raise ValueError("mask is missing: the discriminator's labels are made of it")
