@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import harness, machine, memory, providers, report, run, table
 from benchmarks.harness import Case, Formula
+from benchmarks.methods import method_of
 
 
 class WrongGradient(torch.autograd.Function):
@@ -152,7 +153,9 @@ def test_formulas_of_every_benchmark_pass_its_gate(op):
     benchmark = run.discover()[op]
     # Half precision of a whole trunk takes a CPU without such arithmetic a minute.
     cases = [c for c in benchmark.cases if not benchmark.heavy or "cpu" in c.devices]
-    for case in {c.variant + c.dtype_name: c for c in cases}.values():
+    # Of whole objectives one for each network: test_objective_parity.py compares every method.
+    kinds = [method_of(case).net if op == "objective" else case.variant for case in cases]
+    for case in {kind + c.dtype_name: c for kind, c in zip(kinds, cases, strict=True)}.values():
         # Enough pixels that features at a kink, and entries of Gram matrices at a tie, stay rare.
         side = 64 if benchmark.heavy else 256
         of_images = case.options.get("vgg16") or benchmark.heavy
