@@ -15,7 +15,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
-# Compiling every module of every package to bytecode takes longer than installing it; Python does it on import.
+# Compiling every module of every package to bytecode takes longer than installing it; Python does it on import, unless
+# the environment forbids it: then every process would compile torch anew, which takes seconds.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # One thread per process: the tests use as many processes as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
