@@ -1,6 +1,6 @@
 """Formula, inputs and checks of lpips_distance, written from the definition, without the package's reference.
 
-Layers travel flat, (*inputs, *targets, *masks), as in `feature_cases`; the weights follow from the number of channels.
+Layers travel flat, (*inputs, *targets, *masks), as in `feature_cases`; weights follow from the number of channels.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def lpips_sizes(
             zero = (maps == 0).all(1, keepdim=True)
             gradients[place] = torch.where(zero, 0.0, size)
         n = flat[layers + i].shape[0]
-        gradients[layers + i] = gradients[layers + i].unflatten(0, (-1, n)).sum(0) if n else 0 * flat[layers + i]
+        gradients[layers + i] = (
+            gradients[layers + i].unflatten(0, (-1, n)).sum(0) if n else 0 * flat[layers + i]
+        )
     if reduction != "none":
         total = total.sum() / (max(total.shape[0], 1) if reduction == "mean" else 1)
     return [total], gradients

@@ -167,9 +167,9 @@ template <typename T>
 class Forward : Worker<T> {
   using Base = Worker<T>;
   using V = Vec<T>;
-  using typename Base::Block;
   using Base::call_;
   using Base::stride_;
+  using typename Base::Block;
 
  public:
   explicit Forward(const ColumnsCall& call)
@@ -190,7 +190,8 @@ class Forward : Worker<T> {
     const Rows<T> b = gather(call_.target, call_.target_dtype, block.sample, block, target_.get(), kSquaresB);
     for (int64_t k = 0; k < call_.predictions; ++k) {
       const int64_t sample = this->sample_of(block, k);
-      for (const int plane : {kSquaresA, kSum, kDotA, kDotB}) clear(plane);
+      clear(kSquaresA);
+      for (int plane = kSum; plane <= kDotB; ++plane) clear(plane);
       const Rows<T> a = gather(call_.input, call_.input_dtype, sample, block, input_.get(), kSquaresA);
       const T* mask = this->mask_of(block, sample);
       set_units(mask, block.n);
@@ -212,9 +213,7 @@ class Forward : Worker<T> {
     if (call_.channels_last) return call_.channels + 16;
     return dtype == kNative<T> && call_.blocks() == 1 ? 0 : call_.channels * stride_;
   }
-  void clear(int plane) {
-    std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T));
-  }
+  void clear(int plane) { std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T)); }
 
   // The block's channels, whose squares are added up; in `scratch` unless they lie close together.
   Rows<T> gather(const void* data, Dtype dtype, int64_t sample, const Block& block, T* scratch, int plane) {
@@ -239,7 +238,7 @@ class Forward : Worker<T> {
   void set_units(const T* mask, int64_t n) {
     for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
       const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         unit_factor(V::load(planes_.plane(kSquaresA + side) + i), V(eps_), counted)
             .store(planes_.plane(kUnitA + side) + i);
       }
@@ -250,7 +249,8 @@ class Forward : Worker<T> {
   double finish(const T* mask, int64_t sample, const Block& block) {
     V sum(T(0));
     for_each_vector<V>(block.n, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
+      const auto load = [&](int plane)
+                            __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
       V value = first_of(load(kSum), count);
       if (mask) {
         const V counted = load_part<V>(mask + i, count);
@@ -258,7 +258,7 @@ class Forward : Worker<T> {
       }
       sum = sum + value;
       if (call_.saved == nullptr) return;
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         const V r = load(kUnitA + side);
         store_part(r, this->saved(side, sample, block.begin + i), count);
         store_part(along(V(kSlopes[side]), load(kDotA + side), r, load(kSquaresA + side)),
@@ -298,7 +298,7 @@ class Forward : Worker<T> {
       total += static_cast<double>(select_zero_(counted, counted * sum.lane_sum()));
       if (call_.saved == nullptr) continue;
       const T dots[2] = {dot_a.lane_sum(), dot_b.lane_sum()};
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         *this->saved(side, sample, pixel) = units[side];
         *this->saved(2 + side, sample, pixel) = along(kSlopes[side], dots[side], units[side], squares[side]);
       }
@@ -342,7 +342,8 @@ IK_INLINE void differentiate_as(const GradientRun<T>& run, const Get& get) {
     const auto counted = [&](V value) __attribute__((always_inline)) {
       return MASKED ? select_zero_(of.mask, value) : value;
     };
-    if constexpr (A) store_part(counted(of.slope_a * weighted - of.along_a * x), run.grad_a + i, count, stream);
+    if constexpr (A)
+      store_part(counted(of.slope_a * weighted - of.along_a * x), run.grad_a + i, count, stream);
     if constexpr (B) {
       const V value = counted(of.slope_b * weighted - of.along_b * y);
       store_part(run.add_b ? load_part<V>(run.grad_b + i, count) + value : value, run.grad_b + i, count,
@@ -364,9 +365,9 @@ template <typename T>
 class Backward : Worker<T> {
   using Base = Worker<T>;
   using V = Vec<T>;
-  using typename Base::Block;
   using Base::call_;
   using Base::stride_;
+  using typename Base::Block;
 
  public:
   explicit Backward(const ColumnsCall& call)
@@ -392,8 +393,9 @@ class Backward : Worker<T> {
         run.grad_b = output_at(call_.grad_target, call_.target_dtype, target_offset, buffer(3));
         run.add_b = k > 0;
         // What is added to is read again.
-        run.stream = call_.stream && (run.grad_a != nullptr ? run.grad_a != buffer(2)
-                                                            : run.grad_b != buffer(3) && call_.predictions == 1);
+        run.stream =
+            call_.stream && (run.grad_a != nullptr ? run.grad_a != buffer(2)
+                                                   : run.grad_b != buffer(3) && call_.predictions == 1);
         last ? of_pixel(run, k, j) : of_channel(run, k, j);
         store_output(call_.grad_input, call_.input_dtype, offset, run.n, run.grad_a);
         if (k + 1 == call_.predictions)
@@ -420,9 +422,8 @@ class Backward : Worker<T> {
       const auto load = [&](int index) __attribute__((always_inline)) {
         return load_part<V>(this->saved(index, sample, block.begin + i), count);
       };
-      const auto store = [&](V value, int plane) __attribute__((always_inline)) {
-        value.store(planes.plane(plane) + i);
-      };
+      const auto store = [&](V value, int plane)
+                             __attribute__((always_inline)) { value.store(planes.plane(plane) + i); };
       const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
       const V share = factor * counted, r = load(0), s = load(1);
       store(counted, kMask);
@@ -439,7 +440,8 @@ class Backward : Worker<T> {
     const Planes<T> planes = this->planes(k);
     const V weight(this->weights_.get()[c]);
     differentiate(run, [&](int64_t i, int) __attribute__((always_inline)) {
-      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes.plane(plane) + i); };
+      const auto load = [&](int plane)
+                            __attribute__((always_inline)) { return V::load(planes.plane(plane) + i); };
       return Slopes<V>{weight,        load(kR),      load(kS),      load(kSlopeA),
                        load(kAlongA), load(kSlopeB), load(kAlongB), load(kMask)};
     });
@@ -460,7 +462,8 @@ class Backward : Worker<T> {
   IK_MEMBER void differentiate(const GradientRun<T>& run, const Get& get) const {
     with_bool(call_.mask != nullptr, [&](auto masked) __attribute__((always_inline)) {
       constexpr bool MASKED = decltype(masked)::value;
-      if (run.grad_a != nullptr && run.grad_b != nullptr) return differentiate_as<true, true, MASKED>(run, get);
+      if (run.grad_a != nullptr && run.grad_b != nullptr)
+        return differentiate_as<true, true, MASKED>(run, get);
       if (run.grad_a != nullptr) return differentiate_as<true, false, MASKED>(run, get);
       differentiate_as<false, true, MASKED>(run, get);
     });
