@@ -63,7 +63,18 @@ struct Planes {
   int64_t stride;
   T* plane(int index) const { return data + index * stride; }
 };
-enum ForwardPlane { kSquaresA, kSquaresB, kUnitA, kUnitB, kSum, kDotA, kDotB, kForwardPlanes };
+// kTotals: as many as there are sums from kSum on, 0 but while channels are folded.
+enum ForwardPlane {
+  kSquaresA,
+  kSquaresB,
+  kUnitA,
+  kUnitB,
+  kSum,
+  kDotA,
+  kDotB,
+  kTotals,
+  kForwardPlanes = kTotals + 3
+};
 enum BackwardPlane { kR, kS, kSlopeA, kAlongA, kSlopeB, kAlongB, kMask, kBackwardPlanes };
 
 // Adds ROWS channels' w d^2 to the sums and, if DOTS, w d a and w d b to the products.
@@ -95,12 +106,29 @@ IK_NOINLINE void add_differences(Rows<T> a, Rows<T> b, const T* weights, int64_t
   });
 }
 
-// Calls f<ROWS>(first) for the channels in groups of four, then one by one.
-template <typename F>
-IK_INLINE void for_each_group(int64_t channels, F&& f) {
-  int64_t c = 0;
-  for (; c + 4 <= channels; c += 4) f(std::integral_constant<int, 4>(), c);
-  for (; c < channels; ++c) f(std::integral_constant<int, 1>(), c);
+// Calls f<ROWS>(first) for the channels in groups of four, then one by one, and fold(last) after each kFold of them: a
+// float takes no longer sums than that without losing bits. Fewer channels need no folding.
+constexpr int64_t kFold = 256;
+template <typename F, typename G>
+IK_INLINE void for_each_group(int64_t channels, F&& f, G&& fold) {
+  for (int64_t first = 0; first < channels; first += kFold) {
+    const int64_t end = least(first + kFold, channels);
+    int64_t c = first;
+    for (; c + 4 <= end; c += 4) f(std::integral_constant<int, 4>(), c);
+    for (; c < end; ++c) f(std::integral_constant<int, 1>(), c);
+    if (channels > kFold) fold(end == channels);
+  }
+}
+
+// total += part, and part begins anew; the last time the sum goes to part.
+template <typename T>
+IK_NOINLINE void fold_plane(T* part, T* total, int64_t n, bool last) {
+  using V = Vec<T>;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const V sum = V::load(total + i) + V::load(part + i);
+    (last ? V(T(0)) : sum).store(total + i);
+    (last ? sum : V(T(0))).store(part + i);
+  }
 }
 
 template <typename T>
@@ -177,7 +205,9 @@ class Forward : Worker<T> {
         planes_{this->planes_data_.get(), stride_},
         eps_(static_cast<T>(call.eps)),
         input_(scratch_of(call.input_dtype)),
-        target_(scratch_of(call.target_dtype)) {}
+        target_(scratch_of(call.target_dtype)) {
+    for (int plane = kTotals; plane < kForwardPlanes; ++plane) clear(plane);
+  }
 
   void unit(int64_t index) {
     const Block block = this->block(index);
@@ -195,13 +225,16 @@ class Forward : Worker<T> {
       const Rows<T> a = gather(call_.input, call_.input_dtype, sample, block, input_.get(), kSquaresA);
       const T* mask = this->mask_of(block, sample);
       set_units(mask, block.n);
-      for_each_group(call_.channels, [&](auto rows, int64_t c) {
-        constexpr int ROWS = decltype(rows)::value;
-        const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
-        const T* weights = this->weights_.get() + c;
-        call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
-                    : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
-      });
+      for_each_group(
+          call_.channels,
+          [&](auto rows, int64_t c) {
+            constexpr int ROWS = decltype(rows)::value;
+            const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
+            const T* weights = this->weights_.get() + c;
+            call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
+                        : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
+          },
+          [&](bool last) { fold(kSum, call_.saved ? 3 : 1, block.n, last); });
       partials[k] = finish(mask, sample, block);
     }
   }
@@ -215,6 +248,10 @@ class Forward : Worker<T> {
   }
   void clear(int plane) { std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T)); }
 
+  void fold(int first, int count, int64_t n, bool last) {
+    for (int j = 0; j < count; ++j) fold_plane(planes_.plane(first + j), planes_.plane(kTotals + j), n, last);
+  }
+
   // The block's channels, whose squares are added up; in `scratch` unless they lie close together.
   Rows<T> gather(const void* data, Dtype dtype, int64_t sample, const Block& block, T* scratch, int plane) {
     T* squares = planes_.plane(plane);
@@ -223,15 +260,19 @@ class Forward : Worker<T> {
     const Rows<T> given{static_cast<const T*>(data) + (native ? offset : 0), call_.pixels};
     const Rows<T> copied{scratch, stride_};
     const Rows<T> found = native && call_.blocks() == 1 ? given : copied;
-    for_each_group(call_.channels, [&](auto rows, int64_t c) {
-      constexpr int ROWS = decltype(rows)::value;
-      T* to = scratch + c * stride_;
-      if (native && call_.blocks() > 1)
-        return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_, squares);
-      for (int j = 0; j < ROWS && !native; ++j)
-        fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
-      add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
-    });
+    for_each_group(
+        call_.channels,
+        [&](auto rows, int64_t c) {
+          constexpr int ROWS = decltype(rows)::value;
+          T* to = scratch + c * stride_;
+          if (native && call_.blocks() > 1)
+            return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_,
+                                           squares);
+          for (int j = 0; j < ROWS && !native; ++j)
+            fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
+          add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
+        },
+        [&](bool last) { fold(plane, 1, block.n, last); });
     return found;
   }
 
@@ -343,9 +384,9 @@ IK_INLINE void differentiate_as(const GradientRun<T>& run, const Get& get) {
       return MASKED ? select_zero_(of.mask, value) : value;
     };
     if constexpr (A)
-      store_part(counted(of.slope_a * weighted - of.along_a * x), run.grad_a + i, count, stream);
+      store_part(counted(fma_(of.slope_a, weighted, of.along_a * x)), run.grad_a + i, count, stream);
     if constexpr (B) {
-      const V value = counted(of.slope_b * weighted - of.along_b * y);
+      const V value = counted(fma_(of.slope_b, weighted, of.along_b * y));
       store_part(run.add_b ? load_part<V>(run.grad_b + i, count) + value : value, run.grad_b + i, count,
                  stream && !A);
     }
@@ -430,9 +471,9 @@ class Backward : Worker<T> {
       store(r, kR);
       store(s, kS);
       store(V(T(2)) * share * r, kSlopeA);
-      store(share * load(2), kAlongA);
+      store(V(T(0)) - share * load(2), kAlongA);
       store(V(T(-2)) * share * s, kSlopeB);
-      store(share * load(3), kAlongB);
+      store(V(T(0)) - share * load(3), kAlongB);
     });
   }
 
