@@ -9,6 +9,7 @@ from .ops.gradient_loss import gradient_loss
 from .ops.gram import gram_matrix
 from .ops.hole_valid import HoleValid, hole_valid_loss
 from .ops.inpainting_pixel import InpaintingPixel, inpainting_pixel_loss
+from .ops.lpips import lpips_distance
 from .ops.mask_operators import binarize_mask, dilate_mask, invert_mask, resize_mask
 from .ops.masked_l1 import (
     masked_charbonnier_loss,
@@ -46,6 +47,7 @@ __all__ = [
     "hole_valid_loss",
     "inpainting_pixel_loss",
     "invert_mask",
+    "lpips_distance",
     "masked_charbonnier_loss",
     "masked_huber_loss",
     "masked_l1_loss",
