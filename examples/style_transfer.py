@@ -31,7 +31,7 @@ try:
     from PIL import Image
     from torch import Tensor
     from tqdm import tqdm
-    from trunks import NAMES, RANDOM_WARNING, load_trunk
+    from trunks import NAMES, RANDOM_WARNING, Found, find_weights, load_trunk
 except ModuleNotFoundError as error:
     print(
         f"style_transfer.py: error: {error}; install what the examples need: pip install '.[demo]'",
@@ -73,9 +73,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--style", default="ihc", help=f"{picture} (default: %(default)s)")
     add("--size", type=number(int, 64), default=160, help="of the square results (default: %(default)s)")
     add("--steps", type=number(int, 1), default=150, help="(default: %(default)s)")
-    add("--trunk", choices=NAMES, default="vgg19", help="(default: %(default)s)")
+    add("--trunk", choices=NAMES, default="vgg16", help="(default: %(default)s)")
     add(
-        "--weights", metavar="FILE", help="state dict with torchvision's keys, or 'default' (default: random)"
+        "--weights",
+        metavar="FILE",
+        help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was downloaded "
+        "before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
     )
     add("--optimizer", choices=tuple(RATES), default="adam", help="(default: %(default)s)")
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
@@ -147,12 +150,14 @@ def total_variation(images: Tensor) -> Tensor:
     return images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
 
 
-def make_objective(args: argparse.Namespace, contents: Tensor, style: Tensor) -> Callable[[Tensor], Terms]:
+def make_objective(
+    args: argparse.Namespace, found: Found, contents: Tensor, style: Tensor
+) -> Callable[[Tensor], Terms]:
     """The weighted sum; content and style are divided by what they are between the two given pictures."""
     style_taps, content_tap = TAPS[args.trunk]
 
     def trunk(taps: Sequence[str]) -> Any:
-        return load_trunk(args.trunk, args.weights, contents.device, option="--weights", taps=taps)
+        return load_trunk(args.trunk, found.weights, contents.device, option="--weights", taps=taps)
 
     if args.chunk is None:
         taps = list(dict.fromkeys([*style_taps, content_tap]))
@@ -288,14 +293,15 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: cannot create the folder {args.out}: {error.strerror}") from error
-    if args.weights is None:
+    found = find_weights(args.trunk, args.weights, option="--weights")
+    if found.weights is None:
         print(RANDOM_WARNING.format(name=args.trunk, option="--weights"), flush=True)
-    objective = make_objective(args, contents, style)
+    objective = make_objective(args, found, contents, style)
     begin = time.perf_counter()
     results, history = optimize(args, objective, contents)
     seconds = time.perf_counter() - begin
-    weights = "random weights" if args.weights is None else f"weights {Path(args.weights).name}"
-    title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {args.trunk}, {weights}"
+    label = found.label if args.weights is None else f"{args.trunk}, weights {Path(args.weights).name}"
+    title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {label}"
     write(args, title, contents, style, results, history)
     for name, values in zip(Terms._fields, history.T, strict=True):
         print(f"{name:10} {float(values[0]):10.5f} at first, {float(values[-1]):10.5f} at the end")

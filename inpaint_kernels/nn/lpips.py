@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features._weights import Weights
 from ..features.lpips_heads import LPIPSHeads
 from ..features.torchvision_nets import LPIPS_TAPS, alexnet, squeezenet, vgg16
 from ..features.trunk import FrozenTrunk, check_size, check_trunk
+from ..features.trunk_weights import Weights
 from ..ops import _checks
 from ..ops.lpips import lpips_distance
 from ..ops.mask_operators import resized

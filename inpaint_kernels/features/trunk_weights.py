@@ -1,4 +1,4 @@
-"""Trained weights of the trunks: where they come from, under which keys, and whether they are those of the network."""
+"""Trained weights of the trunks: where they come from, under which keys, and whether they fit the network."""
 
 from __future__ import annotations
 
