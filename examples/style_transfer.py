@@ -77,8 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--weights",
         metavar="FILE",
-        help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was downloaded "
-        "before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
+        help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was "
+        "downloaded before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
     )
     add("--optimizer", choices=tuple(RATES), default="adam", help="(default: %(default)s)")
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")

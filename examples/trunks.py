@@ -49,7 +49,7 @@ def find_weights(name: str, weights: str | None, *, option: str) -> Found:
 
 
 def at_hand(name: str) -> Path | str | None:
-    """Trained weights that need no download: torch's own from an earlier one, or for vgg16 the file of the package."""
+    """Trained weights that need no download: torch's own of an earlier one, for vgg16 else the file of `PACKAGE`."""
     from inpaint_kernels.features.trunk_weights import FILES
 
     if (Path(torch.hub.get_dir()) / "checkpoints" / FILES[name]).is_file():
