@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was "
         "downloaded before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
     )
-    add("--optimizer", choices=tuple(RATES), default="adam", help="(default: %(default)s)")
+    add("--optimizer", choices=tuple(RATES), default="lbfgs", help="(default: %(default)s)")
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
     add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
     add("--style-weight", type=number(float, 0), default=10.0, metavar="W", help="(default: %(default)s)")
@@ -116,7 +116,31 @@ def load_picture(name: str, size: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().contiguous() / 255
 
 
-def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor, style: Tensor) -> Distances:
+def layer_weights(trunk: Any, layers: Sequence[str], contents: Tensor, style: Tensor) -> list[float]:
+    """Of the style's layers: one over their number and over what the layer's term is between the given pictures.
+
+    Of a trained trunk those terms differ by factors of millions, and the largest alone would be seen.
+    """
+    import inpaint_kernels as ik
+
+    with torch.no_grad():
+        grams = [ik.gram_matrix(maps, normalize="none") for maps in trunk(style, layers)]
+        terms = [
+            [
+                ik.style_loss(m, g, normalize="gatys", target_is_gram=True)
+                for m, g in zip(maps, grams, strict=True)
+            ]
+            for maps in (trunk(content[None], layers) for content in contents)
+        ]
+    units = torch.tensor(terms, dtype=torch.float64).mean(0)
+    if not (units > 0).all():
+        raise InputError("to this trunk content and style are the same; give two different pictures")
+    return (1 / units / len(layers)).tolist()
+
+
+def cached_distances(
+    trunk: Any, places: tuple[list[int], int], weights: list[float], contents: Tensor, style: Tensor
+) -> Distances:
     """Features of the content and Gram matrices of the style are computed once and shared by all steps."""
     import inpaint_kernels as ik
 
@@ -130,18 +154,26 @@ def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor
         maps = trunk(images)
         return (
             ik.feature_distance(maps[content_place], target, penalty="l2"),
-            ik.style_loss([maps[i] for i in style_places], grams, normalize="gatys", target_is_gram=True),
+            ik.style_loss(
+                [maps[i] for i in style_places],
+                grams,
+                weights=weights,
+                normalize="gatys",
+                target_is_gram=True,
+            ),
         )
 
     return distances
 
 
-def streamed_distances(trunks: tuple[Any, Any], contents: Tensor, style: Tensor, chunk: int) -> Distances:
+def streamed_distances(
+    trunks: tuple[Any, Any], weights: list[float], contents: Tensor, style: Tensor, chunk: int
+) -> Distances:
     """The same by the modules: no activation outlives its chunk, and the targets are computed in every step."""
     import inpaint_kernels as ik
 
     content_loss = ik.nn.PerceptualLoss(trunks[0], penalty="l2", chunk=chunk)
-    style_loss = ik.nn.StyleLoss(trunks[1], normalize="gatys", chunk=chunk)
+    style_loss = ik.nn.StyleLoss(trunks[1], weights=weights, normalize="gatys", chunk=chunk)
     styles = style.expand_as(contents).contiguous()
     return lambda images: (content_loss(images, contents), style_loss(images, styles))
 
@@ -153,7 +185,7 @@ def total_variation(images: Tensor) -> Tensor:
 def make_objective(
     args: argparse.Namespace, found: Found, contents: Tensor, style: Tensor
 ) -> Callable[[Tensor], Terms]:
-    """The weighted sum; content and style are divided by what they are between the two given pictures."""
+    """The weighted sum; content and each layer of the style are divided by what they are between the given pictures."""
     style_taps, content_tap = TAPS[args.trunk]
 
     def trunk(taps: Sequence[str]) -> Any:
@@ -162,18 +194,19 @@ def make_objective(
     if args.chunk is None:
         taps = list(dict.fromkeys([*style_taps, content_tap]))
         places = [taps.index(tap) for tap in style_taps], taps.index(content_tap)
-        distances = cached_distances(trunk(taps), places, contents, style)
+        both = trunk(taps)
+        weights = layer_weights(both, style_taps, contents, style)
+        distances = cached_distances(both, places, weights, contents, style)
     else:
-        distances = streamed_distances((trunk([content_tap]), trunk(style_taps)), contents, style, args.chunk)
+        trunks = trunk([content_tap]), trunk(style_taps)
+        weights = layer_weights(trunks[1], style_taps, contents, style)
+        distances = streamed_distances(trunks, weights, contents, style, args.chunk)
     with torch.no_grad():
         content_unit = distances(style.expand_as(contents).contiguous())[0]
-        style_unit = distances(contents)[1]
-        if not (content_unit > 0 and style_unit > 0):
-            raise InputError("to this trunk content and style are the same; give two different pictures")
 
     def objective(images: Tensor) -> Terms:
         content, likeness = distances(images)
-        content, likeness = content / content_unit, likeness / style_unit
+        content = content / content_unit
         variation = total_variation(images)
         total = args.content_weight * content + args.style_weight * likeness + args.tv_weight * variation
         return Terms(total, content, likeness, variation)
