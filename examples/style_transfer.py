@@ -185,7 +185,7 @@ def total_variation(images: Tensor) -> Tensor:
 def make_objective(
     args: argparse.Namespace, found: Found, contents: Tensor, style: Tensor
 ) -> Callable[[Tensor], Terms]:
-    """The weighted sum; content and each layer of the style are divided by what they are between the given pictures."""
+    """The weighted sum; content and every layer of the style are relative to what they are between the pictures."""
     style_taps, content_tap = TAPS[args.trunk]
 
     def trunk(taps: Sequence[str]) -> Any:
