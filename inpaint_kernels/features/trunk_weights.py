@@ -100,7 +100,9 @@ def _under_torchvisions_keys(content: Mapping[str, Any], names: Mapping[str, str
     for key, value in content.items():
         layer, _, rest = str(key).partition(".")
         child = names.get(layer, layer)
-        found[f"features.{child}.{rest}" if child.isdecimal() else key] = value
+        # Layers of another network, too, which the whole of this one would not tell: vgg19's conv3_4.
+        is_layer = child.isdecimal() or layer.startswith(("conv", "fire"))
+        found[f"features.{child}.{rest}" if is_layer else key] = value
     return found
 
 
