@@ -34,18 +34,17 @@ class Found(NamedTuple):
 
 def find_weights(name: str, weights: str | None, *, option: str) -> Found:
     """What the command line asks for: a file, "default", "random", or with None what is `at_hand`."""
-    if weights is None:
-        weights = at_hand(name)
-    if isinstance(weights, Path):
+    source = at_hand(name) if weights is None else weights
+    if isinstance(source, Path):
         try:
-            return Found(shift_tolerant(weights), SHIFT_TOLERANT)
+            return Found(shift_tolerant(source), SHIFT_TOLERANT)
         except Exception as error:
             raise InputError(
-                f"{weights} cannot be read: {' '.join(str(error).split())}; {option} random does without"
+                f"{source} cannot be read: {' '.join(str(error).split())}; {option} random does without"
             ) from error
-    if weights in (None, "random"):
+    if source in (None, "random"):
         return Found(None, f"{name}, weights random")
-    return Found(weights, f"{name}, weights {weights}")
+    return Found(source, f"{name}, weights {source}")
 
 
 def at_hand(name: str) -> Path | str | None:
