@@ -80,7 +80,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was "
         "downloaded before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
     )
-    add("--optimizer", choices=tuple(RATES), default="lbfgs", help="(default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=tuple(RATES),
+        default="lbfgs",
+        help="lbfgs needs fewer steps, adam moves each of several contents as if it were alone (default: %(default)s)",
+    )
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
     add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
     add("--style-weight", type=number(float, 0), default=10.0, metavar="W", help="(default: %(default)s)")
