@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--optimizer",
         choices=tuple(RATES),
         default="lbfgs",
-        help="lbfgs needs fewer steps, adam moves each of several contents as if it were alone (default: %(default)s)",
+        help="lbfgs needs fewer steps, adam moves each content as if it were alone (default: %(default)s)",
     )
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
     add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
