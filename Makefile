@@ -35,7 +35,7 @@ style: $(VENV)/.stamp-demo build ## move a photograph toward the style of anothe
 	$(BIN)/python examples/style_transfer.py $(ARGS)
 
 # Without what `test-resources` compiles ahead of time, on two Tritons of its own.
-test: $(VENV)/.stamp-test build ## all tests this machine can run, Triton through its interpreter
+test: $(VENV)/.stamp-test $(VENV)/.stamp-trunks build ## all tests this machine can run, Triton through its interpreter
 	$(PYTEST) -n 2 tests --ignore-glob='*/test_resources*' $(ARGS)
 	$(MAKE) test-interpreter
 	$(MAKE) test-emulated

@@ -23,7 +23,7 @@ from errors import InputError
 from losses import METHODS, fused_backend, make_objective
 from methods import FeatureTerms
 from options import CPU_CHUNK, Settings
-from trunks import RANDOM_WARNING, load_trunk
+from trunks import RANDOM_WARNING, find_weights, load_trunk
 from world import World
 
 SAME_AS_OPTIONS = (
@@ -114,7 +114,7 @@ class Job:
             **options,
             chunk=self._chunk,
             data=f"pictures {photographs.source}, masks {masks_from}",
-            trunk=f"{self.trunk_name}, weights {args.trunk_weights or 'random'}" if self.features else "none",
+            trunk=self.trunk_label if self.features else "none",
         )
         self.backend = fused_backend(self.world.device, args.backend, args.objective, self.features)
         self.sampler = Sampler(photographs, masks, seed=args.seed, batch=args.batch, rank=self.world.rank)
@@ -158,7 +158,8 @@ class Job:
         args, option, name = self.args, "--trunk-weights", self.trunk_name
         if self.method is None and not args.perceptual and not args.style:
             return None
-        if args.trunk_weights is None:
+        weights, self.trunk_label = find_weights(name, args.trunk_weights, option=option)
+        if weights is None:
             self._say(RANDOM_WARNING.format(name=name, option=option))
         options: dict[str, Any] = {}
         if self.method is not None:
@@ -167,7 +168,7 @@ class Job:
             # tenths of the loss.
             taps = self.method.layers
             options = {"taps": taps, "preprocess": "none", "channels_last": None, "random_scale": 1 / 3}
-        trunk = load_trunk(name, args.trunk_weights, self.world.device, option=option, **options)
+        trunk = load_trunk(name, weights, self.world.device, option=option, **options)
         if self.method is not None:
             return FeatureTerms(trunk, chunk=self._chunk)
         return FeatureTerms(trunk, args.perceptual, args.style, self._chunk)

@@ -168,8 +168,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--trunk-weights",
         metavar="FILE",
-        help="state dict of the objective's trunk (VGG16, VGG19 or AlexNet) with torchvision's keys, or 'default' to "
-        "download it (default: random values)",
+        help="state dict of the objective's trunk (VGG16, VGG19 or AlexNet) with torchvision's keys, 'default' to "
+        "download it, or 'random' (default: what was downloaded before, for VGG16 else the shift-tolerant one of the "
+        "package stlpips-pytorch, else random values)",
     )
     add(
         "--chunk",

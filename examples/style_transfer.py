@@ -31,7 +31,7 @@ try:
     from PIL import Image
     from torch import Tensor
     from tqdm import tqdm
-    from trunks import NAMES, RANDOM_WARNING, load_trunk
+    from trunks import NAMES, RANDOM_WARNING, Found, find_weights, load_trunk
 except ModuleNotFoundError as error:
     print(
         f"style_transfer.py: error: {error}; install what the examples need: pip install '.[demo]'",
@@ -73,11 +73,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--style", default="ihc", help=f"{picture} (default: %(default)s)")
     add("--size", type=number(int, 64), default=160, help="of the square results (default: %(default)s)")
     add("--steps", type=number(int, 1), default=150, help="(default: %(default)s)")
-    add("--trunk", choices=NAMES, default="vgg19", help="(default: %(default)s)")
+    add("--trunk", choices=NAMES, default="vgg16", help="(default: %(default)s)")
     add(
-        "--weights", metavar="FILE", help="state dict with torchvision's keys, or 'default' (default: random)"
+        "--weights",
+        metavar="FILE",
+        help="state dict with torchvision's keys, 'default' to download it, or 'random' (default: what was "
+        "downloaded before, for vgg16 else the shift-tolerant one of the package stlpips-pytorch, else random)",
     )
-    add("--optimizer", choices=tuple(RATES), default="adam", help="(default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=tuple(RATES),
+        default="lbfgs",
+        help="lbfgs needs fewer steps, adam moves each content as if it were alone (default: %(default)s)",
+    )
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
     add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
     add("--style-weight", type=number(float, 0), default=10.0, metavar="W", help="(default: %(default)s)")
@@ -113,7 +121,31 @@ def load_picture(name: str, size: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().contiguous() / 255
 
 
-def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor, style: Tensor) -> Distances:
+def layer_weights(trunk: Any, layers: Sequence[str], contents: Tensor, style: Tensor) -> list[float]:
+    """Of the style's layers: one over their number and over what the layer's term is between the given pictures.
+
+    Of a trained trunk those terms differ by factors of millions, and the largest alone would be seen.
+    """
+    import inpaint_kernels as ik
+
+    with torch.no_grad():
+        grams = [ik.gram_matrix(maps, normalize="none") for maps in trunk(style, layers)]
+        terms = [
+            [
+                ik.style_loss(m, g, normalize="gatys", target_is_gram=True)
+                for m, g in zip(maps, grams, strict=True)
+            ]
+            for maps in (trunk(content[None], layers) for content in contents)
+        ]
+    units = torch.tensor(terms, dtype=torch.float64).mean(0)
+    if not (units > 0).all():
+        raise InputError("to this trunk content and style are the same; give two different pictures")
+    return (1 / units / len(layers)).tolist()
+
+
+def cached_distances(
+    trunk: Any, places: tuple[list[int], int], weights: list[float], contents: Tensor, style: Tensor
+) -> Distances:
     """Features of the content and Gram matrices of the style are computed once and shared by all steps."""
     import inpaint_kernels as ik
 
@@ -127,18 +159,26 @@ def cached_distances(trunk: Any, places: tuple[list[int], int], contents: Tensor
         maps = trunk(images)
         return (
             ik.feature_distance(maps[content_place], target, penalty="l2"),
-            ik.style_loss([maps[i] for i in style_places], grams, normalize="gatys", target_is_gram=True),
+            ik.style_loss(
+                [maps[i] for i in style_places],
+                grams,
+                weights=weights,
+                normalize="gatys",
+                target_is_gram=True,
+            ),
         )
 
     return distances
 
 
-def streamed_distances(trunks: tuple[Any, Any], contents: Tensor, style: Tensor, chunk: int) -> Distances:
+def streamed_distances(
+    trunks: tuple[Any, Any], weights: list[float], contents: Tensor, style: Tensor, chunk: int
+) -> Distances:
     """The same by the modules: no activation outlives its chunk, and the targets are computed in every step."""
     import inpaint_kernels as ik
 
     content_loss = ik.nn.PerceptualLoss(trunks[0], penalty="l2", chunk=chunk)
-    style_loss = ik.nn.StyleLoss(trunks[1], normalize="gatys", chunk=chunk)
+    style_loss = ik.nn.StyleLoss(trunks[1], weights=weights, normalize="gatys", chunk=chunk)
     styles = style.expand_as(contents).contiguous()
     return lambda images: (content_loss(images, contents), style_loss(images, styles))
 
@@ -147,28 +187,31 @@ def total_variation(images: Tensor) -> Tensor:
     return images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
 
 
-def make_objective(args: argparse.Namespace, contents: Tensor, style: Tensor) -> Callable[[Tensor], Terms]:
-    """The weighted sum; content and style are divided by what they are between the two given pictures."""
+def make_objective(
+    args: argparse.Namespace, found: Found, contents: Tensor, style: Tensor
+) -> Callable[[Tensor], Terms]:
+    """The weighted sum; content and every layer of the style are relative to what they are between the pictures."""
     style_taps, content_tap = TAPS[args.trunk]
 
     def trunk(taps: Sequence[str]) -> Any:
-        return load_trunk(args.trunk, args.weights, contents.device, option="--weights", taps=taps)
+        return load_trunk(args.trunk, found.weights, contents.device, option="--weights", taps=taps)
 
     if args.chunk is None:
         taps = list(dict.fromkeys([*style_taps, content_tap]))
         places = [taps.index(tap) for tap in style_taps], taps.index(content_tap)
-        distances = cached_distances(trunk(taps), places, contents, style)
+        both = trunk(taps)
+        weights = layer_weights(both, style_taps, contents, style)
+        distances = cached_distances(both, places, weights, contents, style)
     else:
-        distances = streamed_distances((trunk([content_tap]), trunk(style_taps)), contents, style, args.chunk)
+        trunks = trunk([content_tap]), trunk(style_taps)
+        weights = layer_weights(trunks[1], style_taps, contents, style)
+        distances = streamed_distances(trunks, weights, contents, style, args.chunk)
     with torch.no_grad():
         content_unit = distances(style.expand_as(contents).contiguous())[0]
-        style_unit = distances(contents)[1]
-        if not (content_unit > 0 and style_unit > 0):
-            raise InputError("to this trunk content and style are the same; give two different pictures")
 
     def objective(images: Tensor) -> Terms:
         content, likeness = distances(images)
-        content, likeness = content / content_unit, likeness / style_unit
+        content = content / content_unit
         variation = total_variation(images)
         total = args.content_weight * content + args.style_weight * likeness + args.tv_weight * variation
         return Terms(total, content, likeness, variation)
@@ -288,14 +331,15 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: cannot create the folder {args.out}: {error.strerror}") from error
-    if args.weights is None:
+    found = find_weights(args.trunk, args.weights, option="--weights")
+    if found.weights is None:
         print(RANDOM_WARNING.format(name=args.trunk, option="--weights"), flush=True)
-    objective = make_objective(args, contents, style)
+    objective = make_objective(args, found, contents, style)
     begin = time.perf_counter()
     results, history = optimize(args, objective, contents)
     seconds = time.perf_counter() - begin
-    weights = "random weights" if args.weights is None else f"weights {Path(args.weights).name}"
-    title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {args.trunk}, {weights}"
+    label = found.label if args.weights is None else f"{args.trunk}, weights {Path(args.weights).name}"
+    title = f"{len(history)} steps of {args.optimizer}, {args.size}x{args.size}, {label}"
     write(args, title, contents, style, results, history)
     for name, values in zip(Terms._fields, history.T, strict=True):
         print(f"{name:10} {float(values[0]):10.5f} at first, {float(values[-1]):10.5f} at the end")

@@ -1,9 +1,13 @@
-"""Frozen trunks for the examples: with weights, or random ones and a warning."""
+"""Frozen trunks for the examples: with trained weights where some are at hand, else random ones and a warning."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from errors import InputError
@@ -16,11 +20,70 @@ RANDOM_WARNING = (
     "warning: {name} has random weights, so its terms mean nothing perceptually; {option} FILE takes a state dict "
     "with torchvision's keys, {option} default torch's own download"
 )
+# A VGG16 that was trained on to bear with shifts of a pixel, in a package of PyPI that [demo] installs.
+SHIFT_TOLERANT = "shift-tolerant VGG16 (Ghildyal and Liu 2022)"
+PACKAGE, FILE = "stlpips-pytorch", "vgg_shift_tolerant.pth"
+
+
+class Found(NamedTuple):
+    """Weights for `load_trunk`, and what reports call the trunk with them."""
+
+    weights: Any
+    label: str
+
+
+def find_weights(name: str, weights: str | None, *, option: str) -> Found:
+    """What the command line asks for: a file, "default", "random", or with None what is `at_hand`."""
+    source = at_hand(name) if weights is None else weights
+    if isinstance(source, Path):
+        try:
+            return Found(shift_tolerant(source), SHIFT_TOLERANT)
+        except Exception as error:
+            raise InputError(
+                f"{source} cannot be read: {' '.join(str(error).split())}; {option} random does without"
+            ) from error
+    if source in (None, "random"):
+        return Found(None, f"{name}, weights random")
+    return Found(source, f"{name}, weights {source}")
+
+
+def at_hand(name: str) -> Path | str | None:
+    """Trained weights that need no download: torch's own of an earlier one, for vgg16 else the file of `PACKAGE`."""
+    from inpaint_kernels.features.trunk_weights import FILES
+
+    if (Path(torch.hub.get_dir()) / "checkpoints" / FILES[name]).is_file():
+        return "default"
+    if name != "vgg16":
+        return None
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = [Path(str(file.locate())) for file in files if file.name == FILE]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def shift_tolerant(path: Path) -> dict[str, torch.Tensor]:
+    """The convolutions in the package's file under the names of VGG16's layers.
+
+    Its keys are such as "net.slice2.6.weight", with one slice for each of VGG16's blocks. The blur filters, which
+    stand in front of its poolings, and the heads are left out: the trunk pools as VGG16 does.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    found: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()
+    for key, value in content.items():
+        convolution = re.fullmatch(r"net\.slice(\d)\.\d+\.(weight|bias)", key)
+        if convolution:
+            block, kind = convolution.groups()
+            counts[block] += kind == "weight"
+            found[f"conv{block}_{counts[block]}.{kind}"] = value
+    return found
 
 
 def load_trunk(
     name: str,
-    weights: str | None,
+    weights: Any,
     device: torch.device,
     *,
     option: str,
@@ -33,7 +96,8 @@ def load_trunk(
 
     Args:
         name: one of ``NAMES``.
-        weights: a file, "default" for torch's own download, None for random values, the same in every process.
+        weights: of `find_weights`: a file, "default" for torch's own download, a state dict, or None for random
+            values, the same in every process.
         device: where it runs.
         option: the command-line option the weights came from, for messages.
         taps: layer names such as "relu1_1"; None for the trunk's own.

@@ -29,6 +29,7 @@ sys.path.insert(0, str(EXAMPLES))
 import plots  # noqa: E402
 import summary  # noqa: E402
 import train  # noqa: E402
+import trunks  # noqa: E402
 
 picks_its_own_backend = pytest.mark.skipif(INTERPRETING, reason="the examples pick their own backend")
 
@@ -61,6 +62,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trunks of an eighth of the channels, and few rounds of timing."""
     for net, channels in NARROW.items():
         monkeypatch.setitem(torchvision_nets._CONFIGS, net, channels)
+    monkeypatch.setattr(trunks, "at_hand", lambda name: None)  # trained weights are not narrow
     for rounds in ("ROUNDS", "TRUNK_ROUNDS"):
         monkeypatch.setattr(summary, rounds, 2)
 
@@ -130,7 +132,8 @@ def two_processes(folder: Path, *options: object) -> subprocess.Popen[str]:
     program = folder / "narrow_train.py"
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import plots, train\nfrom inpaint_kernels.features import torchvision_nets\n"
+        "import plots, train, trunks\nfrom inpaint_kernels.features import torchvision_nets\n"
+        "trunks.at_hand = lambda name: None\n"
         f"torchvision_nets._CONFIGS.update({NARROW})\n"
         "plots.write_png = lambda figure, path: None\nsys.exit(train.main())\n"
     )

@@ -16,8 +16,12 @@ sys.path.insert(0, str(EXAMPLES))
 
 import style_transfer as transfer
 import trunks
+from errors import InputError
+
+import inpaint_kernels as ik
 
 pytestmark = picks_its_own_backend
+RANDOM = trunks.Found(None, "random")
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_objective_is_the_formula_of_gatys(photos: Path) -> None:
     )
     rng = torch.Generator().manual_seed(0)
     images = (contents + 0.2 * torch.rand(contents.shape, generator=rng)).requires_grad_()
-    terms = transfer.make_objective(args, contents, style)(images)
+    terms = transfer.make_objective(args, RANDOM, contents, style)(images)
     taps, content_tap = transfer.TAPS["alexnet"]
     trunk = trunks.load_trunk("alexnet", None, CPU, option="--weights", taps=taps)
     tap = taps.index(content_tap)
@@ -68,15 +72,15 @@ def test_objective_is_the_formula_of_gatys(photos: Path) -> None:
         return ((trunk(x)[tap] - trunk(y)[tap]) ** 2).mean()
 
     def likeness(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(())
+        layers = []
         for a, b in zip(trunk(x), trunk(y), strict=True):
             n, c, h, w = a.shape
             gram = torch.einsum("nchw,ndhw->ncd", a, a) - torch.einsum("nchw,ndhw->ncd", b, b)
-            total = total + (gram**2).sum() / (4 * c**2 * (h * w) ** 2) / n
-        return total
+            layers.append((gram**2).sum() / (4 * c**2 * (h * w) ** 2) / n)
+        return torch.stack(layers)
 
     expected_content = content(images, contents) / content(style.expand_as(contents), contents)
-    expected_style = likeness(images, style) / likeness(contents, style)
+    expected_style = (likeness(images, style) / likeness(contents, style)).mean()
     torch.testing.assert_close(terms.content, expected_content, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms.style, expected_style, rtol=1e-4, atol=0)
     rows, columns = images[:, :, 1:] - images[:, :, :-1], images[..., 1:] - images[..., :-1]
@@ -90,12 +94,62 @@ def test_streamed_objective_equals_the_plain_one(photos: Path) -> None:
     for options in ((), ("--chunk", "1")):
         args, contents, style = arguments(photos, "--trunk", "alexnet", *options)
         images = (contents * 0.9).requires_grad_()
-        terms = transfer.make_objective(args, contents, style)(images)
+        terms = transfer.make_objective(args, RANDOM, contents, style)(images)
         terms.total.backward()
         results.append((terms, images.grad))
     (plain, plain_grad), (streamed, streamed_grad) = results
     torch.testing.assert_close(streamed, plain, rtol=1e-4, atol=0)
     assert (streamed_grad - plain_grad).norm() < 5e-3 * plain_grad.norm()
+
+
+# -- trained weights ---------------------------------------------------------------------------
+
+
+def shift_tolerant_file(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An installed package with the keys and shapes of the true one, and what its convolutions hold."""
+    convolutions = ik.features.vgg16(("pool5",), weights=None).features.state_dict()
+    content, place = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}, 0
+    for key, value in convolutions.items():
+        child, kind = key.split(".")
+        block = 1 + sum(int(child) > pool for pool in (4, 9, 16, 23))
+        if kind == "weight" and child in ("5", "10", "17", "24"):
+            place += 1
+            content[f"net.slice{block}.{int(child) + place - 1}.filt"] = torch.zeros(len(value), 1, 3, 3)
+        content[f"net.slice{block}.{int(child) + place}.{kind}"] = value
+    content["lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
+    path = folder / "stlpips_pytorch" / "weights" / trunks.FILE
+    path.parent.mkdir(parents=True)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    (folder / "stlpips_pytorch" / "__init__.py").write_text("raise RuntimeError('imported')")
+    info = folder / "stlpips_pytorch-0.0.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stlpips_pytorch\nVersion: 0.0.2\n")
+    (info / "RECORD").write_text(f"stlpips_pytorch/weights/{trunks.FILE},,\n")
+    return path, {f"features.{key}": value for key, value in convolutions.items()}
+
+
+def test_trained_weights_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch has downloaded, else for VGG16 the package's file, whose code does not run; else nothing."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for name in trunks.NAMES[1:]:
+        assert trunks.find_weights(name, None, option="-w") == (None, f"{name}, weights random")
+    path, convolutions = shift_tolerant_file(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert trunks.at_hand("vgg16") == path and trunks.at_hand("vgg19") is None
+    found = trunks.find_weights("vgg16", None, option="-w")
+    assert found.label == "shift-tolerant VGG16 (Ghildyal and Liu 2022)"
+    trunk = trunks.load_trunk("vgg16", found.weights, CPU, option="-w", taps=["pool5"])
+    assert all(torch.equal(convolutions[key], value) for key, value in trunk.state_dict().items())
+    assert trunks.find_weights("vgg16", "random", option="-w").weights is None
+    assert trunks.find_weights("vgg16", "a.pth", option="-w") == ("a.pth", "vgg16, weights a.pth")
+    cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"")
+    assert trunks.find_weights("vgg16", None, option="-w") == ("default", "vgg16, weights default")
+    cached.unlink()
+    path.write_bytes(b"no weights")
+    with pytest.raises(InputError, match=f"{trunks.FILE} cannot be read: .*; -w random does without"):
+        trunks.find_weights("vgg16", None, option="-w")
 
 
 # -- whole runs -------------------------------------------------------------------------------
@@ -123,10 +177,12 @@ def test_loss_falls_and_pictures_are_written(
 
 
 def test_a_second_content_does_not_change_what_the_first_becomes(photos: Path) -> None:
-    args, contents, style = arguments(photos, "--trunk", "alexnet", "--steps", "3")
+    args, contents, style = arguments(photos, "--trunk", "alexnet", "--steps", "3", "--optimizer", "adam")
     results = []
     for batch in (contents[:1], contents[:1].repeat(2, 1, 1, 1)):
-        pictures, history = transfer.optimize(args, transfer.make_objective(args, batch, style), batch)
+        pictures, history = transfer.optimize(
+            args, transfer.make_objective(args, RANDOM, batch, style), batch
+        )
         assert history.shape == (3, 4)
         results.append(pictures)
     assert not torch.equal(results[0], contents[:1])

@@ -187,6 +187,7 @@ SMALLEST = {
     "vgg16-relu5_1": (lambda: ik.features.vgg16(("relu5_1",), weights=None), (16, 16)),
     "vgg16-relu1_1": (lambda: ik.features.vgg16(("relu1_1",), weights=None), (1, 1)),
     "alexnet": (lambda: ik.features.alexnet(weights=None), (31, 31)),
+    "squeezenet": (lambda: ik.features.squeezenet(weights=None), (17, 17)),
     "strided": (lambda: stack(nn.Conv2d(3, 4, (5, 3), (2, 1), dilation=(1, 2))), (5, 5)),
     "same": (lambda: stack(nn.Conv2d(3, 4, 5, padding="same")), (1, 1)),
     "valid": (lambda: stack(nn.Conv2d(3, 4, 5, padding="valid")), (5, 5)),

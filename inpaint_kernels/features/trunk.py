@@ -16,13 +16,15 @@ _LPIPS = ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 _PREPROCESS = {"imagenet": _IMAGENET, "imagenet_tanh": _LPIPS, "lpips": _LPIPS}
 PREPROCESSINGS = ("none", *_PREPROCESS)
 
+# Where SqueezeNet's blocks are, which keep their input's size and leave it alone.
+_NETS = f"{__package__}.torchvision_nets"
 # Modules of these files return new memory and leave their input alone, unless they have `inplace` set.
-_PURE = {
+_PURE = {_NETS} | {
     f"torch.nn.modules.{file}"
     for file in ("activation", "batchnorm", "conv", "instancenorm", "normalization", "padding", "pooling")
 }
 # And return what is as large as their input.
-_SAME_SIZE = {
+_SAME_SIZE = {_NETS} | {
     f"torch.nn.modules.{file}" for file in ("activation", "batchnorm", "instancenorm", "normalization")
 }
 

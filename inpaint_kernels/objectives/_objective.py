@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..features.torchvision_nets import Weights
 from ..features.trunk import FrozenTrunk, check_size, scale_and_shift
+from ..features.trunk_weights import Weights
 from ..nn._streaming import Term as StreamedTerm
 from ..nn._streaming import check_chunk, weighted_terms
 from ..ops import _checks, _pixel

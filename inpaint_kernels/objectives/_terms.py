@@ -14,14 +14,15 @@ from torch import Tensor
 from ..features.lpips_heads import LPIPSHeads
 from ..ops import _checks
 from ..ops._named_tuples import serializable
-from ..ops.adversarial import DiscriminatorLoss, as_entries, discriminator_loss, generator_loss, mean
+from ..ops.adversarial import DiscriminatorLoss, as_entries, discriminator_loss, generator_loss
 from ..ops.feature_distance import feature_distance
 from ..ops.feature_matching import feature_matching_loss
 from ..ops.gram import gram_matrix
+from ..ops.lpips import lpips_distance
 from ..ops.mask_operators import resize_mask
+from ..ops.stacked_images import serving
 from ..ops.style import style_loss
 from ..reference._common import accumulate_dtype
-from ..reference.lpips import lpips_distance
 
 # What a part of the predictions is compared with.
 TRUTH_OF = {"raw": "target", "composite": "target", "hole_raw": "hole_target"}
@@ -192,7 +193,8 @@ class LPIPS(FeatureTerm):
 
     def distance(self, maps: Maps, target: Maps, known: Tensor | None, backend: str | None) -> Tensor:
         self.heads.check([m.shape[1] for m in maps])
-        return mean(lpips_distance(maps, target, self.heads.values)) * len(self.images)
+        distance = lpips_distance(maps, target, self.heads.values, backend=serving(backend))
+        return distance if len(self.images) == 1 else distance * len(self.images)
 
 
 @dataclass(frozen=True)
