@@ -39,7 +39,8 @@ const T* row_at(const StridedImage& image, int64_t offset, int64_t n, T* buffer)
 template <typename T>
 void store_row(const StridedImage& image, int64_t offset, int64_t n, const T* row) {
   if (image.stride_x == 1) {
-    return convert_from(image.dtype, row, n, static_cast<char*>(image.data) + offset * dtype_bytes(image.dtype));
+    return convert_from(image.dtype, row, n,
+                        static_cast<char*>(image.data) + offset * dtype_bytes(image.dtype));
   }
   with_stored(image.dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
@@ -71,14 +72,18 @@ class Tile {
     for (int k = 0; k <= call.radius; ++k) weights_[k] = static_cast<T>(call.weights[k]);
     T* at = rows_.get();
     for (int64_t i = 0; i < (6 * kRing + 4 * kRows + 6) * stride_; ++i) at[i] = T(0);
-    for (T** ring : {&s_, &d_, sums_, sums_ + 1, sums_ + 2, sums_ + 3}) *ring = at, at += kRing * stride_;
+    s_ = at, at += kRing * stride_;
+    d_ = at, at += kRing * stride_;
+    for (T*& ring : sums_) ring = at, at += kRing * stride_;
     for (T*& block : blocks_) block = at, at += kRows * stride_;
     for (T*& buffer : buffers_) buffer = at, at += stride_;
+    mask_ = inverse_ = s_;  // not read without a mask
     if (call.mask.data == nullptr) return;
     const int64_t size = (call.tile_height() + 2 * (reach + radius_) + kRows) * stride_;
-    mask_.resize(3 * size);
-    for (int64_t i = 0; i < 3 * size; ++i) mask_.get()[i] = T(0);
-    inverse_ = mask_.get() + size;
+    masks_.resize(3 * size);
+    mask_ = masks_.get();
+    for (int64_t i = 0; i < 3 * size; ++i) mask_[i] = T(0);
+    inverse_ = mask_ + size;
     mask_sums_ = inverse_ + size;
   }
 
@@ -163,7 +168,7 @@ class Tile {
   // Rows of the tile as read, from column `left` on.
   const T* s_row(int64_t y) const { return s_ + slot(y); }
   const T* d_row(int64_t y) const { return d_ + slot(y); }
-  const T* mask_row(int64_t y) const { return mask_.get() + (y - top_) * stride_; }
+  const T* mask_row(int64_t y) const { return mask_ + (y - top_) * stride_; }
   const T* inverse_row(int64_t y) const { return inverse_ + (y - top_) * stride_; }
   const Blur<T>& blur() const { return blur_; }
   const T* weights() const { return weights_; }
@@ -194,7 +199,7 @@ class Tile {
     V ones(T(0)), sum(T(0));
     bool whole = count == width_;
     for (int64_t y = top_; y < bottom_; ++y) {
-      T* row = mask_.get() + (y - top_) * stride_;
+      T* row = mask_ + (y - top_) * stride_;
       for (int64_t i = 0; i < stride_; ++i) row[i] = T(0);
       if (y < 0 || y >= call_.height) {
         whole = whole && y < first_row;
@@ -214,7 +219,7 @@ class Tile {
     if (!masked || nothing_) return;
     const int64_t rows = bottom_ - top_;
     for (int64_t y = 0; y < rows; ++y) {
-      blur_.across(mask_.get() + y * stride_ + radius_, weights_, windows, mask_sums_ + y * stride_);
+      blur_.across(mask_ + y * stride_ + radius_, weights_, windows, mask_sums_ + y * stride_);
     }
     for (int64_t y = radius_; y < rows - radius_; y += kRows) {
       const T* from[kRows + 2 * kMaxRadius];
@@ -287,9 +292,9 @@ class Tile {
   int64_t top_ = 0, bottom_ = 0, width_ = 0, next_row_ = 0;
   bool nothing_ = false;
   Scratch<T> rows_;
-  Scratch<T> mask_{0};
+  Scratch<T> masks_{0};
   T *s_, *d_, *sums_[4], *blocks_[4], *buffers_[6];
-  T *inverse_ = nullptr, *mask_sums_ = nullptr;
+  T *mask_ = nullptr, *inverse_ = nullptr, *mask_sums_ = nullptr;
 };
 
 }  // namespace
