@@ -13,6 +13,9 @@ namespace {
 
 // Rows in memory at a time: a block of kRows, the windows below it, and those of the gradient's windows.
 constexpr int64_t kRing = 24;
+// So many rows before they are read, rows are fetched into the cache: their part in a tile is too short for the
+// processor to see where the next one is.
+constexpr int64_t kAhead = 8;
 
 IK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -262,9 +265,14 @@ class Tile {
     }
     if (count > 0) {
       const int64_t x = left + begin;
+      const int64_t below = least(y + kAhead, call_.height - 1);
+      const char *p_ahead = call_.pred.address(sample, channel, below, x),
+                 *t_ahead = call_.target.address(sample, channel, below, x);
+      const int64_t p_step = call_.pred.bytes_x(), t_step = call_.target.bytes_x();
       const T* p = row_at(call_.pred, call_.pred.offset(sample, channel, y, x), count, buffers_[0]);
       const T* t = row_at(call_.target, call_.target.offset(sample, channel, y, x), count, buffers_[1]);
       for_each_vector<V>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        __builtin_prefetch(p_ahead + i * p_step, 0, 2), __builtin_prefetch(t_ahead + i * t_step, 0, 2);
         const V a = load_part<V>(p + i, lanes), b = load_part<V>(t + i, lanes);
         store_part((a + b) - shift, s + begin + i, lanes);
         store_part(a - b, d + begin + i, lanes);
