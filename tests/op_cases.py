@@ -167,6 +167,14 @@ def one_image(*args: Any, **options: Any) -> list[Tensor]:
     return exact_images(*args, **options)[::2]
 
 
+def unit_images(*args: Any, **options: Any) -> list[Tensor]:
+    """As `images`, with values around 0.5, see `ssim_cases.unit_pair`."""
+    found = images(*args, **options)
+    for image in found[:2]:
+        image.mul_(0.25).add_(0.5)
+    return found
+
+
 def layers_of(size: Size) -> tuple[Size, Size]:
     """No two sizes of `SIZE` and the second layer are equal: a compiler would expect that of every call."""
     n, c, h, w = size
@@ -307,7 +315,7 @@ def ssim() -> Iterator[Op]:
         given: dict[str, Any] = {"l1": l1, **options}
         yield Op(
             f"ssim {windows}{' l1' if l1 else ''}", "ssim", partial(ssim_call, **given),
-            partial(ssim_formula, **given), images, 2, PAIRS,
+            partial(ssim_formula, **given), unit_images, 2, PAIRS,
             # The scales of 24 planes and of l1; references to the images, which the caller holds.
             keeps=bits(0, 0, 13),
         )  # fmt: skip

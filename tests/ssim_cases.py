@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import Backend, Call, backend_for
+from pixel_cases import image_pair
 from torch import Tensor
 
 import inpaint_kernels as ik
@@ -19,6 +20,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "same": {"padding": "same", "window_size": 11, "sigma": 1.5, "data_range": 2.0},
     "valid": {"padding": "valid", "window_size": 3, "sigma": 0.8, "data_range": 2.0},
 }
+
+
+def unit_pair(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """As `image_pair`, around 0.5 as pictures are: where means are near 0, luminance magnifies every rounding."""
+    pair = image_pair(*args, **options)
+    for image in pair:
+        image.mul_(0.25).add_(0.5)
+    return pair
 
 
 def windows_of(x: Tensor, size: int, sigma: float, padding: str) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from harness import INTERPRETING, Backend, check_against_truth, evaluate, grid
-from pixel_cases import image_pair, make_mask, on_device, skip_unsupported, with_specials
-from ssim_cases import ms_ssim_formula
+from pixel_cases import make_mask, on_device, skip_unsupported, with_specials
+from ssim_cases import ms_ssim_formula, unit_pair
 from torch import Tensor
 from training_checks import check_compiles
 
@@ -23,7 +23,7 @@ EXPONENTS = (0.3, 0.5, 0.2)
 
 def near(size: tuple[int, ...], dtypes: str = "f32/f32", layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     """Images alike enough to have a positive contrast at every scale."""
-    pred, target = image_pair(size, layouts=f"{layout}/{layout}")
+    pred, target = unit_pair(size, layouts=f"{layout}/{layout}")
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
     first, second = (types[dtype] for dtype in dtypes.split("/"))
     return (0.7 * target + 0.3 * pred).to(first), target.to(second)
