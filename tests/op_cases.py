@@ -76,6 +76,7 @@ from pixel_cases import (
     skip_unsupported,
 )
 from ssim_cases import SETTINGS as WINDOWS
+from ssim_cases import check as check_ssim
 from ssim_cases import ssim_call, ssim_formula
 from torch import Tensor
 
@@ -315,7 +316,7 @@ def ssim() -> Iterator[Op]:
         given: dict[str, Any] = {"l1": l1, **options}
         yield Op(
             f"ssim {windows}{' l1' if l1 else ''}", "ssim", partial(ssim_call, **given),
-            partial(ssim_formula, **given), unit_images, 2, PAIRS,
+            partial(ssim_formula, **given), unit_images, 2, check_ssim,
             # The scales of 24 planes and of l1; references to the images, which the caller holds.
             keeps=bits(0, 0, 13),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Backend, Call, backend_for
+from harness import Backend, Call, backend_for, check_against_truth, evaluate
 from pixel_cases import image_pair
 from torch import Tensor
 
@@ -100,6 +100,25 @@ def ssim_call(backend: Backend | None, *, l1: bool = False, **options: Any) -> C
     if l1:
         return partial(ik.l1_ssim_loss, ssim_weight=0.3, backend=name, **options)
     return partial(ik.ssim_loss, backend=name, **options)
+
+
+def check(
+    call: Call, formula: Call, inputs: Sequence[Tensor | None], wanted: Sequence[int] = (0, 1), **options: Any
+) -> None:
+    """`check_against_truth`, where a loss is a difference from 1, and a gradient one of terms several times its size,
+    those by the means and by the variances."""
+    exact = [None if t is None else t.detach().cpu().double() for t in inputs]
+    gradients = evaluate(formula, exact, wanted)[1]
+    sizes = {i: 4 * g.abs().max() for i, g in zip(wanted, gradients, strict=True) if g.numel()}
+    check_against_truth(
+        call,
+        formula,
+        inputs,
+        wanted=wanted,
+        magnitudes=sizes,
+        output_magnitudes={0: torch.ones(())},
+        **options,
+    )
 
 
 def ms_ssim_formula(

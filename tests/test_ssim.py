@@ -13,19 +13,18 @@ from harness import (
     INTERPRETING,
     LAYOUTS,
     Backend,
-    check_against_truth,
     evaluate,
     grid,
     same_bits,
 )
+from pairs_cases import eighths
 from pixel_cases import make_mask, on_device, skip_unsupported, with_specials
-from ssim_cases import mean_of, plane_formula, ssim_call, ssim_formula, unit_pair
+from ssim_cases import check, mean_of, plane_formula, ssim_call, ssim_formula, unit_pair
 from torch import Tensor
 from training_checks import check_compiles
 
 import inpaint_kernels as ik
 
-LARGEST: dict[str, Any] = {"magnitudes": {0: None, 1: None}}
 PADDINGS = ("valid", "same")
 
 
@@ -69,7 +68,8 @@ def test_equal_images_are_exactly_one(backend: Backend, dtype: str, padding: str
         (value,), gradients, _ = evaluate(call, inputs, (0, 1))
         assert torch.equal(value.cpu(), torch.ones(2, dtype=value.dtype))
         for gradient in gradients:
-            assert not gradient.any()
+            # Autograd divides twice where a kernel divides once.
+            assert gradient.abs().max() <= (1e-8 if backend.name == "reference" else 0.0)
 
 
 def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
@@ -169,8 +169,11 @@ def test_pytorch_msssim(backend: Backend) -> None:
 @grid(size=(3, 5, 7, 9, 11, 13, 15), padding=PADDINGS, mask=("nomask", "n1hw", "nchw"), l1=(False, True))
 def test_every_window(backend: Backend, size: int, padding: str, mask: str, l1: bool) -> None:
     options = {"window_size": size, "sigma": 0.4 + size / 8, "padding": padding, "l1": l1}
-    inputs = on_device(backend, *unit_pair((2, 2, 18, 21)), make_mask(mask, (2, 2, 18, 21)))
-    check_against_truth(ssim_call(backend, **options), partial(ssim_formula, **options), inputs, **LARGEST)
+    weights = make_mask(mask, (2, 2, 18, 21))
+    # In eighths: of a small window weights near 0 would leave one pixel, and a variance that is all rounding.
+    weights = weights if weights is None else eighths(weights)
+    inputs = on_device(backend, *unit_pair((2, 2, 18, 21)), weights)
+    check(ssim_call(backend, **options), partial(ssim_formula, **options), inputs)
 
 
 # (N, C, H, W) by what the CPU's tiles of at most 128 x 256 pixels (128 x 128 with a mask) do with them.
@@ -194,7 +197,7 @@ def test_tiles(backend: Backend, size: str, padding: str, mask: str, layout: str
     for wanted in ((0, 1), (0,), (1,)):
         options = {"padding": padding, "l1": wanted != (1,)}
         call, formula = ssim_call(backend, **options), partial(ssim_formula, **options)
-        check_against_truth(call, formula, inputs, wanted=wanted, **LARGEST)
+        check(call, formula, inputs, wanted=wanted)
 
 
 @grid(
@@ -208,7 +211,7 @@ def test_valid_windows_in_any_dtype_and_layout(
     size = (2, 3, 14, 19)
     inputs = on_device(backend, *unit_pair(size, dtypes, f"{layout}/{layout}"), make_mask(mask, size))
     skip_unsupported(backend, *inputs[:2])
-    check_against_truth(ssim_call(backend), ssim_formula, inputs, **LARGEST)
+    check(ssim_call(backend), ssim_formula, inputs)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -447,4 +450,4 @@ def test_compiles(backend: Backend, l1: bool) -> None:
         on_device(backend, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
         for h, w in ((14, 17), (21, 15))
     ]
-    check_compiles(call, lambda f, x: check_against_truth(f, formula, x, **LARGEST), cases)
+    check_compiles(call, lambda f, x: check(f, formula, x), cases)

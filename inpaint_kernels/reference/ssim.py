@@ -57,7 +57,8 @@ def _mean(value: Tensor, weight: Tensor | None) -> Tensor:
         return value.sum((-2, -1)) + 1
     if weight is None:
         return value.mean((-2, -1))
-    total = weight.expand_as(value).sum((-2, -1))
+    # Not a sum over an expanded dimension, which might add in another order: means of ones are exactly 1.
+    total = (torch.ones_like(value) * weight).sum((-2, -1))
     mean = safe_divide((value * weight).sum((-2, -1)), total)
     return torch.where(total == 0, torch.ones_like(mean), mean)
 
@@ -109,12 +110,14 @@ def ssim(
     def mean(v: Tensor) -> Tensor:
         return window_sums(v, window) if total is None else window_sums(v * mask, window) / total
 
-    # A variance does not change with a shift, and near 0 it cancels less.
-    shift = s.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True)
-    s = s - shift
-    ms, md = mean(s), mean(d)
-    vs, vd = mean(s * s) - ms * ms, mean(d * d) - md * md
-    ms = ms + shift
+    def moments(v: Tensor) -> tuple[Tensor, Tensor]:
+        # A variance does not change with a shift, and near 0 it cancels less.
+        shift = v.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True)
+        v = v - shift
+        m = mean(v)
+        return m + shift, mean(v * v) - m * m
+
+    (ms, vs), (md, vd) = moments(s), moments(d)
     aa, bb = 0.5 * ms * ms, 0.5 * md * md
     luminance = (aa - bb + c1) / (aa + bb + c1)
     cs = (0.5 * (vs - vd) + c2) / (0.5 * (vs + vd) + c2)
