@@ -439,11 +439,13 @@ def test_second_derivatives_of_a_target_made_of_the_image(backend: Backend, fact
         return second
 
     want, got = second_derivative(ssim_formula), second_derivative(ssim_call(backend))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()) + 1e-7)
+    # Of equal images the loss is 0 whatever they are: what remains is the rounding of terms of 0.1.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("l1", [False, True])
-def test_compiles(backend: Backend, l1: bool) -> None:
+def test_compiles(kernel: Backend, l1: bool) -> None:
+    backend = kernel
     call = ssim_call(backend, l1=l1)
     formula = partial(ssim_formula, l1=l1)
     cases = [
