@@ -95,7 +95,7 @@ def clear_of_kinks(op: Op) -> list[Tensor]:
         # Neighbours, and those of a composite in eighths, are apart by more than a numerical derivative moves them.
         order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).double().view(2, 1, 3, 2)
         images = [order, (order * 1.7 + 0.3).flip(3)][: op.free]
-    elif op.name in ("masked_l1", "hole_valid", "feature_distance"):
+    elif op.name in ("masked_l1", "hole_valid", "feature_distance", "ssim"):
         half = len(images) // 2
         for x, y in zip(range(half), range(half, 2 * half), strict=True):
             target = images[y].repeat(images[x].shape[0] // images[y].shape[0], 1, 1, 1)

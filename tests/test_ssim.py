@@ -445,11 +445,10 @@ def test_second_derivatives_of_a_target_made_of_the_image(backend: Backend, fact
 
 @pytest.mark.parametrize("l1", [False, True])
 def test_compiles(kernel: Backend, l1: bool) -> None:
-    backend = kernel
-    call = ssim_call(backend, l1=l1)
+    call = ssim_call(kernel, l1=l1)
     formula = partial(ssim_formula, l1=l1)
     cases = [
-        on_device(backend, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
+        on_device(kernel, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
         for h, w in ((14, 17), (21, 15))
     ]
     check_compiles(call, lambda f, x: check(f, formula, x), cases)
