@@ -15,11 +15,8 @@ from torch import Tensor
 import inpaint_kernels as ik
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-# Settings by name; unlike the defaults, so that an ignored one shows.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "same": {"padding": "same", "window_size": 11, "sigma": 1.5, "data_range": 2.0},
-    "valid": {"padding": "valid", "window_size": 3, "sigma": 0.8, "data_range": 2.0},
-}
+# Windows that fit every image; a range unlike the default, so that an ignored one shows.
+WINDOWS: dict[str, Any] = {"padding": "same", "window_size": 11, "sigma": 1.5, "data_range": 2.0}
 
 
 def unit_pair(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

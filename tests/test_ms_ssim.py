@@ -131,7 +131,7 @@ def test_gradient_to_the_mask() -> None:
 
 
 def test_smallest_side() -> None:
-    """161 pixels of five scales and a window of 11, as with pytorch-msssim's halving; less is refused, naming both."""
+    """161 pixels for five scales and a window of 11, as in pytorch-msssim; less is refused, naming both."""
     whole = torch.rand(1, 1, 161, 200)
     assert ik.ms_ssim(whole, whole) == 1
     for small in (whole[:, :, :160], whole.mT[..., :160]):

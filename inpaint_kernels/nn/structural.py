@@ -37,8 +37,8 @@ class SSIMLoss(_StructuralLoss):
         padding: "valid" or "same".
         reduction: "mean" over the samples, or "none" for one value of each.
 
-    ``forward(pred, target, mask=None)`` takes images as the function does. Raises TypeError and ValueError for options
-    that are not allowed, at once.
+    ``forward(pred, target, mask=None)`` takes images as the function does. Raises TypeError and ValueError for
+    options that are not allowed, at once.
 
     Example:
         >>> import torch, inpaint_kernels as ik
@@ -84,8 +84,8 @@ class MSSSIMLoss(SSIMLoss):
         data_range, window_size, sigma, padding, reduction: as in `SSIMLoss`.
         scale_weights: the exponent of each scale, from the finest to the coarsest; None for the published five.
 
-    ``forward(pred, target, mask=None)`` takes images as the function does. Raises TypeError and ValueError for options
-    that are not allowed, at once.
+    ``forward(pred, target, mask=None)`` takes images as the function does. Raises TypeError and ValueError for
+    options that are not allowed, at once.
 
     Example:
         >>> import torch, inpaint_kernels as ik

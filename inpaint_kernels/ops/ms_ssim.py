@@ -96,9 +96,9 @@ def ms_ssim(
 ) -> Tensor:
     """Multi-scale SSIM: the product of the contrast terms of five scales and of the similarity at the coarsest.
 
-    For every channel ``prod_s max(cs_s, 0)^w_s * max(ssim_S, 0)^w_S``, then the mean over the channels. ``cs_s`` is the
-    mean over windows of ``(2 cov + C2) / (vx + vy + C2)``, ``ssim_S`` that of `ssim`. The next scale has the means of
-    2 x 2 pixels; before the first row (column) of an odd number of rows (columns) stands one of zeros, as in
+    For every channel ``prod_s max(cs_s, 0)^w_s * max(ssim_S, 0)^w_S``, then the mean over the channels. ``cs_s`` is
+    the mean over windows of ``(2 cov + C2) / (vx + vy + C2)``, ``ssim_S`` that of `ssim`. The next scale has the means
+    of 2 x 2 pixels; before the first row (column) of an odd number of rows (columns) stands one of zeros, as in
     pytorch-msssim.
 
     **Contrast is clamped at 0.** On content that is anti-correlated at one of the scales the value is 0 and so is the
@@ -120,8 +120,8 @@ def ms_ssim(
         backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general, from 0 to 1; float32, float64 if
-        an image is float64. A scale without a counted window counts 1.
+        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general, from 0 to 1; float32, float64
+        if an image is float64. A scale without a counted window counts 1.
 
     Differentiable in `pred` and `target`, twice. Keeps the images of all scales, a third more than the images. If
     `mask` requires a gradient the differentiable reference runs instead of a kernel.
@@ -184,8 +184,8 @@ def ms_ssim_loss(
         backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image is
-        float64. A sample without a counted window gives 0.
+        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image
+        is float64. A sample without a counted window gives 0.
 
     Differentiable in `pred` and `target`, twice. Raises as `ms_ssim`.
 

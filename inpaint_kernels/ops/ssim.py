@@ -242,13 +242,13 @@ def ssim(
         backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image is
-        float64. A sample's value is the weighted mean over its channels and windows. A sample without a counted
+        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image
+        is float64. A sample's value is the weighted mean over its channels and windows. A sample without a counted
         window has the value 1 and no gradient, as has an empty batch.
 
-    Differentiable in `pred` and `target`, twice; the gradient of equal images is 0. Keeps references to the images and
-    nothing else: the backward sums the windows anew. If `mask` requires a gradient the differentiable reference runs
-    instead of a kernel.
+    Differentiable in `pred` and `target`, twice; the gradient of equal images is 0. Keeps references to the images
+    and a number for each plane: the backward sums the windows anew. If `mask` requires a gradient the differentiable
+    reference runs instead of a kernel.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype not listed above, such as uint8.
@@ -296,8 +296,8 @@ def ssim_loss(
         backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image is
-        float64. A sample without a counted window gives 0.
+        A scalar, or for "none" a tensor of shape (N,), ``pred.shape[:-3]`` in general; float32, float64 if an image
+        is float64. A sample without a counted window gives 0.
 
     Differentiable in `pred` and `target`, twice. Raises as `ssim`.
 

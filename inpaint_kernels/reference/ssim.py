@@ -82,8 +82,9 @@ def ssim(
     mask counts none. contrast (N, C): the same of ``cs``. l1 (): the mean of |pred - target| by the mask's weights, 0
     where they are all 0. What is not asked for is empty.
 
-    Both fractions in terms of s = pred + target and d = pred - target: ``4 mx my = ms^2 - md^2``, ``2 (mx^2 + my^2) =
-    ms^2 + md^2``, and likewise for the variances. Equal images then have exactly the value 1 and no gradient.
+    Both in terms of s = pred + target and d = pred - target: ``4 mx my = ms^2 - md^2`` and ``2 (mx^2 + my^2) = ms^2 +
+    md^2``, so that ``l = 1 - md^2 / ((ms^2 + md^2) / 2 + c1)``, and likewise for the variances. Equal images then have
+    exactly the value 1 and no gradient.
     """
     dtype = accumulate_dtype(pred, target)
     x, y = pred.to(dtype), target.to(dtype)
@@ -101,8 +102,12 @@ def ssim(
     if same:
         s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
         mask = None if mask is None else F.pad(mask, (radius,) * 4)
-    # A variance does not change with a shift, and near 0 it cancels less.
-    shifts = [v.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True) for v in (s, d)]
+    # A variance does not change with a shift, and near 0 it cancels less. Of values within the data range alone: others
+    # are rare, and would move the rest away from 0.
+    limit = 200 * math.sqrt(c1)
+    shifts = [
+        v.detach().nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit).mean((-2, -1), keepdim=True) for v in (s, d)
+    ]
     s, d = s - shifts[0], d - shifts[1]
     moments = torch.stack([s, d, s * s, d * d])
     if mask is None:
@@ -113,7 +118,6 @@ def ssim(
     ms, md, ss, dd = moments.unbind()
     vs, vd = ss - ms * ms, dd - md * md
     ms, md = ms + shifts[0], md + shifts[1]
-    aa, bb = 0.5 * ms * ms, 0.5 * md * md
-    luminance = (aa - bb + c1) / (aa + bb + c1)
-    cs = (0.5 * (vs - vd) + c2) / (0.5 * (vs + vd) + c2)
+    luminance = 1 - md * md / (0.5 * (ms * ms + md * md) + c1)
+    cs = 1 - vd / (0.5 * (vs + vd) + c2)
     return _mean(luminance * cs, weight), _mean(cs, weight) if contrast else none, distance

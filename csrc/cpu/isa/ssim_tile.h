@@ -237,8 +237,10 @@ class Tile {
     }
   }
 
-  // The mean of pred + target over 8 x 8 counted pixels of the tile.
+  // The mean of pred + target over 8 x 8 counted pixels of the tile. Of values within the data range alone: others are
+  // rare, and would move the rest away from 0.
   void find_pivot() {
+    const T limit = static_cast<T>(200 * std::sqrt(call_.c1));
     T sum = 0;
     int count = 0;
     for (int i = 0; i < 64; ++i) {
@@ -246,7 +248,7 @@ class Tile {
       if (masked && mask_row(y)[x - left] == T(0)) continue;
       const T value = element<T>(call_.pred, call_.pred.offset(sample, channel, y, x)) +
                       element<T>(call_.target, call_.target.offset(sample, channel, y, x));
-      if (value - value != T(0)) continue;  // not finite
+      if (!(std::fabs(value) <= limit)) continue;  // NaN, too
       sum += value;
       ++count;
     }
