@@ -76,6 +76,9 @@ from pixel_cases import (
     on_device,
     skip_unsupported,
 )
+from ssim_cases import WINDOWS
+from ssim_cases import check as check_ssim
+from ssim_cases import ssim_call, ssim_formula
 from torch import Tensor
 
 import inpaint_kernels as ik
@@ -164,6 +167,14 @@ exact_images = partial(images, exact=True)
 def one_image(*args: Any, **options: Any) -> list[Tensor]:
     """[image, mask]"""
     return exact_images(*args, **options)[::2]
+
+
+def unit_images(*args: Any, **options: Any) -> list[Tensor]:
+    """As `images`, with values around 0.5, see `ssim_cases.unit_pair`."""
+    found = images(*args, **options)
+    for image in found[:2]:
+        image.mul_(0.25).add_(0.5)
+    return found
 
 
 def layers_of(size: Size) -> tuple[Size, Size]:
@@ -312,6 +323,17 @@ def gradient_loss() -> Iterator[Op]:
         )  # fmt: skip
 
 
+def ssim() -> Iterator[Op]:
+    for l1 in (True, False):
+        given: dict[str, Any] = {"l1": l1, **WINDOWS}
+        yield Op(
+            f"ssim same{' l1' if l1 else ''}", "ssim", partial(ssim_call, **given),
+            partial(ssim_formula, **given), unit_images, 2, check_ssim,
+            # The scales of 24 planes and of l1; references to the images, which the caller holds.
+            keeps=bits(0, 0, 13),
+        )  # fmt: skip
+
+
 NORMALIZED: dict[str, Any] = {"scale": SCALE, "shift": SHIFT}
 STACKS: dict[str, dict[str, Any]] = {
     "all": {"parts": PARTS, **NORMALIZED},
@@ -447,6 +469,6 @@ def table(*groups: Callable[[], Iterator[Op]]) -> dict[str, Op]:
 
 
 OPS = table(
-    masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, stacked_images,
+    masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, ssim, stacked_images,
     gram, style, feature_distance, lpips, partial_conv,
 )  # fmt: skip

@@ -4,15 +4,19 @@ from .adversarial import FeatureMatchingLoss, GANLoss
 from .lpips import LPIPS
 from .partial_conv import PartialConv2d, PartialConv3d
 from .perceptual import PerceptualLoss, PerceptualStyle, PerceptualStyleLoss, StyleLoss
+from .structural import L1SSIMLoss, MSSSIMLoss, SSIMLoss
 
 __all__ = [
     "LPIPS",
     "FeatureMatchingLoss",
     "GANLoss",
+    "L1SSIMLoss",
+    "MSSSIMLoss",
     "PartialConv2d",
     "PartialConv3d",
     "PerceptualLoss",
     "PerceptualStyle",
     "PerceptualStyleLoss",
+    "SSIMLoss",
     "StyleLoss",
 ]
