@@ -1,0 +1,178 @@
+"""Tiles of the Triton kernels of SSIM: rows of images, sums along them and down the columns, the work split."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import plan
+from .pixel_tile import unpacked
+
+# (elements of the call, rows of a strip), and the threads of a program, one a column. Reasoned, not measured.
+STRIPS = ((1 << 18, 8), (1 << 22, 16), (1 << 63, 32))
+THREADS = 128
+
+
+class Window(NamedTuple):
+    """What the kernels are compiled for."""
+
+    SIZE: int
+    PAD: int  # rows and columns outside that the first window begins with
+    STEP: int  # distance of neighbours: 1, or C in channels_last
+    MASK_STEP: int  # of the mask's
+    BLOCK_X: int
+    BLOCK_C: int
+
+
+@triton.jit
+def place_of(sizes, WINDOW: tl.constexpr):
+    """Of a program: sample, channel [1, BLOCK_C], column [BLOCK_X, 1], its first row and the one after its last."""
+    channels, covered = unpacked(sizes[4]), unpacked(sizes[5])
+    tiles, strips, rows = unpacked(sizes[6]), unpacked(sizes[7]), unpacked(sizes[8])
+    chunks = (channels + WINDOW.BLOCK_C - 1) // WINDOW.BLOCK_C
+    program = tl.program_id(0)
+    column = program % tiles * WINDOW.BLOCK_X + tl.arange(0, WINDOW.BLOCK_X)[:, None]
+    first = program // tiles % strips * rows
+    chunk = program // tiles // strips % chunks
+    sample = (program // tiles // strips // chunks).to(tl.int64)
+    channel = chunk * WINDOW.BLOCK_C + tl.arange(0, WINDOW.BLOCK_C)[None, :]
+    return sample, channel, column, first, tl.minimum(first + rows, covered)
+
+
+@triton.jit
+def offset_of(place, channels, height, width, WINDOW: tl.constexpr):
+    """Offset [BLOCK_X, BLOCK_C] of the program's columns in row 0 of images (NCHW or channels_last)."""
+    sample, channel, column = place[0], place[1], place[2]
+    pixels = height.to(tl.int64) * width
+    offset = sample * channels * pixels + column.to(tl.int64) * WINDOW.STEP
+    return offset + (channel * pixels if WINDOW.STEP == 1 else channel)
+
+
+@triton.jit
+def mask_offset_of(place, sizes, WINDOW: tl.constexpr):
+    stride_n, stride_c = unpacked(sizes[9]).to(tl.int64), unpacked(sizes[10]).to(tl.int64)
+    return place[0] * stride_n + place[1] * stride_c + place[2].to(tl.int64) * WINDOW.MASK_STEP
+
+
+@triton.jit
+def is_inside(column, width, shift: tl.constexpr):
+    inside = column + shift < width
+    if shift < 0:
+        inside = inside & (column + shift >= 0)
+    return inside
+
+
+@triton.jit
+def image_row(pred, target, mask, column, width, readable, window, WINDOW: tl.constexpr):
+    """Sums along a row of the windows that begin PAD before each column: of s, d, s^2, d^2, each times the mask, and
+    of the mask, [BLOCK_X, BLOCK_C]; the column's own |d| and mask. The pointers are those of the row's columns."""
+    s_sum = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
+    d_sum, ss_sum, dd_sum, m_sum, own, own_m = s_sum, s_sum, s_sum, s_sum, s_sum, s_sum
+    for j in tl.static_range(WINDOW.SIZE):
+        shift: tl.constexpr = j - WINDOW.PAD
+        inside = readable & is_inside(column, width, shift)
+        a = tl.load(pred + shift * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(target + shift * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
+        s, d = a + b, a - b
+        weight = window[j]
+        if mask is not None:
+            m = tl.load(mask + shift * WINDOW.MASK_STEP, mask=inside, other=0).to(tl.float32)
+            # Select, not only multiply: NaN and Inf under weight 0 do not count.
+            s = tl.where(m == 0, 0.0, s)
+            d = tl.where(m == 0, 0.0, d)
+            weight = weight * m
+            m_sum += weight
+        s_sum += weight * s
+        d_sum += weight * d
+        ss_sum += weight * (s * s)
+        dd_sum += weight * (d * d)
+        if shift == 0:
+            own = tl.abs(d)
+            if mask is not None:
+                own_m = m
+                own *= m
+    return s_sum, d_sum, ss_sum, dd_sum, m_sum, own, own_m
+
+
+@triton.jit
+def map_row(pointer, column, width, readable, window, WINDOW: tl.constexpr):
+    """Sums along a row of one map."""
+    total = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
+    for j in tl.static_range(WINDOW.SIZE):
+        shift: tl.constexpr = j - WINDOW.PAD
+        inside = readable & is_inside(column, width, shift)
+        total += window[j] * tl.load(pointer + shift * WINDOW.STEP, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def no_sums(WINDOW: tl.constexpr):
+    zero = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
+    sums = (zero,)
+    for _ in tl.static_range(2, WINDOW.SIZE):
+        sums = sums + (zero,)  # noqa: RUF005, Triton unpacks no tuples
+    return sums
+
+
+@triton.jit
+def add_row(sums, row, window, WINDOW: tl.constexpr):
+    """The window that the row completes, and the sums of the SIZE - 1 after it, the next to be complete first."""
+    LAST: tl.constexpr = WINDOW.SIZE - 1
+    done = sums[0] + window[LAST] * row
+    rest = (sums[1] + window[LAST - 1] * row,)
+    for i in tl.static_range(2, LAST):
+        rest = rest + (sums[i] + window[LAST - i] * row,)  # noqa: RUF005
+    return done, rest + (window[0] * row,)  # noqa: RUF005
+
+
+@triton.jit
+def statistics(s, d, ss, dd, c1, c2):
+    """Squared means and variances of s and d; numerators and denominators of l and cs. c1, c2: twice C1, C2."""
+    a, b = s * s, d * d
+    v_s, v_d = ss - a, dd - b
+    return a, v_s, v_d, b, a - b + c1, a + b + c1, v_s - v_d + c2, v_s + v_d + c2
+
+
+class Images(NamedTuple):
+    """Images ready to be read in place, and the work split over their windows, or over their pixels."""
+
+    pred: Tensor  # [N, C, H, W]
+    target: Tensor
+    mask: Tensor | None  # [H, W] or [1|N, 1|C, H, W]
+    programs: int
+    # `packed`: height and width of the images, windows down and along, channels, rows that the programs cover, tiles
+    # along a row, strips, rows of a strip, strides of the mask by sample and by channel, samples.
+    sizes: tuple[int, ...]
+    window: Window
+    warps: int
+
+
+def make_images(
+    pred: Tensor, target: Tensor, mask: Tensor | None, size: int, same: bool, by_windows: bool
+) -> Images:
+    """Work split over windows, if `by_windows`, or over pixels, of which there are more with whole windows alone."""
+    n, c, h, w = pred.shape
+    last = plan.is_channels_last(pred)
+    ready = plan.prepare_mask(mask, pred.shape, last)
+    lost = 0 if same else size - 1
+    out_h, out_w = h - lost, w - lost
+    covered_h, covered_w = (out_h, out_w) if by_windows else (h, w)
+    block_c = min(triton.next_power_of_2(c), 16) if last else 1
+    block_x = min(THREADS // block_c, triton.next_power_of_2(covered_w))
+    rows = next(row[1] for row in STRIPS if pred.numel() <= row[0])
+    tiles, strips = triton.cdiv(covered_w, block_x), triton.cdiv(covered_h, rows)
+    pad = size // 2 if same else 0
+    mask_step = c if last and ready.stride_c else 1
+    strides = ready.stride_n, ready.stride_c
+    return Images(
+        plan.in_layout(pred, last),
+        plan.in_layout(target, last),
+        ready.tensor,
+        n * triton.cdiv(c, block_c) * tiles * strips,
+        plan.packed((h, w, out_h, out_w, c, covered_h, tiles, strips, rows, *strides, n)),
+        Window(size, pad, c if last else 1, mask_step, block_x, block_c),
+        max(1, block_x * block_c // 32),
+    )
