@@ -17,8 +17,10 @@ from .ops.masked_l1 import (
     masked_l1_loss,
     masked_mse_loss,
 )
+from .ops.ms_ssim import ms_ssim, ms_ssim_loss
 from .ops.partial_conv import PartialConvOutput, partial_conv2d, partial_conv3d
 from .ops.penalties import gradient_penalty, r1_penalty
+from .ops.ssim import l1_ssim_loss, ssim, ssim_loss
 from .ops.stacked_images import stacked_images
 from .ops.style import style_loss
 from .ops.total_variation import total_variation_loss
@@ -47,17 +49,22 @@ __all__ = [
     "hole_valid_loss",
     "inpainting_pixel_loss",
     "invert_mask",
+    "l1_ssim_loss",
     "lpips_distance",
     "masked_charbonnier_loss",
     "masked_huber_loss",
     "masked_l1_loss",
     "masked_mse_loss",
+    "ms_ssim",
+    "ms_ssim_loss",
     "nn",
     "objectives",
     "partial_conv2d",
     "partial_conv3d",
     "r1_penalty",
     "resize_mask",
+    "ssim",
+    "ssim_loss",
     "stacked_images",
     "style_loss",
     "total_variation_loss",

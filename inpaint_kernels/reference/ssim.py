@@ -1,0 +1,113 @@
+"""SSIM in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import accumulate_dtype, is_differentiated, safe_divide
+
+
+def gaussian_window(size: int, sigma: float) -> list[float]:
+    """The weights of a row of the window; their sum is 1."""
+    radius = size // 2
+    values = [math.exp(-((i - radius) ** 2) / (2.0 * sigma**2)) for i in range(size)]
+    total = sum(values)
+    return [value / total for value in values]
+
+
+def window_sums(x: Tensor, window: Sequence[float], same: bool) -> Tensor:
+    """Weighted sum over the window around every pixel (`same`: zeros outside), or over every whole window.
+
+    Rows, then columns. Slices and not a convolution: autocast leaves them alone, and they have every derivative.
+    """
+    radius = len(window) // 2
+    for dim in (-1, -2):
+        if same:
+            x = F.pad(x, (radius, radius) if dim == -1 else (0, 0, radius, radius))
+        length = x.shape[dim] - 2 * radius
+        total = window[radius] * x.narrow(dim, radius, length)
+        for i in range(radius):
+            total = total + window[i] * (x.narrow(dim, i, length) + x.narrow(dim, 2 * radius - i, length))
+        x = total
+    return x
+
+
+def centres(x: Tensor, radius: int, same: bool) -> Tensor:
+    """The pixels that are the centre of a window."""
+    if same:
+        return x
+    return x[..., radius : x.shape[-2] - radius, radius : x.shape[-1] - radius]
+
+
+def counted(image: Tensor, mask: Tensor) -> Tensor:
+    """The image, 0 where the mask is exactly 0. NaN there would survive its product with 0, here or in a backward."""
+    ignored = mask == 0
+    if is_differentiated(mask):
+        # The derivative by the mask reads the image, also at mask 0: drop only what is not finite.
+        ignored = ignored & ~torch.isfinite(image)
+    return torch.where(ignored, torch.zeros((), dtype=image.dtype, device=image.device), image)
+
+
+def _mean(value: Tensor, weight: Tensor | None) -> Tensor:
+    """(N, C) weighted means of a map over its windows; 1 where none counts."""
+    if value.shape[-1] == 0 or value.shape[-2] == 0:
+        return value.sum((-2, -1)) + 1
+    if weight is None:
+        return value.mean((-2, -1))
+    total = weight.expand_as(value).sum((-2, -1))
+    mean = safe_divide((value * weight).sum((-2, -1)), total)
+    return torch.where(total == 0, torch.ones_like(mean), mean)
+
+
+def ssim(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    window: Sequence[float],
+    same: bool,
+    c1: float,
+    c2: float,
+    contrast: bool = False,
+    l1: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(similarity, contrast, l1) of images (N, C, H, W), float32, or float64 if an image is float64.
+
+    With the weighted mean, variance and covariance in every window:
+    ``l = (2 mx my + c1) / (mx^2 + my^2 + c1)``, ``cs = (2 cov + c2) / (vx + vy + c2)``.
+    similarity (N, C): the mean of ``l * cs`` over the windows, each with the mask's weight at its centre; 1 where the
+    mask counts none. contrast (N, C): the same of ``cs``. l1 (): the mean of |pred - target| by the mask's weights, 0
+    where they are all 0. What is not asked for is empty.
+    """
+    dtype = accumulate_dtype(pred, target)
+    x, y = pred.to(dtype), target.to(dtype)
+    weight = total = None
+    if mask is not None:
+        mask = mask.to(dtype)
+        x, y = counted(x, mask), counted(y, mask)
+        weight = centres(mask, len(window) // 2, same)
+        total = window_sums(mask, window, same)
+        total = torch.where(total == 0, torch.ones_like(total), total)
+
+    def mean(v: Tensor) -> Tensor:
+        if mask is None:
+            return window_sums(v, window, same)
+        return window_sums(v * mask, window, same) / total
+
+    mx, my = mean(x), mean(y)
+    xx, yy, xy = mx * mx, my * my, mx * my
+    luminance = (2 * xy + c1) / (xx + yy + c1)
+    cs = (2 * (mean(x * y) - xy) + c2) / ((mean(x * x) - xx) + (mean(y * y) - yy) + c2)
+    none = x.new_empty(0)
+    distance = none
+    if l1:
+        d = (x - y).abs()
+        if mask is None:
+            distance = d.sum() / max(d.numel(), 1)
+        else:
+            distance = safe_divide((d * mask).sum(), mask.expand_as(d).sum())
+    return _mean(luminance * cs, weight), _mean(cs, weight) if contrast else none, distance
