@@ -313,7 +313,7 @@ def check_style(
 # ---- feature_distance --------------------------------------------------------------------------------------------
 
 
-def _distance_layers(flat: Sequence[Tensor], layers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def layers_by_prediction(flat: Sequence[Tensor], layers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(input, target, mask) of every layer, all of the input's shape."""
     triples = []
     for i in range(layers):
@@ -329,7 +329,7 @@ def _distance_layers(flat: Sequence[Tensor], layers: int) -> list[tuple[Tensor, 
 def distance_formula(*flat: Tensor, layers: int, select: bool = True, **settings: Any) -> Tensor:
     total = flat[0].new_zeros(())
     weights = settings["weights"] or [1.0] * layers
-    for (x, y, weight), factor in zip(_distance_layers(flat, layers), weights, strict=True):
+    for (x, y, weight), factor in zip(layers_by_prediction(flat, layers), weights, strict=True):
         values = weighted(x, y, weight, settings["penalty"], select)
         count = weight.sum() if settings["normalize"] == "mask" else x.new_tensor(x.numel())
         total = total + factor * ratio(values.sum(), count)

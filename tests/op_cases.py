@@ -41,6 +41,7 @@ from harness import (
     evaluate,
     laid_out,
 )
+from lpips_cases import lpips_call, lpips_formula, lpips_sizes
 from pairs_cases import (
     GRADIENT_REGIONS,
     MASK_IS,
@@ -171,25 +172,36 @@ def layers_of(size: Size) -> tuple[Size, Size]:
     return size, (n or 2, c + 3, (h + 1) // 2, (w + 1) // 2)
 
 
+def of_one_batch(size: Size) -> tuple[Size, Size]:
+    """As `layers_of`, for what is added up sample by sample."""
+    return size, (size[0], *layers_of(size)[1][1:])
+
+
 def features(
     size: Size = SIZE,
     dtypes: str = "f32/f32",
     layout: str = "contiguous",
     *,
-    pair: Callable[..., tuple[Tensor, Tensor]],
+    pair: Callable[..., tuple[Tensor, Tensor]] = distance_pair,
     predictions: int = 2,
+    sizes: Callable[[Size], tuple[Size, Size]] = layers_of,
     **_: str,
 ) -> list[Tensor]:
     """[*inputs, *targets] of two layers; `layout` of both sides, or "input/target"."""
     layouts = layout if "/" in layout else f"{layout}/{layout}"
     options = {"predictions": predictions, "dtypes": dtypes, "layouts": layouts}
-    pairs = [pair(s, seed=i, **options) for i, s in enumerate(layers_of(size))]
+    pairs = [pair(s, seed=i, **options) for i, s in enumerate(sizes(size))]
     return [*(x for x, _ in pairs), *(y for _, y in pairs)]
 
 
-def masked_features(size: Size = SIZE, *args: Any, **options: Any) -> list[Tensor]:
-    masks = [make_mask("n1hw", s, seed=i) for i, s in enumerate(layers_of(size))]
-    return [*features(size, *args, pair=distance_pair, **options), *masks]
+def masked_features(
+    size: Size = SIZE,
+    *args: Any,
+    sizes: Callable[[Size], tuple[Size, Size]] = layers_of,
+    **options: Any,
+) -> list[Tensor]:
+    masks = [make_mask("n1hw", s, seed=i) for i, s in enumerate(sizes(size))]
+    return [*features(size, *args, sizes=sizes, **options), *masks]
 
 
 def given_grams(*args: Any, style: str, **options: Any) -> list[Tensor]:
@@ -374,7 +386,7 @@ def feature_distance() -> Iterator[Op]:
     for penalty, kind in settings:
         masked, l1 = kind == " mask", penalty == "l1"
         options = distance_settings(penalty, weights=(0.5, 2.0))
-        make = partial(features, pair=distance_pair, predictions=1 if kind == " once" else 2)
+        make = partial(features, predictions=1 if kind == " once" else 2)
 
         def keeps(t: Sequence[Tensor], l1: bool = l1) -> float:
             return (sum(x.numel() for x in t[:2]) / 4 if l1 else 0) + 64
@@ -385,6 +397,18 @@ def feature_distance() -> Iterator[Op]:
             partial(distance_formula, layers=2, **options), masked_features if masked else make, 4,
             partial(check, sizes=partial(distance_sizes, layers=2, **options)),
             keeps=keeps, made=(0, 1, 2, 3) if l1 else (),
+        )  # fmt: skip
+
+
+def lpips() -> Iterator[Op]:
+    for kind in ("mask", "plain", "once"):
+        make = masked_features if kind == "mask" else features
+        yield Op(
+            f"lpips {kind}", "lpips", lpips_call, lpips_formula,
+            partial(make, predictions=1 if kind == "once" else 2, sizes=of_one_batch), 4,
+            partial(check, sizes=lpips_sizes),
+            # Four numbers a pixel, the weights and the masks, which the caller holds.
+            keeps=lambda t: sum(16 * x[:, 0].numel() + 4 * x.shape[1] for x in t[:2]),
         )  # fmt: skip
 
 
@@ -424,5 +448,5 @@ def table(*groups: Callable[[], Iterator[Op]]) -> dict[str, Op]:
 
 OPS = table(
     masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, stacked_images,
-    gram, style, feature_distance, partial_conv,
+    gram, style, feature_distance, lpips, partial_conv,
 )  # fmt: skip

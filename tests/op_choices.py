@@ -44,6 +44,7 @@ FEATURE_WAYS = {
     "gram": ("chw", "none"),
     "style": ("chw-l1", "hw-l2", "gatys", "hw-l1 gram", "gatys gram", "chw-l1 once"),
     "feature_distance": ("l1 mask", "l1", "l2 mask", "charbonnier", "l1 once"),
+    "lpips": ("mask", "plain", "once"),
 }
 ALL_WAYS = WAYS | FEATURE_WAYS
 SETTINGS = [OPS[f"{name} {way}"] for name, rows in ALL_WAYS.items() for way in rows]

@@ -47,6 +47,7 @@ CASES = [
     OPS["gram chw"],
     *(OPS[f"style {setting}"] for setting in ("chw-l1", "gatys", "chw-l2 gram")),
     *(OPS[f"feature_distance {setting}"] for setting in ("l1", "l2", "charbonnier mask")),
+    *(OPS[f"lpips {setting}"] for setting in ("mask", "plain")),
     *with_weights(),
     *(OPS[f"partial_conv {setting}"] for setting in ("usual n1 2d", "mat n1 2d", "soft n1 3d")),
 ]

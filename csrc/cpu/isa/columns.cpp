@@ -1,0 +1,486 @@
+// CPU kernels of channel columns (lpips): unit vectors of every pixel's channels, their weighted squared difference.
+//
+// Forward reads both maps once: a block of pixels goes through the norms and, out of the second-level cache, through
+// the differences. Backward is one elementwise sweep with four coefficients a pixel. NCHW: vectors over the pixels;
+// channels_last: vectors over the channels of one pixel. Types that are not computed in are converted run by run.
+#include "cpu/columns.h"
+
+#include "cpu/isa/convert.h"
+#include "cpu/isa/scratch.h"
+
+namespace ik::IK_ISA {
+namespace {
+
+// Rows of one block in NCHW, one for each channel.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const T* row(int64_t c) const { return data + c * stride; }
+};
+
+// a r - b s, exactly 0 for equal operands, fused products or not: both are taken relative to the rounded b s.
+template <typename V>
+IK_INLINE V difference(V a, V r, V b, V s, V minus_s) {
+  const V rounded = b * minus_s;
+  return fma_(a, r, rounded) - fma_(b, s, rounded);
+}
+
+// 1 / (norm + eps), 0 for a zero vector and where the mask is 0.
+template <typename V>
+IK_INLINE V unit_factor(V squares, V eps, V mask) {
+  return select_zero_(mask, select_zero_(squares, V(1.0f) / (sqrt_(squares) + eps)));
+}
+
+// What the gradient takes away along the vector: slope * 2 (sum_c w_c d_c a_c) r^2 / |a|.
+template <typename V>
+IK_INLINE V along(V slope, V dot, V r, V squares) {
+  return select_zero_(r, slope * dot * r * r / sqrt_(squares));
+}
+
+// squares[i] += ROWS squares of column i. COPY: the rows also go to `to`, and the rows after them are fetched.
+template <int ROWS, bool COPY, typename T>
+IK_NOINLINE void add_squares(Rows<T> rows, int64_t n, T* to, int64_t to_stride, T* squares) {
+  using V = Vec<T>;
+  for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+    V sum(T(0));
+    for (int j = 0; j < ROWS; ++j) {
+      const V x = load_part<V>(rows.row(j) + i, count);
+      if constexpr (COPY) {
+        x.store(to + j * to_stride + i);
+        __builtin_prefetch(rows.row(j + ROWS) + i);
+      }
+      sum = fma_(x, x, sum);
+    }
+    (V::load(squares + i) + sum).store(squares + i);
+  });
+}
+
+// Per-pixel numbers of one block, `stride` apart.
+template <typename T>
+struct Planes {
+  T* data;
+  int64_t stride;
+  T* plane(int index) const { return data + index * stride; }
+};
+enum ForwardPlane { kSquaresA, kSquaresB, kUnitA, kUnitB, kSum, kDotA, kDotB, kForwardPlanes };
+enum BackwardPlane { kR, kS, kSlopeA, kAlongA, kSlopeB, kAlongB, kMask, kBackwardPlanes };
+
+// Adds ROWS channels' w d^2 to the sums and, if DOTS, w d a and w d b to the products.
+template <int ROWS, bool DOTS, typename T>
+IK_NOINLINE void add_differences(Rows<T> a, Rows<T> b, const T* weights, int64_t n, Planes<T> planes) {
+  using V = Vec<T>;
+  for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+    const V r = V::load(planes.plane(kUnitA) + i), s = V::load(planes.plane(kUnitB) + i);
+    const V minus_s = V(T(0)) - s;
+    V sum(T(0)), dot_a(T(0)), dot_b(T(0));
+    for (int j = 0; j < ROWS; ++j) {
+      const V x = load_part<V>(a.row(j) + i, count), y = load_part<V>(b.row(j) + i, count);
+      const V d = difference(x, r, y, s, minus_s);
+      const V weighted = V(weights[j]) * d;
+      sum = fma_(weighted, d, sum);
+      if constexpr (DOTS) {
+        dot_a = fma_(weighted, x, dot_a);
+        dot_b = fma_(weighted, y, dot_b);
+      }
+    }
+    const auto add = [&](int plane, V value) __attribute__((always_inline)) {
+      (V::load(planes.plane(plane) + i) + value).store(planes.plane(plane) + i);
+    };
+    add(kSum, sum);
+    if constexpr (DOTS) {
+      add(kDotA, dot_a);
+      add(kDotB, dot_b);
+    }
+  });
+}
+
+// Calls f<ROWS>(first) for the channels in groups of four, then one by one.
+template <typename F>
+IK_INLINE void for_each_group(int64_t channels, F&& f) {
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) f(std::integral_constant<int, 4>(), c);
+  for (; c < channels; ++c) f(std::integral_constant<int, 1>(), c);
+}
+
+template <typename T>
+T square_sum(const T* x, int64_t n) {
+  using V = Vec<T>;
+  V sum(T(0));
+  for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+    const V value = load_part<V>(x + i, count);
+    sum = fma_(value, value, sum);
+  });
+  return sum.lane_sum();
+}
+
+// What both directions share: where a block lies, its mask, the weights.
+template <typename T>
+class Worker {
+ public:
+  using V = Vec<T>;
+
+  Worker(const ColumnsCall& call, int planes)
+      : call_(call),
+        stride_(call.step() + 16),
+        planes_data_(planes * stride_),
+        mask_(stride_),
+        weights_(call.channels + 16) {
+    for (int64_t c = 0; c < call.channels; ++c) weights_.get()[c] = static_cast<T>(call.weights[c]);
+  }
+
+ protected:
+  struct Block {
+    int64_t sample, begin, n;  // sample of the target
+  };
+  Block block(int64_t unit) const {
+    const int64_t begin = unit % call_.blocks() * call_.step();
+    return {unit / call_.blocks(), begin, least(call_.step(), call_.pixels - begin)};
+  }
+  int64_t sample_of(const Block& block, int64_t prediction) const {
+    return prediction * call_.samples + block.sample;
+  }
+  // Null without a mask.
+  const T* mask_of(const Block& block, int64_t sample) {
+    if (call_.mask == nullptr) return nullptr;
+    const int64_t plane = call_.mask_per_prediction ? sample : block.sample;
+    return fetch(call_.mask, call_.mask_dtype, plane * call_.mask_stride + block.begin, block.n, mask_.get());
+  }
+  // Place of (sample, channel, pixel).
+  int64_t row_offset(int64_t sample, int64_t c, int64_t pixel) const {
+    return (sample * call_.channels + c) * call_.pixels + pixel;
+  }
+  int64_t pixel_offset(int64_t sample, int64_t pixel) const {
+    return (sample * call_.pixels + pixel) * call_.channels;
+  }
+  T* saved(int index, int64_t sample, int64_t pixel) const {
+    const int64_t samples = call_.samples * call_.predictions;
+    return static_cast<T*>(call_.saved) + (index * samples + sample) * call_.pixels + pixel;
+  }
+
+  const ColumnsCall& call_;
+  int64_t stride_;
+  Scratch<T> planes_data_, mask_, weights_;
+};
+
+template <typename T>
+class Forward : Worker<T> {
+  using Base = Worker<T>;
+  using V = Vec<T>;
+  using typename Base::Block;
+  using Base::call_;
+  using Base::stride_;
+
+ public:
+  explicit Forward(const ColumnsCall& call)
+      : Base(call, kForwardPlanes),
+        planes_{this->planes_data_.get(), stride_},
+        eps_(static_cast<T>(call.eps)),
+        input_(scratch_of(call.input_dtype)),
+        target_(scratch_of(call.target_dtype)) {}
+
+  void unit(int64_t index) {
+    const Block block = this->block(index);
+    double* partials = call_.partials + index * call_.predictions;
+    if (call_.channels_last) {
+      for (int64_t k = 0; k < call_.predictions; ++k) partials[k] = pixels(block, k);
+      return;
+    }
+    clear(kSquaresB);
+    const Rows<T> b = gather(call_.target, call_.target_dtype, block.sample, block, target_.get(), kSquaresB);
+    for (int64_t k = 0; k < call_.predictions; ++k) {
+      const int64_t sample = this->sample_of(block, k);
+      for (const int plane : {kSquaresA, kSum, kDotA, kDotB}) clear(plane);
+      const Rows<T> a = gather(call_.input, call_.input_dtype, sample, block, input_.get(), kSquaresA);
+      const T* mask = this->mask_of(block, sample);
+      set_units(mask, block.n);
+      for_each_group(call_.channels, [&](auto rows, int64_t c) {
+        constexpr int ROWS = decltype(rows)::value;
+        const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
+        const T* weights = this->weights_.get() + c;
+        call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
+                    : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
+      });
+      partials[k] = finish(mask, sample, block);
+    }
+  }
+
+ private:
+  // channels_last reads a pixel from memory and again from the first-level cache; one block of a whole sample is read
+  // in place.
+  int64_t scratch_of(Dtype dtype) const {
+    if (call_.channels_last) return call_.channels + 16;
+    return dtype == kNative<T> && call_.blocks() == 1 ? 0 : call_.channels * stride_;
+  }
+  void clear(int plane) {
+    std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T));
+  }
+
+  // The block's channels, whose squares are added up; in `scratch` unless they lie close together.
+  Rows<T> gather(const void* data, Dtype dtype, int64_t sample, const Block& block, T* scratch, int plane) {
+    T* squares = planes_.plane(plane);
+    const int64_t offset = this->row_offset(sample, 0, block.begin);
+    const bool native = dtype == kNative<T>;
+    const Rows<T> given{static_cast<const T*>(data) + (native ? offset : 0), call_.pixels};
+    const Rows<T> copied{scratch, stride_};
+    const Rows<T> found = native && call_.blocks() == 1 ? given : copied;
+    for_each_group(call_.channels, [&](auto rows, int64_t c) {
+      constexpr int ROWS = decltype(rows)::value;
+      T* to = scratch + c * stride_;
+      if (native && call_.blocks() > 1)
+        return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_, squares);
+      for (int j = 0; j < ROWS && !native; ++j)
+        fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
+      add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
+    });
+    return found;
+  }
+
+  void set_units(const T* mask, int64_t n) {
+    for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
+      const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
+      for (const int side : {0, 1}) {
+        unit_factor(V::load(planes_.plane(kSquaresA + side) + i), V(eps_), counted)
+            .store(planes_.plane(kUnitA + side) + i);
+      }
+    });
+  }
+
+  // The block's sum; saves what the backward needs.
+  double finish(const T* mask, int64_t sample, const Block& block) {
+    V sum(T(0));
+    for_each_vector<V>(block.n, [&](int64_t i, int count) __attribute__((always_inline)) {
+      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
+      V value = first_of(load(kSum), count);
+      if (mask) {
+        const V counted = load_part<V>(mask + i, count);
+        value = select_zero_(counted, counted * value);
+      }
+      sum = sum + value;
+      if (call_.saved == nullptr) return;
+      for (const int side : {0, 1}) {
+        const V r = load(kUnitA + side);
+        store_part(r, this->saved(side, sample, block.begin + i), count);
+        store_part(along(V(kSlopes[side]), load(kDotA + side), r, load(kSquaresA + side)),
+                   this->saved(2 + side, sample, block.begin + i), count);
+      }
+    });
+    return sum.sum();
+  }
+
+  // channels_last: a pixel after the other.
+  double pixels(const Block& block, int64_t k) {
+    const int64_t channels = call_.channels, sample = this->sample_of(block, k);
+    const T* weights = this->weights_.get();
+    const T* mask = this->mask_of(block, sample);
+    double total = 0;
+    for (int64_t p = 0; p < block.n; ++p) {
+      const int64_t pixel = block.begin + p;
+      const T* a =
+          fetch(call_.input, call_.input_dtype, this->pixel_offset(sample, pixel), channels, input_.get());
+      const T* b = fetch(call_.target, call_.target_dtype, this->pixel_offset(block.sample, pixel), channels,
+                         target_.get());
+      T& squares_b = planes_.plane(kSquaresB)[p];
+      if (k == 0) squares_b = square_sum(b, channels);
+      const T squares[2] = {square_sum(a, channels), squares_b};
+      const T counted = mask ? mask[p] : T(1);
+      const T units[2] = {unit_factor(squares[0], eps_, counted), unit_factor(squares[1], eps_, counted)};
+      const V r(units[0]), s(units[1]), minus_s(-units[1]);
+      V sum(T(0)), dot_a(T(0)), dot_b(T(0));
+      for_each_vector<V>(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+        const V x = load_part<V>(a + c, count), y = load_part<V>(b + c, count);
+        const V d = difference(x, r, y, s, minus_s);
+        const V weighted = load_part<V>(weights + c, count) * d;
+        sum = fma_(weighted, d, sum);
+        dot_a = fma_(weighted, x, dot_a);
+        dot_b = fma_(weighted, y, dot_b);
+      });
+      total += static_cast<double>(select_zero_(counted, counted * sum.lane_sum()));
+      if (call_.saved == nullptr) continue;
+      const T dots[2] = {dot_a.lane_sum(), dot_b.lane_sum()};
+      for (const int side : {0, 1}) {
+        *this->saved(side, sample, pixel) = units[side];
+        *this->saved(2 + side, sample, pixel) = along(kSlopes[side], dots[side], units[side], squares[side]);
+      }
+    }
+    return total;
+  }
+
+  static constexpr T kSlopes[2] = {T(2), T(-2)};  // of w d^2 by a r and by b s, over w d
+
+  Planes<T> planes_;
+  T eps_;
+  Scratch<T> input_, target_;
+};
+
+// Gradients of n elements that follow one another in memory; `get(i, count)` tells about elements i, i + 1, ...
+template <typename V>
+struct Slopes {
+  V weight, r, s, slope_a, along_a, slope_b, along_b, mask;
+};
+template <typename T>
+struct GradientRun {
+  const T* a;
+  const T* b;
+  int64_t n;
+  int64_t ahead;  // to what is read next
+  T* grad_a;      // null where not wanted
+  T* grad_b;
+  bool add_b;  // to what another prediction left there
+  bool stream;
+};
+
+template <bool A, bool B, bool MASKED, typename T, typename Get>
+IK_INLINE void differentiate_as(const GradientRun<T>& run, const Get& get) {
+  using V = Vec<T>;
+  const auto at = [&](int64_t i, int count, bool stream) __attribute__((always_inline)) {
+    const Slopes<V> of = get(i, count);
+    const V x = load_part<V>(run.a + i, count), y = load_part<V>(run.b + i, count);
+    __builtin_prefetch(run.a + i + run.ahead);
+    __builtin_prefetch(run.b + i + run.ahead);
+    const V weighted = of.weight * difference(x, of.r, y, of.s, V(T(0)) - of.s);
+    const auto counted = [&](V value) __attribute__((always_inline)) {
+      return MASKED ? select_zero_(of.mask, value) : value;
+    };
+    if constexpr (A) store_part(counted(of.slope_a * weighted - of.along_a * x), run.grad_a + i, count, stream);
+    if constexpr (B) {
+      const V value = counted(of.slope_b * weighted - of.along_b * y);
+      store_part(run.add_b ? load_part<V>(run.grad_b + i, count) + value : value, run.grad_b + i, count,
+                 stream && !A);
+    }
+  };
+  // Rows of odd planes start anywhere: stores around the cache begin at the next whole vector.
+  int64_t i = 0;
+  if (run.stream) {
+    const auto address = reinterpret_cast<uintptr_t>(A ? run.grad_a : run.grad_b);
+    i = least(static_cast<int64_t>((0 - address) % sizeof(V) / sizeof(T)), run.n);
+    if (i > 0) at(0, static_cast<int>(i), false);
+  }
+  for (; i + V::lanes <= run.n; i += V::lanes) at(i, V::lanes, run.stream);
+  if (i < run.n) at(i, static_cast<int>(run.n - i), false);
+}
+
+template <typename T>
+class Backward : Worker<T> {
+  using Base = Worker<T>;
+  using V = Vec<T>;
+  using typename Base::Block;
+  using Base::call_;
+  using Base::stride_;
+
+ public:
+  explicit Backward(const ColumnsCall& call)
+      : Base(call, kBackwardPlanes * static_cast<int>(call.predictions)),
+        length_(call.channels_last ? call.channels + 16 : stride_),
+        buffers_(4 * length_) {}
+
+  void unit(int64_t index) {
+    const Block block = this->block(index);
+    for (int64_t k = 0; k < call_.predictions; ++k) prepare(block, k);
+    const bool last = call_.channels_last;
+    const int64_t runs = last ? block.n : call_.channels;
+    for (int64_t j = 0; j < runs; ++j) {
+      for (int64_t k = 0; k < call_.predictions; ++k) {
+        const int64_t sample = this->sample_of(block, k);
+        GradientRun<T> run;
+        run.n = last ? call_.channels : block.n;
+        run.ahead = last ? call_.channels : call_.pixels;
+        const int64_t offset = offset_of(sample, j, block), target_offset = offset_of(block.sample, j, block);
+        run.a = fetch(call_.input, call_.input_dtype, offset, run.n, buffer(0));
+        run.b = fetch(call_.target, call_.target_dtype, target_offset, run.n, buffer(1));
+        run.grad_a = output_at(call_.grad_input, call_.input_dtype, offset, buffer(2));
+        run.grad_b = output_at(call_.grad_target, call_.target_dtype, target_offset, buffer(3));
+        run.add_b = k > 0;
+        // What is added to is read again.
+        run.stream = call_.stream && (run.grad_a != nullptr ? run.grad_a != buffer(2)
+                                                            : run.grad_b != buffer(3) && call_.predictions == 1);
+        last ? of_pixel(run, k, j) : of_channel(run, k, j);
+        store_output(call_.grad_input, call_.input_dtype, offset, run.n, run.grad_a);
+        if (k + 1 == call_.predictions)
+          store_output(call_.grad_target, call_.target_dtype, target_offset, run.n, run.grad_b);
+      }
+    }
+  }
+
+ private:
+  int64_t offset_of(int64_t sample, int64_t j, const Block& block) const {
+    return call_.channels_last ? this->pixel_offset(sample, block.begin + j)
+                               : this->row_offset(sample, j, block.begin);
+  }
+  T* buffer(int i) { return buffers_.get() + i * length_; }
+  Planes<T> planes(int64_t k) { return {this->planes_data_.get() + k * kBackwardPlanes * stride_, stride_}; }
+
+  // The coefficients of a block times what every pixel of the sample counts.
+  void prepare(const Block& block, int64_t k) {
+    const int64_t sample = this->sample_of(block, k);
+    const T* mask = this->mask_of(block, sample);
+    const Planes<T> planes = this->planes(k);
+    const V factor(static_cast<T>(call_.factors[sample]));
+    for_each_vector<V>(block.n, [&](int64_t i, int count) __attribute__((always_inline)) {
+      const auto load = [&](int index) __attribute__((always_inline)) {
+        return load_part<V>(this->saved(index, sample, block.begin + i), count);
+      };
+      const auto store = [&](V value, int plane) __attribute__((always_inline)) {
+        value.store(planes.plane(plane) + i);
+      };
+      const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
+      const V share = factor * counted, r = load(0), s = load(1);
+      store(counted, kMask);
+      store(r, kR);
+      store(s, kS);
+      store(V(T(2)) * share * r, kSlopeA);
+      store(share * load(2), kAlongA);
+      store(V(T(-2)) * share * s, kSlopeB);
+      store(share * load(3), kAlongB);
+    });
+  }
+
+  void of_channel(const GradientRun<T>& run, int64_t k, int64_t c) {
+    const Planes<T> planes = this->planes(k);
+    const V weight(this->weights_.get()[c]);
+    differentiate(run, [&](int64_t i, int) __attribute__((always_inline)) {
+      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes.plane(plane) + i); };
+      return Slopes<V>{weight,        load(kR),      load(kS),      load(kSlopeA),
+                       load(kAlongA), load(kSlopeB), load(kAlongB), load(kMask)};
+    });
+  }
+
+  void of_pixel(const GradientRun<T>& run, int64_t k, int64_t p) {
+    const Planes<T> planes = this->planes(k);
+    const auto value = [&](int plane) { return V(planes.plane(plane)[p]); };
+    Slopes<V> of{V(T(0)),        value(kR),      value(kS),      value(kSlopeA),
+                 value(kAlongA), value(kSlopeB), value(kAlongB), value(kMask)};
+    differentiate(run, [&](int64_t c, int count) __attribute__((always_inline)) {
+      of.weight = load_part<V>(this->weights_.get() + c, count);
+      return of;
+    });
+  }
+
+  template <typename Get>
+  IK_MEMBER void differentiate(const GradientRun<T>& run, const Get& get) const {
+    with_bool(call_.mask != nullptr, [&](auto masked) __attribute__((always_inline)) {
+      constexpr bool MASKED = decltype(masked)::value;
+      if (run.grad_a != nullptr && run.grad_b != nullptr) return differentiate_as<true, true, MASKED>(run, get);
+      if (run.grad_a != nullptr) return differentiate_as<true, false, MASKED>(run, get);
+      differentiate_as<false, true, MASKED>(run, get);
+    });
+  }
+
+  int64_t length_;
+  Scratch<T> buffers_;
+};
+
+template <template <typename> class Direction, typename T>
+void units(const ColumnsCall& call, int64_t unit_begin, int64_t unit_end) {
+  Direction<T> worker(call);
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) worker.unit(unit);
+  end_stream(call.stream);
+}
+
+}  // namespace
+
+template <typename T>
+constexpr Kernels<ColumnsCall> kKernels = {units<Forward, T>, units<Backward, T>};
+IK_DEFINE_PER_ISA(Kernels<ColumnsCall>, columns_kernels, kKernels)
+
+}  // namespace ik::IK_ISA
