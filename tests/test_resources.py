@@ -114,6 +114,28 @@ CASES = [
     Case("feature_distance", MIXED, FEATURES, layers=(128,), channels_last=True, penalty="charbonnier"),
     Case("feature_distance", size=FEATURES, layers=(128, 256), predictions=2, backward="pred"),
     Case("feature_distance", BF16, FEATURES, layers=(128,), penalty="charbonnier", backward="pred"),
+    Case("lpips", size=FEATURES, layers=(128, 256, 512), mask=None, predictions=2),
+    Case("lpips", BF16, FEATURES, layers=(192,), predictions=2),
+    Case("lpips", BF16, FEATURES, layers=(192,), channels_last=True),
+    # Planes that 8 does not divide, and a column that is read twice.
+    Case("lpips", size=(8, 64, 63, 63), layers=(1280,), mask=torch.bool),
+    Case("lpips", size=FEATURES, layers=(128, 256), mask=None, predictions=2, backward="pred"),
+    Case("lpips", F16, FEATURES, layers=(192,), backward="pred,target"),
+    Case("lpips", size=DEEP, layers=(128,), channels_last=True, backward="pred,target"),
+    Case("ssim", mask=None, kernel=(11,)),
+    Case("ssim", BF16, kernel=(11,), l1=True),
+    Case(
+        "ssim",
+        mask=torch.bool,
+        mask_channels=3,
+        channels_last=True,
+        kernel=(15,),
+        region="same",
+        contrast=True,
+    ),
+    Case("ssim", mask=None, kernel=(11,), backward="pred"),
+    Case("ssim", BF16, kernel=(11,), l1=True, contrast=True, backward="pred,target"),
+    Case("ssim", mask=torch.bool, channels_last=True, kernel=(15,), region="same", backward="pred"),
     *(
         Case(op, dtypes, LAYER, channels_last)
         for op in ("mask_input", "finish", "finish_backward")
@@ -375,6 +397,10 @@ ANY_SIZE = [
     Case("style", layers=(1,)),
     Case("feature_distance", layers=(1,)),
     Case("feature_distance", layers=(1,), penalty="huber", backward="pred"),
+    Case("lpips", layers=(1,), predictions=2),
+    Case("lpips", layers=(1,), mask=None, backward="pred,target"),
+    Case("ssim", kernel=(5,), region="same", l1=True),
+    Case("ssim", kernel=(5,), region="same", mask=None, backward="pred"),
     *(Case(op) for op in PARTIAL_CONV),
 ]
 # One element; a row of exactly one group of 8; a column; multiples of 16, which the launcher notes; odd numbers.

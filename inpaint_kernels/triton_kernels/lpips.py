@@ -38,7 +38,7 @@ from .lpips_tile import (
 )
 from .pixel_tile import tile_of, unpacked
 
-# (elements of the largest layer, of a tile, warps), then a tile of the backward and its warps. Reasoned, not measured.
+# (elements of the largest layer, of a tile, warps), then tile and warps of the backward. Reasoned, not measured.
 TILES = ((1 << 22, 4096, 4), (1 << 63, 8192, 8))
 BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
 
