@@ -129,6 +129,24 @@ def forward_kernel(
 
 
 @triton.jit
+def layer_value(
+    at, sums_ptr, scale_ptr, sizes, COLUMNS: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """[1] in float64 of sample `at`."""
+    COLUMN: tl.constexpr = tile_of(COLUMNS, LAYER)
+    tiles, samples = unpacked(sizes[1]), unpacked(sizes[2])
+    lane = tl.arange(0, BLOCK)
+    begin = (at % samples * tiles).to(tl.int64) * COLUMN.PREDICTIONS + at // samples
+    sums_ptr += begin + unpacked(sizes[4])
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, tiles, BLOCK):
+        place = (first + lane).to(tl.int64) * COLUMN.PREDICTIONS
+        total += tl.load(sums_ptr + place, mask=first + lane < tiles, other=0.0).to(tl.float64)
+    scale = load_scale(scale_ptr, LAYER * tl.num_programs(0) + at, sizes, COLUMN)
+    return tl.sum(total, axis=0, keep_dims=True) * scale.to(tl.float64)
+
+
+@triton.jit
 def value_kernel(
     sums_ptr,  # [programs, PREDICTIONS] of each layer
     values_ptr,  # [k N]
@@ -140,20 +158,24 @@ def value_kernel(
 ):
     """Adds up the sums of one sample (program) and its layers."""
     at = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
     value = tl.zeros([1], tl.float64)
     for layer in tl.static_range(LAYERS):
-        COLUMN: tl.constexpr = tile_of(COLUMNS, layer)
-        tiles, samples = unpacked(sizes[layer][1]), unpacked(sizes[layer][2])
-        begin = (at % samples * tiles).to(tl.int64) * COLUMN.PREDICTIONS + at // samples
-        begin += unpacked(sizes[layer][4])
-        total = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, tiles, BLOCK):
-            place = begin + (first + lane).to(tl.int64) * COLUMN.PREDICTIONS
-            total += tl.load(sums_ptr + place, mask=first + lane < tiles, other=0.0).to(tl.float64)
-        scale = load_scale(scale_ptr, layer * tl.num_programs(0) + at, sizes[layer], COLUMN)
-        value += tl.sum(total, axis=0, keep_dims=True) * scale.to(tl.float64)
+        value += layer_value(at, sums_ptr, scale_ptr, sizes[layer], COLUMNS, layer, BLOCK)
     tl.store(values_ptr + at + tl.arange(0, 1), value.to(tl.float32))
+
+
+@triton.jit
+def layer_weight(at, mask_ptr, sizes, COLUMNS: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """[1] in float64: the sum of the mask of sample `at`."""
+    COLUMN: tl.constexpr = tile_of(COLUMNS, LAYER)
+    pixels = unpacked(sizes[0]) * COLUMN.UNIT
+    sample = at % unpacked(sizes[2]) if COLUMN.SHARED else at
+    lane = tl.arange(0, BLOCK)
+    mask_ptr += sample.to(tl.int64) * unpacked(sizes[3])
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, pixels, BLOCK):
+        total += tl.load(mask_ptr + first + lane, mask=first + lane < pixels, other=0).to(tl.float64)
+    return tl.sum(total, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -167,18 +189,10 @@ def scale_kernel(
 ):
     """1 / (the sum of the mask) of one sample (program) in every layer."""
     at = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
     for layer in tl.static_range(LAYERS):
-        COLUMN: tl.constexpr = tile_of(COLUMNS, layer)
-        pixels = unpacked(sizes[layer][0]) * COLUMN.UNIT
-        sample = at % unpacked(sizes[layer][2]) if COLUMN.SHARED else at
-        pointer = masks[layer] + sample.to(tl.int64) * unpacked(sizes[layer][3])
-        total = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, pixels, BLOCK):
-            total += tl.load(pointer + first + lane, mask=first + lane < pixels, other=0).to(tl.float64)
-        total = tl.sum(total, axis=0, keep_dims=True)
+        weight = layer_weight(at, masks[layer], sizes[layer], COLUMNS, layer, BLOCK)
         # An empty mask means value 0 and gradient 0, never 1 / 0.
-        scale = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+        scale = tl.where(weight == 0, 0.0, 1.0 / tl.where(weight == 0, 1.0, weight))
         tl.store(scale_ptr + layer * tl.num_programs(0) + at + tl.arange(0, 1), scale.to(tl.float32))
 
 

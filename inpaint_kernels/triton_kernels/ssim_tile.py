@@ -58,10 +58,10 @@ def mask_offset_of(place, sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def is_inside(column, width, shift: tl.constexpr):
-    inside = column + shift < width
-    if shift < 0:
-        inside = inside & (column + shift >= 0)
+def is_inside(column, width, SHIFT: tl.constexpr):
+    inside = column + SHIFT < width
+    if SHIFT < 0:
+        inside = inside & (column + SHIFT >= 0)
     return inside
 
 
@@ -72,14 +72,13 @@ def image_row(pred, target, mask, column, width, readable, window, WINDOW: tl.co
     s_sum = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
     d_sum, ss_sum, dd_sum, m_sum, own, own_m = s_sum, s_sum, s_sum, s_sum, s_sum, s_sum
     for j in tl.static_range(WINDOW.SIZE):
-        shift: tl.constexpr = j - WINDOW.PAD
-        inside = readable & is_inside(column, width, shift)
-        a = tl.load(pred + shift * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(target + shift * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
+        inside = readable & is_inside(column, width, j - WINDOW.PAD)
+        a = tl.load(pred + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(target + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
         s, d = a + b, a - b
         weight = window[j]
         if mask is not None:
-            m = tl.load(mask + shift * WINDOW.MASK_STEP, mask=inside, other=0).to(tl.float32)
+            m = tl.load(mask + (j - WINDOW.PAD) * WINDOW.MASK_STEP, mask=inside, other=0).to(tl.float32)
             # Select, not only multiply: NaN and Inf under weight 0 do not count.
             s = tl.where(m == 0, 0.0, s)
             d = tl.where(m == 0, 0.0, d)
@@ -89,7 +88,7 @@ def image_row(pred, target, mask, column, width, readable, window, WINDOW: tl.co
         d_sum += weight * d
         ss_sum += weight * (s * s)
         dd_sum += weight * (d * d)
-        if shift == 0:
+        if j == WINDOW.PAD:
             own = tl.abs(d)
             if mask is not None:
                 own_m = m
@@ -102,9 +101,8 @@ def map_row(pointer, column, width, readable, window, WINDOW: tl.constexpr):
     """Sums along a row of one map."""
     total = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
     for j in tl.static_range(WINDOW.SIZE):
-        shift: tl.constexpr = j - WINDOW.PAD
-        inside = readable & is_inside(column, width, shift)
-        total += window[j] * tl.load(pointer + shift * WINDOW.STEP, mask=inside, other=0.0)
+        inside = readable & is_inside(column, width, j - WINDOW.PAD)
+        total += window[j] * tl.load(pointer + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0)
     return total
 
 
