@@ -21,6 +21,9 @@ MODES = ("forward", "backward", "full")
 SMALL_NUMEL = 1 << 17
 # Channels and reduction of VGG16's first three poolings, the maps most inpainting objectives read.
 VGG16_POOLS = ((64, 2), (128, 4), (256, 8))
+# Those that LPIPS reads: of VGG16 channels and reduction, of AlexNet channels and the poolings before.
+VGG16_RELUS = ((64, 1), (128, 2), (256, 4), (512, 8), (512, 16))
+ALEXNET_RELUS = ((64, 0), (192, 1), (384, 2), (256, 2), (256, 2))
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,17 @@ def feature_inputs(
 
 
 def layers(case: Case) -> list[tuple[int, int, int]]:
-    """(C, H, W) of every layer: those of VGG16's poolings for images of the case's shape, or the shape itself."""
+    """(C, H, W) of every layer for images of the case's shape, or the shape itself.
+
+    The option "net" names a net whose maps LPIPS reads; "vgg16" alone means the poolings.
+    """
     _, c, h, w = case.shape
+    net = case.options.get("net")
+    if net == "vgg16":
+        return [(channels, h // step, w // step) for channels, step in VGG16_RELUS]
+    if net == "alexnet":
+        sides = [((side - 7) // 4 + 1, (side - 15) // 8 + 1, (side - 31) // 16 + 1) for side in (h, w)]
+        return [(channels, sides[0][i], sides[1][i]) for channels, i in ALEXNET_RELUS]
     if not case.options.get("vgg16"):
         return [(c, h, w)]
     return [(channels, h // step, w // step) for channels, step in VGG16_POOLS]
