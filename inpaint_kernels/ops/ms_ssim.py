@@ -64,8 +64,8 @@ def _plane_values(
             # Means of half types are not rounded to them.
             dtype = accumulate_dtype(pred, target)
             images = [image.to(dtype) for image in images]
-            mask = None if mask is None else mask.to(dtype).expand(*mask.shape)
-            mask = mask[None, None] if mask is not None and mask.ndim == 2 else mask
+            if mask is not None:
+                mask = (mask[None, None] if mask.ndim == 2 else mask).to(dtype)
         if scale:
             images, mask = _next_scale(images, mask)
         similarity, contrast, _ = plane_means(*images, mask, windows, backend, contrast=scale < last)
