@@ -66,7 +66,7 @@ def backends_under_test() -> list[Backend]:
 
 
 # Public functions, and settings of them, without CUDA kernels.
-WITHOUT_CUDA = ("stacked_images", "composite", "masked_l1 none", "lpips_distance")
+WITHOUT_CUDA = ("stacked_images", "composite", "masked_l1 none", "lpips_distance", "ssim")
 
 
 def backend_for(function: str, backend: Backend | None) -> str | None:

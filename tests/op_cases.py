@@ -76,6 +76,8 @@ from pixel_cases import (
     on_device,
     skip_unsupported,
 )
+from ssim_cases import SETTINGS as WINDOWS
+from ssim_cases import ssim_call, ssim_formula
 from torch import Tensor
 
 import inpaint_kernels as ik
@@ -312,6 +314,17 @@ def gradient_loss() -> Iterator[Op]:
         )  # fmt: skip
 
 
+def ssim() -> Iterator[Op]:
+    for (windows, options), l1 in product(WINDOWS.items(), (True, False)):
+        given: dict[str, Any] = {"l1": l1, **options}
+        yield Op(
+            f"ssim {windows}{' l1' if l1 else ''}", "ssim", partial(ssim_call, **given),
+            partial(ssim_formula, **given), images, 2, PAIRS,
+            # The scales of 24 planes and of l1; references to the images, which the caller holds.
+            keeps=bits(0, 0, 13),
+        )  # fmt: skip
+
+
 NORMALIZED: dict[str, Any] = {"scale": SCALE, "shift": SHIFT}
 STACKS: dict[str, dict[str, Any]] = {
     "all": {"parts": PARTS, **NORMALIZED},
@@ -447,6 +460,6 @@ def table(*groups: Callable[[], Iterator[Op]]) -> dict[str, Op]:
 
 
 OPS = table(
-    masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, stacked_images,
+    masked, hole_valid, total_variation, inpainting_pixel, gradient_loss, ssim, stacked_images,
     gram, style, feature_distance, lpips, partial_conv,
 )  # fmt: skip

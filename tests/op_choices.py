@@ -37,6 +37,7 @@ WAYS = {
         "image first_pixel-mask l1",
     ),
     "gradient_loss": ("ring l1", "dilated_hole l2", "hole l1", "image l1"),
+    "ssim": ("same", "same l1"),
     "stacked_images": ("all", "swap", "composite", "holes"),
     "composite": ("valid", "hole"),
 }

@@ -95,7 +95,7 @@ _op = _library.Op(
     backward_fake=_backward_fake,
     save=_save,
     backward=_backward,
-    backends=("triton",),
+    backends=("cpu", "triton"),
 )
 
 
