@@ -38,8 +38,9 @@ from .lpips_tile import (
 )
 from .pixel_tile import tile_of, unpacked
 
-# (elements of the largest layer, of a tile, warps), then tile and warps of the backward. Reasoned, not measured.
-TILES = ((1 << 22, 4096, 4), (1 << 63, 8192, 8))
+# Elements of a tile and its warps, forward and backward. Reasoned, not measured: with 16 elements a thread of each image
+# two programs fit on a multiprocessor, and 512 channels of 8 pixels are whole sectors of memory.
+TILE, WARPS = 4096, 8
 BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
 
 
@@ -208,6 +209,7 @@ def backward_layer(
 ):
     COLUMN: tl.constexpr = tile_of(COLUMNS, LAYER)
     C: tl.constexpr = COLUMN.C
+    PREDICTIONS: tl.constexpr = COLUMN.PREDICTIONS
     CHUNKS: tl.constexpr = (C + COLUMN.BLOCK_C - 1) // COLUMN.BLOCK_C
     input_ptr, target_ptr, weight_ptr, mask_ptr, saved_ptr, grad_input_ptr, grad_target_ptr = tensors
     # Chunks of channels change fastest: they share the factors of a pixel.
@@ -220,8 +222,8 @@ def backward_layer(
     b, target_place, inside = load_column(target_ptr, target_start, pixel, left, first, pixels, COLUMN)
     weight = 2 * load_head(weight_ptr, first, COLUMN)
     total = tl.zeros([COLUMN.BLOCK_P, COLUMN.BLOCK_C], tl.float32)
-    plane = COLUMN.PREDICTIONS * samples * pixels
-    for prediction in tl.static_range(COLUMN.PREDICTIONS):
+    plane = PREDICTIONS * samples * pixels
+    for prediction in tl.static_range(PREDICTIONS):
         at = sample + prediction * samples
         a, place, _ = load_column(input_ptr, at * C * pixels + offset, pixel, left, first, pixels, COLUMN)
         saved = saved_ptr + at * pixels + begin + pixel
@@ -229,7 +231,7 @@ def backward_layer(
         rb = tl.load(saved + plane, mask=pixel < left, other=0.0)
         ca = tl.load(saved + 2 * plane, mask=pixel < left, other=0.0)
         cb = tl.load(saved + 3 * plane, mask=pixel < left, other=0.0)
-        row = LAYER * COLUMN.PREDICTIONS * samples
+        row = LAYER * PREDICTIONS * samples
         f = tl.load(grad_ptr + at) * load_scale(scale_ptr, row + at, sizes, COLUMN)
         if mask_ptr is not None:
             if prediction == 0 or not COLUMN.SHARED:
@@ -298,9 +300,7 @@ def forward(
     ]
     if samples == 0:
         return values, saved
-    size = max(x.numel() for x in input)
-    _, elements, warps = next(row for row in TILES if size <= row[0])
-    layers = make_layers(input, target, weights, mask, elements, True)
+    layers = make_layers(input, target, weights, mask, TILE, True)
     firsts = (0, *accumulate(layer.programs for layer in layers))
     columns = tuple(layer.column for layer in layers)
     sizes = tuple(layer.sizes for layer in layers)
@@ -316,7 +316,7 @@ def forward(
             eps,
             columns,
             len(layers),
-            num_warps=warps,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
         value_kernel[(samples,)](sums, values, scale, sizes, columns, len(layers), 256, num_warps=1)

@@ -29,7 +29,7 @@ from .ssim_tile import (
     image_row,
     make_images,
     map_row,
-    mask_offset_of,
+    mask_place_of,
     no_sums,
     offset_of,
     place_of,
@@ -57,26 +57,24 @@ def window_kernel(
     LAST: tl.constexpr = WINDOW.SIZE - 1
     CENTRE: tl.constexpr = WINDOW.SIZE // 2 - WINDOW.PAD
     height, width = unpacked(sizes[0]), unpacked(sizes[1])
-    out_height, out_width, channels = unpacked(sizes[2]), unpacked(sizes[3]), unpacked(sizes[4])
-    place = place_of(sizes, WINDOW)
-    sample, channel, column, first, end = place
-    exists = (channel < channels) & (column >= 0)
-    image = offset_of(place, channels, height, width, WINDOW)
+    out_height, out_width, planes = unpacked(sizes[2]), unpacked(sizes[3]), unpacked(sizes[4])
+    plane, column, exists, first, end = place_of(sizes, WINDOW)
+    image = offset_of(plane, column, height, width, sizes, WINDOW)
     stride = width.to(tl.int64) * WINDOW.STEP
+    mask_step = 0
     if mask_ptr is not None:
-        mask_ptr += mask_offset_of(place, sizes, WINDOW)
-        mask_stride = width.to(tl.int64) * WINDOW.MASK_STEP
+        mask_offset, mask_step, mask_stride = mask_place_of(plane, column, width, sizes, WINDOW)
+        mask_ptr += mask_offset
         m_sums = no_sums(WINDOW)
     if maps_ptr is not None:
-        plane = sample * channels + channel
-        scale = tl.load(scale_ptr + plane, mask=channel < channels, other=0.0)
+        scale = tl.load(scale_ptr + plane, mask=plane < planes, other=0.0)
         by_similarity, by_contrast = tl.zeros_like(scale), tl.zeros_like(scale)
         if grads[0] is not None:
-            by_similarity = scale * tl.load(grads[0] + plane, mask=channel < channels, other=0.0)
+            by_similarity = scale * tl.load(grads[0] + plane, mask=plane < planes, other=0.0)
         if grads[1] is not None:
-            by_contrast = scale * tl.load(grads[1] + plane, mask=channel < channels, other=0.0)
-        maps_ptr += offset_of(place, channels, out_height, out_width, WINDOW)
-        map_size = unpacked(sizes[11]).to(tl.int64) * channels * out_height * out_width
+            by_contrast = scale * tl.load(grads[1] + plane, mask=plane < planes, other=0.0)
+        maps_ptr += offset_of(plane, column, out_height, out_width, sizes, WINDOW)
+        map_size = planes.to(tl.int64) * out_height * out_width
     zero = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
     similarity, contrast, l1, weights, l1_weights = zero, zero, zero, zero, zero
     s_sums, d_sums, ss_sums, dd_sums = no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW)
@@ -85,7 +83,7 @@ def window_kernel(
         at = image + row * stride
         mask_row = mask_ptr + row * mask_stride if mask_ptr is not None else None
         s, d, ss, dd, m, own, own_m = image_row(
-            pred_ptr + at, target_ptr + at, mask_row, column, width, readable, window, WINDOW
+            pred_ptr + at, target_ptr + at, mask_row, mask_step, column, width, readable, window, WINDOW
         )
         s, s_sums = add_row(s_sums, s, window, WINDOW)
         d, d_sums = add_row(d_sums, d, window, WINDOW)
@@ -96,7 +94,7 @@ def window_kernel(
         centre = tl.where(counted, 1.0, 0.0)
         if mask_ptr is not None:
             m, m_sums = add_row(m_sums, m, window, WINDOW)
-            centre_ptr = mask_ptr + (out + CENTRE) * mask_stride + CENTRE * WINDOW.MASK_STEP
+            centre_ptr = mask_ptr + (out + CENTRE) * mask_stride + CENTRE * mask_step
             centre = tl.load(centre_ptr, mask=counted, other=0).to(tl.float32)
             counted = centre != 0
             normal = tl.div_rn(tl.full(m.shape, 1.0, tl.float32), tl.where(m == 0, 1.0, m))
@@ -178,14 +176,11 @@ def mean_kernel(
     """The means of one plane (program), the last program that of l1."""
     KINDS: tl.constexpr = 1 + (contrast_ptr is not None) + MASKED
     total = programs.to(tl.int64) * BLOCK_C
-    at = tl.program_id(0)
-    channels, samples = unpacked(sizes[4]), unpacked(sizes[11])
+    at, planes = tl.program_id(0), unpacked(sizes[4])
     scale_ptr += at
-    if at < samples * channels:
+    if at < planes:
         parts = unpacked(sizes[6]) * unpacked(sizes[7])
-        chunks = (channels + BLOCK_C - 1) // BLOCK_C
-        sample, channel = at // channels, at % channels
-        sums_ptr += (sample * chunks + channel // BLOCK_C).to(tl.int64) * parts * BLOCK_C + channel % BLOCK_C
+        sums_ptr += (at // BLOCK_C).to(tl.int64) * parts * BLOCK_C + at % BLOCK_C
         if MASKED:
             weight = summed(sums_ptr + (KINDS - 1) * total, parts, BLOCK_C, BLOCK)
         else:
@@ -200,7 +195,7 @@ def mean_kernel(
             weight = summed(sums_ptr + total, total, 1, BLOCK)
         else:
             pixels = unpacked(sizes[0]).to(tl.float64) * unpacked(sizes[1])
-            weight = tl.zeros([1], tl.float64) + pixels * channels * samples
+            weight = tl.zeros([1], tl.float64) + pixels * planes
         store_mean(l1_ptr, summed(sums_ptr, total, 1, BLOCK), weight, 0.0)
         store_mean(scale_ptr, tl.full([1], 1.0, tl.float64), weight, 0.0)
 
@@ -221,21 +216,19 @@ def gradient_kernel(
 ):
     LAST: tl.constexpr = WINDOW.SIZE - 1
     height, width = unpacked(sizes[0]), unpacked(sizes[1])
-    map_height, map_width, channels = unpacked(sizes[2]), unpacked(sizes[3]), unpacked(sizes[4])
-    place = place_of(sizes, WINDOW)
-    _, channel, column, first, end = place
-    exists = (channel < channels) & (column >= 0)
-    maps_ptr += offset_of(place, channels, map_height, map_width, WINDOW)
-    planes = unpacked(sizes[11]) * channels
+    map_height, map_width, planes = unpacked(sizes[2]), unpacked(sizes[3]), unpacked(sizes[4])
+    plane, column, exists, first, end = place_of(sizes, WINDOW)
+    maps_ptr += offset_of(plane, column, map_height, map_width, sizes, WINDOW)
     map_size = planes.to(tl.int64) * map_height * map_width
     map_stride = map_width.to(tl.int64) * WINDOW.STEP
-    image = offset_of(place, channels, height, width, WINDOW)
+    image = offset_of(plane, column, height, width, sizes, WINDOW)
     stride = width.to(tl.int64) * WINDOW.STEP
     by_l1 = 0.0
     if grad_l1_ptr is not None:
         by_l1 = tl.load(grad_l1_ptr) * tl.load(scale_ptr + planes)
     if mask_ptr is not None:
-        mask_ptr += mask_offset_of(place, sizes, WINDOW)
+        mask_offset, _, mask_stride = mask_place_of(plane, column, width, sizes, WINDOW)
+        mask_ptr += mask_offset
     s_sums, d_sums, ss_sums, dd_sums = no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW)
     for row in range(first - WINDOW.PAD, end + LAST - WINDOW.PAD):
         readable = exists & (row >= 0) & (row < map_height)
@@ -259,8 +252,7 @@ def gradient_kernel(
         if grad_l1_ptr is not None:
             grad_d += tl.where(d > 0, by_l1, tl.where(d < 0, -by_l1, 0.0))
         if mask_ptr is not None:
-            mask_at = mask_ptr + out * (width.to(tl.int64) * WINDOW.MASK_STEP)
-            m = tl.load(mask_at, mask=inside, other=0).to(tl.float32)
+            m = tl.load(mask_ptr + out * mask_stride, mask=inside, other=0).to(tl.float32)
             grad_s = tl.where(m == 0, 0.0, m * grad_s)
             grad_d = tl.where(m == 0, 0.0, m * grad_d)
         if grad_pred_ptr is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import plan
 from .pixel_tile import unpacked
+from .product import INTERPRETED
 
 # (elements of the call, rows of a strip), and the threads of a program, one a column. Reasoned, not measured.
 STRIPS = ((1 << 18, 8), (1 << 22, 16), (1 << 63, 32))
@@ -22,39 +23,47 @@ class Window(NamedTuple):
     SIZE: int
     PAD: int  # rows and columns outside that the first window begins with
     STEP: int  # distance of neighbours: 1, or C in channels_last
-    MASK_STEP: int  # of the mask's
     BLOCK_X: int
     BLOCK_C: int
 
 
 @triton.jit
 def place_of(sizes, WINDOW: tl.constexpr):
-    """Of a program: sample, channel [1, BLOCK_C], column [BLOCK_X, 1], its first row and the one after its last."""
-    channels, covered = unpacked(sizes[4]), unpacked(sizes[5])
+    """Of a program: plane [1, BLOCK_C], column [BLOCK_X, 1], whether they exist, first row, the row after its last."""
     tiles, strips, rows = unpacked(sizes[6]), unpacked(sizes[7]), unpacked(sizes[8])
-    chunks = (channels + WINDOW.BLOCK_C - 1) // WINDOW.BLOCK_C
     program = tl.program_id(0)
     column = program % tiles * WINDOW.BLOCK_X + tl.arange(0, WINDOW.BLOCK_X)[:, None]
     first = program // tiles % strips * rows
-    chunk = program // tiles // strips % chunks
-    sample = (program // tiles // strips // chunks).to(tl.int64)
-    channel = chunk * WINDOW.BLOCK_C + tl.arange(0, WINDOW.BLOCK_C)[None, :]
-    return sample, channel, column, first, tl.minimum(first + rows, covered)
+    plane = program // tiles // strips * WINDOW.BLOCK_C + tl.arange(0, WINDOW.BLOCK_C)[None, :]
+    exists = (plane < unpacked(sizes[4])) & (column >= 0)
+    return plane, column, exists, first, tl.minimum(first + rows, unpacked(sizes[5]))
 
 
 @triton.jit
-def offset_of(place, channels, height, width, WINDOW: tl.constexpr):
-    """Offset [BLOCK_X, BLOCK_C] of the program's columns in row 0 of images (NCHW or channels_last)."""
-    sample, channel, column = place[0], place[1], place[2]
+def offset_of(plane, column, height, width, sizes, WINDOW: tl.constexpr):
+    """Offset [BLOCK_X, BLOCK_C] of the columns in row 0 of images of that size, NCHW or channels_last."""
     pixels = height.to(tl.int64) * width
-    offset = sample * channels * pixels + column.to(tl.int64) * WINDOW.STEP
-    return offset + (channel * pixels if WINDOW.STEP == 1 else channel)
+    if WINDOW.STEP == 1:
+        offset = plane * pixels + column
+    else:
+        channels = unpacked(sizes[11])
+        offset = plane // channels * channels * pixels + plane % channels + column.to(tl.int64) * WINDOW.STEP
+    return offset
 
 
 @triton.jit
-def mask_offset_of(place, sizes, WINDOW: tl.constexpr):
+def mask_place_of(plane, column, width, sizes, WINDOW: tl.constexpr):
+    """Likewise of the mask, and the distances of its neighbours and rows."""
+    if WINDOW.STEP == 1:
+        step = 1
+    else:
+        # At run time: of neighbours known to touch, the compiler would load other ones than of the images, and
+        # exchange every load through shared memory.
+        step = unpacked(sizes[12])
     stride_n, stride_c = unpacked(sizes[9]).to(tl.int64), unpacked(sizes[10]).to(tl.int64)
-    return place[0] * stride_n + place[1] * stride_c + place[2].to(tl.int64) * WINDOW.MASK_STEP
+    channels = unpacked(sizes[11])
+    offset = plane // channels * stride_n + plane % channels * stride_c + column.to(tl.int64) * step
+    return offset, step, width.to(tl.int64) * step
 
 
 @triton.jit
@@ -66,7 +75,7 @@ def is_inside(column, width, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def image_row(pred, target, mask, column, width, readable, window, WINDOW: tl.constexpr):
+def image_row(pred, target, mask, mask_step, column, width, readable, window, WINDOW: tl.constexpr):
     """Sums along a row of the windows that begin PAD before each column: of s, d, s^2, d^2, each times the mask, and
     of the mask, [BLOCK_X, BLOCK_C]; the column's own |d| and mask. The pointers are those of the row's columns."""
     s_sum = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
@@ -78,7 +87,7 @@ def image_row(pred, target, mask, column, width, readable, window, WINDOW: tl.co
         s, d = a + b, a - b
         weight = window[j]
         if mask is not None:
-            m = tl.load(mask + (j - WINDOW.PAD) * WINDOW.MASK_STEP, mask=inside, other=0).to(tl.float32)
+            m = tl.load(mask + (j - WINDOW.PAD) * mask_step, mask=inside, other=0).to(tl.float32)
             # Select, not only multiply: NaN and Inf under weight 0 do not count.
             s = tl.where(m == 0, 0.0, s)
             d = tl.where(m == 0, 0.0, d)
@@ -141,8 +150,8 @@ class Images(NamedTuple):
     target: Tensor
     mask: Tensor | None  # [H, W] or [1|N, 1|C, H, W]
     programs: int
-    # `packed`: height and width of the images, windows down and along, channels, rows that the programs cover, tiles
-    # along a row, strips, rows of a strip, strides of the mask by sample and by channel, samples.
+    # `packed`: height and width of the images, windows down and along, planes, rows that all programs cover, tiles of
+    # a row, strips, rows of a strip, strides of the mask by sample and channel, channels, distance of its neighbours.
     sizes: tuple[int, ...]
     window: Window
     warps: int
@@ -158,19 +167,22 @@ def make_images(
     lost = 0 if same else size - 1
     out_h, out_w = h - lost, w - lost
     covered_h, covered_w = (out_h, out_w) if by_windows else (h, w)
+    # Neighbours in memory are what neighbouring threads read.
     block_c = min(triton.next_power_of_2(c), 16) if last else 1
     block_x = min(THREADS // block_c, triton.next_power_of_2(covered_w))
     rows = next(row[1] for row in STRIPS if pred.numel() <= row[0])
+    if INTERPRETED:
+        # An operation takes the interpreter the same time for any number of elements.
+        block_c, rows = min(triton.next_power_of_2(n * c), 16), 24
     tiles, strips = triton.cdiv(covered_w, block_x), triton.cdiv(covered_h, rows)
-    pad = size // 2 if same else 0
     mask_step = c if last and ready.stride_c else 1
     strides = ready.stride_n, ready.stride_c
     return Images(
         plan.in_layout(pred, last),
         plan.in_layout(target, last),
         ready.tensor,
-        n * triton.cdiv(c, block_c) * tiles * strips,
-        plan.packed((h, w, out_h, out_w, c, covered_h, tiles, strips, rows, *strides, n)),
-        Window(size, pad, c if last else 1, mask_step, block_x, block_c),
+        triton.cdiv(n * c, block_c) * tiles * strips,
+        plan.packed((h, w, out_h, out_w, n * c, covered_h, tiles, strips, rows, *strides, c, mask_step)),
+        Window(size, size // 2 if same else 0, c if last else 1, block_x, block_c),
         max(1, block_x * block_c // 32),
     )
