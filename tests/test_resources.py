@@ -174,6 +174,9 @@ def check_registers(case: Case, launch: Launch, resources: Resources) -> None:
     elif case.op in ("gram", "style"):
         # A launch of more registers than a multiprocessor has does not start.
         limit = 65536 // (32 * launch.warps)
+    elif case.op == "ssim":
+        # Three programs, with the longest window two: all sums of a column lie in registers.
+        limit = 168 if case.kernel[0] < 15 else 255
     else:
         limit = PAIRS if case.op in NEIGHBOURS else LOSSES
     assert resources.registers <= limit, f"{name}: too many registers"
@@ -269,6 +272,22 @@ def check_features(case: Case, launch: Launch, resources: Resources) -> None:
         check_narrow(resources.stores, 8, 32 * parts)
 
 
+def check_columns(launch: Launch, resources: Resources) -> None:
+    """Features of LPIPS move 16 bytes at a time, where their planes allow it."""
+    if launch.kernel.__name__ not in ("forward_kernel", "backward_kernel"):
+        return
+    read = written = 0
+    for column, tensors in zip(launch.arguments["COLUMNS"], launch.arguments["layers"], strict=True):
+        if column.CHANNELS_LAST or column.UNIT == 8:
+            elements = column.BLOCK_P * column.BLOCK_C // (32 * launch.warps)
+            read += elements * (column.PREDICTIONS * tensors[0].element_size() + tensors[1].element_size())
+            # Of the forward numbers of a pixel, of the backward the gradients of the predictions and of the target.
+            stored = zip(tensors[5:], (column.PREDICTIONS, 1), strict=False)
+            written += sum(elements * times * t.element_size() for t, times in stored if t is not None)
+    assert resources.loads[16] >= read, f"narrow loads: {dict(resources.loads)}, {read} bytes of features"
+    assert resources.stores[16] >= written, f"narrow stores: {dict(resources.stores)}"
+
+
 def check_partial_conv(case: Case, launch: Launch, resources: Resources) -> None:
     """Images move 16 bytes at a time; what is narrower are planes, a bias, sums of it."""
     arguments, name = launch.arguments, launch.kernel.__name__
@@ -299,7 +318,9 @@ def check(case: Case, launch: Launch, resources: Resources) -> None:
         check_partial_conv(case, launch, resources)
     elif case.op in ("gram", "style", "feature_distance"):
         check_features(case, launch, resources)
-    elif "finalize" not in launch.kernel.__name__:
+    elif case.op == "lpips":
+        check_columns(launch, resources)
+    elif case.op != "ssim" and "finalize" not in launch.kernel.__name__:
         check_images(case, launch, resources)
 
 
@@ -334,7 +355,7 @@ def test_check_fails_on_a_tile_too_large(op: str, changes: dict[str, int], warps
         check_registers(case, launch, compile_launch(launch, 90))
 
 
-@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "finish"])
+@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "lpips", "finish"])
 def test_check_fails_on_narrow_loads(op: str) -> None:
     case, launch = first_of(op)
     # Addresses that are not aligned may take too many registers as well.
@@ -349,6 +370,23 @@ def test_gram_adds_blocks_outside_the_tensor_core() -> None:
     assert "wgmma.mma_async" in ptx
     # One addition for every element of the 64 x 64 tile, by 128 threads.
     assert len(re.findall(r"\badd(?:\.rn)?\.f32\b", ptx)) >= 32
+
+
+def test_equal_features_differ_by_nothing() -> None:
+    """A product that is not rounded before another is subtracted differs from it."""
+    for backward in ("", "pred"):
+        launch = launches(Case("lpips", size=FEATURES, mask=None, backward=backward))[0]
+        ptx = compile_launch(launch, 90).ptx
+        assert "sub.f32" in ptx or "sub.rn.f32" in ptx
+        assert not re.search(r"\bfma\.rn\.f32\b", ptx)
+
+
+def test_sums_of_windows_stay_in_their_threads() -> None:
+    """Nothing passes between threads before the sums of a program are added up."""
+    for last in (False, True):
+        launch = launches(Case("ssim", channels_last=last, kernel=(11,), backward="pred"))[0]
+        ptx = compile_launch(launch, 90).ptx
+        assert "shfl" not in ptx and "shared" not in ptx
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -67,6 +67,29 @@ def mask_place_of(plane, column, width, sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW: tl.constexpr):
+    """[1, BLOCK_C]: the mean of s over some counted pixels of the middle row, the same in every program of a plane.
+
+    Variances do not change with a shift, and near 0 they cancel less.
+    """
+    height, width = unpacked(sizes[0]), unpacked(sizes[1])
+    column = tl.arange(0, WINDOW.BLOCK_X)[:, None] * width // WINDOW.BLOCK_X
+    row = (height // 2).to(tl.int64) * width
+    at = offset_of(plane, column, height, width, sizes, WINDOW) + row * WINDOW.STEP
+    inside = (plane < unpacked(sizes[4])) & (column < width)
+    s = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    s += tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    # Large numbers and NaN stay out: the shift reaches every window.
+    inside = inside & (tl.abs(s) < 1e18)
+    if mask_ptr is not None:
+        offset, _, stride = mask_place_of(plane, column, width, sizes, WINDOW)
+        m = tl.load(mask_ptr + offset + (height // 2) * stride, mask=inside, other=0).to(tl.float32)
+        inside = inside & (m != 0)
+    count = tl.sum(tl.where(inside, 1.0, 0.0), axis=0, keep_dims=True)
+    return tl.sum(tl.where(inside, s, 0.0), axis=0, keep_dims=True) / tl.maximum(count, 1.0)
+
+
+@triton.jit
 def is_inside(column, width, SHIFT: tl.constexpr):
     inside = column + SHIFT < width
     if SHIFT < 0:
@@ -75,16 +98,17 @@ def is_inside(column, width, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def image_row(pred, target, mask, mask_step, column, width, readable, window, WINDOW: tl.constexpr):
-    """Sums along a row of the windows that begin PAD before each column: of s, d, s^2, d^2, each times the mask, and
-    of the mask, [BLOCK_X, BLOCK_C]; the column's own |d| and mask. The pointers are those of the row's columns."""
+def image_row(pred, target, mask, mask_step, shift, column, width, readable, window, WINDOW: tl.constexpr):
+    """Sums along a row of the windows that begin PAD before each column, [BLOCK_X, BLOCK_C]: of s - shift, d and
+    their squares, each times the mask, and of the mask; the column's own |d| and mask. The pointers are those of the
+    row's columns."""
     s_sum = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
     d_sum, ss_sum, dd_sum, m_sum, own, own_m = s_sum, s_sum, s_sum, s_sum, s_sum, s_sum
     for j in tl.static_range(WINDOW.SIZE):
         inside = readable & is_inside(column, width, j - WINDOW.PAD)
         a = tl.load(pred + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(target + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
-        s, d = a + b, a - b
+        s, d = a + b - shift, a - b
         weight = window[j]
         if mask is not None:
             m = tl.load(mask + (j - WINDOW.PAD) * mask_step, mask=inside, other=0).to(tl.float32)
@@ -136,11 +160,15 @@ def add_row(sums, row, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def statistics(s, d, ss, dd, c1, c2):
-    """Squared means and variances of s and d; numerators and denominators of l and cs. c1, c2: twice C1, C2."""
-    a, b = s * s, d * d
-    v_s, v_d = ss - a, dd - b
-    return a, v_s, v_d, b, a - b + c1, a + b + c1, v_s - v_d + c2, v_s + v_d + c2
+def statistics(s, d, ss, dd, shift, c1, c2):
+    """Mean of s, variances of s and d, the squared mean of d; numerators and denominators of l and cs.
+
+    s and ss are shifted; c1 and c2 are twice C1 and C2.
+    """
+    v_s, v_d = ss - s * s, dd - d * d
+    mean = s + shift
+    a, b = mean * mean, d * d
+    return mean, v_s, v_d, b, a - b + c1, a + b + c1, v_s - v_d + c2, v_s + v_d + c2
 
 
 class Images(NamedTuple):
@@ -169,7 +197,7 @@ def make_images(
     covered_h, covered_w = (out_h, out_w) if by_windows else (h, w)
     # Neighbours in memory are what neighbouring threads read.
     block_c = min(triton.next_power_of_2(c), 16) if last else 1
-    block_x = min(THREADS // block_c, triton.next_power_of_2(covered_w))
+    block_x = min(THREADS // block_c, triton.next_power_of_2(w))
     rows = next(row[1] for row in STRIPS if pred.numel() <= row[0])
     if INTERPRETED:
         # An operation takes the interpreter the same time for any number of elements.
