@@ -77,6 +77,7 @@ from pixel_cases import (
     skip_unsupported,
 )
 from ssim_cases import SETTINGS as WINDOWS
+from ssim_cases import check as check_ssim
 from ssim_cases import ssim_call, ssim_formula
 from torch import Tensor
 
@@ -166,6 +167,14 @@ exact_images = partial(images, exact=True)
 def one_image(*args: Any, **options: Any) -> list[Tensor]:
     """[image, mask]"""
     return exact_images(*args, **options)[::2]
+
+
+def unit_images(*args: Any, **options: Any) -> list[Tensor]:
+    """As `images`, with values around 0.5, see `ssim_cases.unit_pair`."""
+    found = images(*args, **options)
+    for image in found[:2]:
+        image.mul_(0.25).add_(0.5)
+    return found
 
 
 def layers_of(size: Size) -> tuple[Size, Size]:
@@ -319,7 +328,7 @@ def ssim() -> Iterator[Op]:
         given: dict[str, Any] = {"l1": l1, **options}
         yield Op(
             f"ssim {windows}{' l1' if l1 else ''}", "ssim", partial(ssim_call, **given),
-            partial(ssim_formula, **given), images, 2, PAIRS,
+            partial(ssim_formula, **given), unit_images, 2, check_ssim,
             # The scales of 24 planes and of l1; references to the images, which the caller holds.
             keeps=bits(0, 0, 13),
         )  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Backend, Call, backend_for
+from harness import Backend, Call, backend_for, check_against_truth, evaluate
+from pixel_cases import image_pair
 from torch import Tensor
 
 import inpaint_kernels as ik
@@ -19,6 +20,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "same": {"padding": "same", "window_size": 11, "sigma": 1.5, "data_range": 2.0},
     "valid": {"padding": "valid", "window_size": 3, "sigma": 0.8, "data_range": 2.0},
 }
+
+
+def unit_pair(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """As `image_pair`, around 0.5 as pictures are: where means are near 0, luminance magnifies every rounding."""
+    pair = image_pair(*args, **options)
+    for image in pair:
+        image.mul_(0.25).add_(0.5)
+    return pair
 
 
 def windows_of(x: Tensor, size: int, sigma: float, padding: str) -> Tensor:
@@ -91,6 +100,25 @@ def ssim_call(backend: Backend | None, *, l1: bool = False, **options: Any) -> C
     if l1:
         return partial(ik.l1_ssim_loss, ssim_weight=0.3, backend=name, **options)
     return partial(ik.ssim_loss, backend=name, **options)
+
+
+def check(
+    call: Call, formula: Call, inputs: Sequence[Tensor | None], wanted: Sequence[int] = (0, 1), **options: Any
+) -> None:
+    """`check_against_truth`, where a loss is a difference from 1, and a gradient one of terms several times its size,
+    those by the means and by the variances."""
+    exact = [None if t is None else t.detach().cpu().double() for t in inputs]
+    gradients = evaluate(formula, exact, wanted)[1]
+    sizes = {i: 4 * g.abs().max() for i, g in zip(wanted, gradients, strict=True) if g.numel()}
+    check_against_truth(
+        call,
+        formula,
+        inputs,
+        wanted=wanted,
+        magnitudes=sizes,
+        output_magnitudes={0: torch.ones(())},
+        **options,
+    )
 
 
 def ms_ssim_formula(

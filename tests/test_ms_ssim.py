@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import INTERPRETING, Backend, check_against_truth, evaluate, grid
-from pixel_cases import image_pair, make_mask, on_device, skip_unsupported, with_specials
-from ssim_cases import ms_ssim_formula
+from harness import INTERPRETING, Backend, evaluate, grid
+from pixel_cases import make_mask, on_device, skip_unsupported, with_specials
+from ssim_cases import check, ms_ssim_formula, unit_pair
 from torch import Tensor
 from training_checks import check_compiles
 
 import inpaint_kernels as ik
 
-LARGEST: dict[str, Any] = {"magnitudes": {0: None, 1: None}}
 # Three scales of a window of 5 need 17 pixels.
 FEW = {"window_size": 5, "sigma": 1.2}
 EXPONENTS = (0.3, 0.5, 0.2)
@@ -23,7 +22,7 @@ EXPONENTS = (0.3, 0.5, 0.2)
 
 def near(size: tuple[int, ...], dtypes: str = "f32/f32", layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     """Images alike enough to have a positive contrast at every scale."""
-    pred, target = image_pair(size, layouts=f"{layout}/{layout}")
+    pred, target = unit_pair(size, layouts=f"{layout}/{layout}")
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
     first, second = (types[dtype] for dtype in dtypes.split("/"))
     return (0.7 * target + 0.3 * pred).to(first), target.to(second)
@@ -44,7 +43,7 @@ def test_scales(backend: Backend, size: tuple[int, ...], mask: str, padding: str
     inputs = on_device(backend, *near(size, layout=layout), make_mask(mask, size))
     call = partial(ik.ms_ssim, **FEW, padding=padding, scale_weights=EXPONENTS, backend=backend.name)
     truth = partial(formula, **FEW, padding=padding, weights=EXPONENTS)
-    check_against_truth(call, truth, inputs, **LARGEST)
+    check(call, truth, inputs)
 
 
 @pytest.mark.parametrize("dtypes", ["f16/f16", "bf16/f32", "f64/f64"])
@@ -53,7 +52,7 @@ def test_dtypes(backend: Backend, dtypes: str) -> None:
     inputs = on_device(backend, *near((2, 3, 24, 20), dtypes))
     skip_unsupported(backend, *inputs)
     call = partial(ik.ms_ssim, **FEW, scale_weights=EXPONENTS, backend=backend.name)
-    check_against_truth(call, partial(formula, **FEW, weights=EXPONENTS), inputs, **LARGEST)
+    check(call, partial(formula, **FEW, weights=EXPONENTS), inputs)
 
 
 def test_the_published_scales(backend: Backend) -> None:
@@ -142,4 +141,4 @@ def test_compiles(backend: Backend) -> None:
     call = partial(ik.ms_ssim, **FEW, scale_weights=EXPONENTS, backend=backend.name)
     cases = [on_device(backend, *near((2, 3, h, w))) for h, w in ((24, 20), (32, 28))]
     truth = partial(formula, **FEW, weights=EXPONENTS)
-    check_compiles(call, lambda f, x: check_against_truth(f, truth, x, **LARGEST), cases)
+    check_compiles(call, lambda f, x: check(f, truth, x), cases)

@@ -13,19 +13,18 @@ from harness import (
     INTERPRETING,
     LAYOUTS,
     Backend,
-    check_against_truth,
     evaluate,
     grid,
     same_bits,
 )
-from pixel_cases import image_pair, make_mask, on_device, skip_unsupported, with_specials
-from ssim_cases import mean_of, plane_formula, ssim_call, ssim_formula
+from pairs_cases import eighths
+from pixel_cases import make_mask, on_device, skip_unsupported, with_specials
+from ssim_cases import check, mean_of, plane_formula, ssim_call, ssim_formula, unit_pair
 from torch import Tensor
 from training_checks import check_compiles
 
 import inpaint_kernels as ik
 
-LARGEST: dict[str, Any] = {"magnitudes": {0: None, 1: None}}
 PADDINGS = ("valid", "same")
 
 
@@ -60,24 +59,22 @@ def test_opposite_structure_is_negative(backend: Backend) -> None:
 def test_equal_images_are_exactly_one(backend: Backend, dtype: str, padding: str, mask: str | None) -> None:
     """Flat or not, with a gradient that is exactly 0, not 0/0."""
     size = (2, 3, 13, 17)
-    for x in (torch.full(size, 0.7), image_pair(size)[0], torch.zeros(size)):
+    for x in (torch.full(size, 0.7), unit_pair(size)[0], torch.zeros(size)):
         images = [x.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float64))] * 2
         weights = make_mask("n1hw", size) if mask else None
         inputs = on_device(backend, *images, weights)
         skip_unsupported(backend, *images)
         call = partial(ik.ssim, padding=padding, reduction="none", backend=backend.name)
         (value,), gradients, _ = evaluate(call, inputs, (0, 1))
-        # The formula rounds what is equal alike as well.
         assert torch.equal(value.cpu(), torch.ones(2, dtype=value.dtype))
         for gradient in gradients:
-            limit = 1e-6 if backend.name == "reference" else 0.0
-            assert gradient.isfinite().all()
-            assert gradient.abs().max() <= limit
+            # Autograd divides twice where a kernel divides once.
+            assert gradient.abs().max() <= (1e-8 if backend.name == "reference" else 0.0)
 
 
 def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
     """Of the window in the middle of 21 x 21 pixels: five pixels each way, in both directions, no further."""
-    pred, target = image_pair((1, 1, 21, 21))
+    pred, target = unit_pair((1, 1, 21, 21))
     mask = torch.zeros(21, 21)
     mask[10, 10] = 1
     # Weighs the one window alone; within the window all pixels count almost nothing less.
@@ -96,7 +93,7 @@ def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_windows_of_one_row_of_the_mask(backend: Backend, padding: str) -> None:
     """A mask that weighs windows around one row alone, but for a breath: the gradient ends five rows away."""
-    pred, target = image_pair((1, 2, 31, 29))
+    pred, target = unit_pair((1, 2, 31, 29))
     mask = torch.zeros(31, 29)
     mask[10:21] = 1.0
     inputs = on_device(backend, pred, target, mask)
@@ -109,7 +106,7 @@ def test_windows_of_one_row_of_the_mask(backend: Backend, padding: str) -> None:
 
 @pytest.mark.parametrize("scale", [2.0**-10, 2.0, 256.0])
 def test_the_range_scales_with_the_images(backend: Backend, scale: float) -> None:
-    pred, target = on_device(backend, *image_pair((2, 3, 23, 21)))
+    pred, target = on_device(backend, *unit_pair((2, 3, 23, 21)))
     plain = ik.ssim(pred, target, backend=backend.name)
     scaled = ik.ssim(scale * pred, scale * target, data_range=scale, backend=backend.name)
     torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-7)
@@ -153,13 +150,12 @@ def test_photographs(backend: Backend, data_range: float) -> None:
         x32, y32 = ((data_range * v).astype(np.float32) for v in (x, y))
         pair = on_device(backend, *(torch.from_numpy(np.ascontiguousarray(v)) for v in (x32, y32)))
         found = float(ik.ssim(*pair, data_range=data_range, backend=backend.name))
-        limit = 3e-7 if backend.name == "reference" else 1e-7
-        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= limit
+        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= 1e-7
 
 
 def test_pytorch_msssim(backend: Backend) -> None:
     peer = pytest.importorskip("pytorch_msssim")
-    pred, target = (x.sigmoid() for x in image_pair((2, 3, 170, 181)))
+    pred, target = unit_pair((2, 3, 170, 181))
     moved = on_device(backend, pred, target)
     for name, options in (("ssim", {}), ("ms_ssim", {})):
         want = getattr(peer, name)(pred, target, data_range=1.0, size_average=False)
@@ -173,8 +169,11 @@ def test_pytorch_msssim(backend: Backend) -> None:
 @grid(size=(3, 5, 7, 9, 11, 13, 15), padding=PADDINGS, mask=("nomask", "n1hw", "nchw"), l1=(False, True))
 def test_every_window(backend: Backend, size: int, padding: str, mask: str, l1: bool) -> None:
     options = {"window_size": size, "sigma": 0.4 + size / 8, "padding": padding, "l1": l1}
-    inputs = on_device(backend, *image_pair((2, 2, 18, 21)), make_mask(mask, (2, 2, 18, 21)))
-    check_against_truth(ssim_call(backend, **options), partial(ssim_formula, **options), inputs, **LARGEST)
+    weights = make_mask(mask, (2, 2, 18, 21))
+    # In eighths: of a small window weights near 0 would leave one pixel, and a variance that is all rounding.
+    weights = weights if weights is None else eighths(weights)
+    inputs = on_device(backend, *unit_pair((2, 2, 18, 21)), weights)
+    check(ssim_call(backend, **options), partial(ssim_formula, **options), inputs)
 
 
 # (N, C, H, W) by what the CPU's tiles of at most 128 x 256 pixels (128 x 128 with a mask) do with them.
@@ -193,12 +192,12 @@ if INTERPRETING:
 
 @grid(size=TILES, padding=PADDINGS, mask=("nomask", "n1hw", "nchw"), layout=("contiguous", "channels_last"))
 def test_tiles(backend: Backend, size: str, padding: str, mask: str, layout: str) -> None:
-    pred, target = image_pair(TILES[size], layouts=f"{layout}/{layout}")
+    pred, target = unit_pair(TILES[size], layouts=f"{layout}/{layout}")
     inputs = on_device(backend, pred, target, make_mask(mask, TILES[size]))
     for wanted in ((0, 1), (0,), (1,)):
         options = {"padding": padding, "l1": wanted != (1,)}
         call, formula = ssim_call(backend, **options), partial(ssim_formula, **options)
-        check_against_truth(call, formula, inputs, wanted=wanted, **LARGEST)
+        check(call, formula, inputs, wanted=wanted)
 
 
 @grid(
@@ -210,9 +209,9 @@ def test_valid_windows_in_any_dtype_and_layout(
     backend: Backend, dtypes: str, layout: str, mask: str
 ) -> None:
     size = (2, 3, 14, 19)
-    inputs = on_device(backend, *image_pair(size, dtypes, f"{layout}/{layout}"), make_mask(mask, size))
+    inputs = on_device(backend, *unit_pair(size, dtypes, f"{layout}/{layout}"), make_mask(mask, size))
     skip_unsupported(backend, *inputs[:2])
-    check_against_truth(ssim_call(backend), ssim_formula, inputs, **LARGEST)
+    check(ssim_call(backend), ssim_formula, inputs)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def test_valid_windows_in_any_dtype_and_layout(
 def test_nothing_under_zero_is_read(backend: Backend, padding: str, mask: str, l1: bool) -> None:
     """Not a bit of the value or the gradient depends on it, be it NaN; the gradient there is 0."""
     size = (2, 3, 24, 27)
-    pred, target = image_pair(size)
+    pred, target = unit_pair(size)
     weights = make_mask(mask, size)
     assert weights is not None
     weights[..., 4:20, 6:22] = 0
@@ -242,7 +241,7 @@ def test_nothing_under_zero_is_read(backend: Backend, padding: str, mask: str, l
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_whole_mask_changes_nothing(backend: Backend, layout: str) -> None:
     size = (2, 3, 31, 33)
-    images = on_device(backend, *image_pair(size, layouts=f"{layout}/{layout}"))
+    images = on_device(backend, *unit_pair(size, layouts=f"{layout}/{layout}"))
     for shape in ((31, 33), (2, 1, 31, 33), (2, 3, 31, 33)):
         for l1 in (False, True):
             plain, whole = (
@@ -259,7 +258,7 @@ def test_an_empty_sample_is_one(backend: Backend) -> None:
     mask = make_mask("n1hw", size)
     assert mask is not None
     mask[1] = 0
-    inputs = on_device(backend, *image_pair(size), mask)
+    inputs = on_device(backend, *unit_pair(size), mask)
     call = partial(ik.ssim, reduction="none", backend=backend.name)
     (values,), gradients, _ = evaluate(call, inputs, (0, 1))
     assert values[1] == 1
@@ -278,7 +277,7 @@ def test_an_empty_sample_is_one(backend: Backend) -> None:
 def test_a_window_counts_by_its_centre(backend: Backend) -> None:
     """Windows that see counted pixels, around one that is not, are left out; with "valid" the border is no centre."""
     size = (1, 1, 20, 20)
-    pred, target = image_pair(size)
+    pred, target = unit_pair(size)
     mask = torch.zeros(20, 20)
     mask[:5] = 1  # no window of 11 has its centre there
     inputs = on_device(backend, pred, target, mask)
@@ -289,7 +288,7 @@ def test_a_window_counts_by_its_centre(backend: Backend) -> None:
 def test_channels_with_masks_of_their_own(backend: Backend) -> None:
     """Weigh what they count: a channel without a counted window weighs nothing."""
     size = (2, 3, 17, 16)
-    pred, target = image_pair(size)
+    pred, target = unit_pair(size)
     mask = make_mask("nchw", size)
     assert mask is not None
     mask[0, 1] = 0
@@ -305,7 +304,7 @@ def test_channels_with_masks_of_their_own(backend: Backend) -> None:
 
 
 def test_any_rank(backend: Backend) -> None:
-    pred, target = on_device(backend, *image_pair((6, 3, 14, 13)))
+    pred, target = on_device(backend, *unit_pair((6, 3, 14, 13)))
     (mask,) = on_device(backend, make_mask("n1hw", (6, 3, 14, 13)))
     call = partial(ik.ssim, reduction="none", backend=backend.name)
     want, masked = call(pred, target), call(pred, target, mask)
@@ -334,7 +333,7 @@ def test_no_images(backend: Backend, size: tuple[int, ...], l1: bool, mask: bool
 
 def test_one_pass_is_both_losses(backend: Backend) -> None:
     for mask in (None, make_mask("n1hw", (2, 3, 19, 23))):
-        inputs = on_device(backend, *image_pair((2, 3, 19, 23)), mask)
+        inputs = on_device(backend, *unit_pair((2, 3, 19, 23)), mask)
         options = {"data_range": 2.0, "backend": backend.name}
         both = ik.l1_ssim_loss(*inputs, ssim_weight=0.85, **options)
         l1 = ik.masked_l1_loss(*inputs, backend=backend.name)
@@ -384,7 +383,7 @@ def test_refusals_of_the_share_of_ssim() -> None:
 
 def test_modules() -> None:
     options: dict[str, Any] = {"data_range": 2.0, "window_size": 5, "sigma": 1.0, "padding": "same"}
-    pred, target = image_pair((2, 3, 17, 18))
+    pred, target = unit_pair((2, 3, 17, 18))
     mask = make_mask("n1hw", (2, 3, 17, 18))
     for module, function, more in (
         (ik.nn.SSIMLoss, ik.ssim_loss, {"reduction": "none"}),
@@ -412,7 +411,7 @@ def test_numerical_gradients(backend: Backend, padding: str, mask: str, contrast
     from inpaint_kernels.ops import ssim as module
 
     size = (2, 1, 6, 5)
-    inputs = [t.double() if t is not None else None for t in (*image_pair(size), make_mask(mask, size))]
+    inputs = [t.double() if t is not None else None for t in (*unit_pair(size), make_mask(mask, size))]
     skip_unsupported(backend, inputs[0])
     windows = module.check_windows(1.0, 3, 0.8, padding)
 
@@ -430,7 +429,7 @@ def test_numerical_gradients(backend: Backend, padding: str, mask: str, contrast
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_second_derivatives_of_a_target_made_of_the_image(backend: Backend, factor: float) -> None:
     """No path is counted twice. Factor 1: both arguments are the same tensor."""
-    image, _ = on_device(backend, *image_pair((1, 2, 13, 12)))
+    image, _ = on_device(backend, *unit_pair((1, 2, 13, 12)))
 
     def second_derivative(call: Any) -> Tensor:
         leaf = image.clone().requires_grad_()
@@ -448,7 +447,7 @@ def test_compiles(backend: Backend, l1: bool) -> None:
     call = ssim_call(backend, l1=l1)
     formula = partial(ssim_formula, l1=l1)
     cases = [
-        on_device(backend, *image_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
+        on_device(backend, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
         for h, w in ((14, 17), (21, 15))
     ]
-    check_compiles(call, lambda f, x: check_against_truth(f, formula, x, **LARGEST), cases)
+    check_compiles(call, lambda f, x: check(f, formula, x), cases)

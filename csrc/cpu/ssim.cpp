@@ -8,14 +8,19 @@ namespace {
 
 StridedImage strided(const Tensor& t) {
   const auto strides = t.strides();
-  return {const_cast<void*>(t.const_data_ptr()), dtype_code(t.scalar_type()), strides[0], strides[1], strides[2],
+  return {const_cast<void*>(t.const_data_ptr()),
+          dtype_code(t.scalar_type()),
+          strides[0],
+          strides[1],
+          strides[2],
           strides[3]};
 }
 
 SsimCall ssim_call(const Tensor& pred, const Tensor& target, const std::optional<Tensor>& mask,
                    const std::vector<double>& window, bool same, double c1, double c2) {
   const std::vector<int64_t> size = sizes_of(pred);
-  STD_TORCH_CHECK(size.size() == 4 && sizes_of(target) == size, "pred and target must be images of one shape");
+  STD_TORCH_CHECK(size.size() == 4 && sizes_of(target) == size,
+                  "pred and target must be images of one shape");
   SsimCall call;
   call.samples = size[0], call.channels = size[1], call.height = size[2], call.width = size[3];
   call.pred = strided(pred);
@@ -41,19 +46,23 @@ SsimCall ssim_call(const Tensor& pred, const Tensor& target, const std::optional
       STD_TORCH_CHECK(given[dim] == 1 || given[dim] == size[of], "mask does not broadcast to pred");
       if (given[dim] > 1) steps[of] = strides[dim];
     }
-    call.mask = {const_cast<void*>(mask->const_data_ptr()), dtype_code(mask->scalar_type()), steps[0], steps[1],
-                 steps[2], steps[3]};
+    call.mask = {const_cast<void*>(mask->const_data_ptr()),
+                 dtype_code(mask->scalar_type()),
+                 steps[0],
+                 steps[1],
+                 steps[2],
+                 steps[3]};
   }
   return call;
 }
 
 const Kernels<SsimCall>& kernels(const SsimCall& call) { return IK_PICK_ISA(ssim_kernels, call.wide); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ssim(const Tensor& pred,                 // [N, C, H, W]
-                                                const Tensor& target,               // [N, C, H, W]
-                                                const std::optional<Tensor>& mask,  // [H, W], [N|1, C|1, H, W]
-                                                const std::vector<double>& window, bool same, double c1,
-                                                double c2, bool contrast, bool l1) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> ssim(
+    const Tensor& pred,                 // [N, C, H, W]
+    const Tensor& target,               // [N, C, H, W]
+    const std::optional<Tensor>& mask,  // [H, W], [N|1, C|1, H, W]
+    const std::vector<double>& window, bool same, double c1, double c2, bool contrast, bool l1) {
   SsimCall call = ssim_call(pred, target, mask, window, same, c1, c2);
   call.contrast = contrast;
   call.l1 = l1;
@@ -62,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssim(const Tensor& pred,             
   call.sums = units.data();
   run_units(call, kernels(call).forward, pred.numel() > 0 ? call.units() : 0, 1);
   const int64_t tiles = call.rows_of_tiles() * call.columns_of_tiles();
-  std::vector<double> similarity(static_cast<size_t>(planes)), contrasts(similarity), scale(similarity.size() + 1);
+  std::vector<double> similarity(static_cast<size_t>(planes)), contrasts(similarity),
+      scale(similarity.size() + 1);
   SsimSums all;
   for (int64_t plane = 0; plane < planes; ++plane) {
     SsimSums sum;
@@ -113,7 +123,8 @@ std::tuple<Tensor, Tensor> ssim_backward(const std::optional<Tensor>& grad_simil
   };
   Tensor to_pred = make(need_pred, pred, call.grad_pred);
   Tensor to_target = make(need_target, target, call.grad_target);
-  if (need_pred || need_target) run_units(call, kernels(call).backward, pred.numel() > 0 ? call.units() : 0, 1);
+  if (need_pred || need_target)
+    run_units(call, kernels(call).backward, pred.numel() > 0 ? call.units() : 0, 1);
   return {to_pred, to_target};
 }
 

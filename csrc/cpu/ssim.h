@@ -17,6 +17,10 @@ struct StridedImage {
   int64_t offset(int64_t n, int64_t c, int64_t y, int64_t x) const {
     return n * stride_n + c * stride_c + y * stride_y + x * stride_x;
   }
+  const char* address(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return static_cast<const char*>(data) + offset(n, c, y, x) * dtype_bytes(dtype);
+  }
+  int64_t bytes_x() const { return stride_x * dtype_bytes(dtype); }
 };
 
 // Of the windows and pixels of one plane, or of the part of it in one unit.

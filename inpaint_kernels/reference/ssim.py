@@ -20,15 +20,13 @@ def gaussian_window(size: int, sigma: float) -> list[float]:
     return [value / total for value in values]
 
 
-def window_sums(x: Tensor, window: Sequence[float], same: bool) -> Tensor:
-    """Weighted sum over the window around every pixel (`same`: zeros outside), or over every whole window.
+def window_sums(x: Tensor, window: Sequence[float]) -> Tensor:
+    """Weighted sum over every whole window, rows first.
 
-    Rows, then columns. Slices and not a convolution: autocast leaves them alone, and they have every derivative.
+    Slices and not a convolution: autocast leaves them alone, and they have every derivative.
     """
     radius = len(window) // 2
     for dim in (-1, -2):
-        if same:
-            x = F.pad(x, (radius, radius) if dim == -1 else (0, 0, radius, radius))
         length = x.shape[dim] - 2 * radius
         total = window[radius] * x.narrow(dim, radius, length)
         for i in range(radius):
@@ -59,7 +57,8 @@ def _mean(value: Tensor, weight: Tensor | None) -> Tensor:
         return value.sum((-2, -1)) + 1
     if weight is None:
         return value.mean((-2, -1))
-    total = weight.expand_as(value).sum((-2, -1))
+    # Not a sum over an expanded dimension, which might add in another order: means of ones are exactly 1.
+    total = (torch.ones_like(value) * weight).sum((-2, -1))
     mean = safe_divide((value * weight).sum((-2, -1)), total)
     return torch.where(total == 0, torch.ones_like(mean), mean)
 
@@ -77,37 +76,49 @@ def ssim(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(similarity, contrast, l1) of images (N, C, H, W), float32, or float64 if an image is float64.
 
-    With the weighted mean, variance and covariance in every window:
+    With the weighted means, variances and covariance of the two images in every window:
     ``l = (2 mx my + c1) / (mx^2 + my^2 + c1)``, ``cs = (2 cov + c2) / (vx + vy + c2)``.
     similarity (N, C): the mean of ``l * cs`` over the windows, each with the mask's weight at its centre; 1 where the
     mask counts none. contrast (N, C): the same of ``cs``. l1 (): the mean of |pred - target| by the mask's weights, 0
     where they are all 0. What is not asked for is empty.
+
+    Both fractions in terms of s = pred + target and d = pred - target: ``4 mx my = ms^2 - md^2``, ``2 (mx^2 + my^2) =
+    ms^2 + md^2``, and likewise for the variances. Equal images then have exactly the value 1 and no gradient.
     """
     dtype = accumulate_dtype(pred, target)
     x, y = pred.to(dtype), target.to(dtype)
-    weight = total = None
+    radius = len(window) // 2
+    none = x.new_empty(0)
+    distance = none
     if mask is not None:
         mask = mask.to(dtype)
         x, y = counted(x, mask), counted(y, mask)
-        weight = centres(mask, len(window) // 2, same)
-        total = window_sums(mask, window, same)
+    s, d = x + y, x - y
+    if l1:
+        weight = torch.ones_like(d) if mask is None else mask.expand(d.shape)
+        distance = safe_divide((d.abs() * weight).sum(), weight.sum())
+    weight = total = None
+    if mask is not None:
+        weight = centres(mask, radius, same)
+    if same:
+        s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
+        mask = None if mask is None else F.pad(mask, (radius,) * 4)
+    if mask is not None:
+        total = window_sums(mask, window)
         total = torch.where(total == 0, torch.ones_like(total), total)
 
     def mean(v: Tensor) -> Tensor:
-        if mask is None:
-            return window_sums(v, window, same)
-        return window_sums(v * mask, window, same) / total
+        return window_sums(v, window) if total is None else window_sums(v * mask, window) / total
 
-    mx, my = mean(x), mean(y)
-    xx, yy, xy = mx * mx, my * my, mx * my
-    luminance = (2 * xy + c1) / (xx + yy + c1)
-    cs = (2 * (mean(x * y) - xy) + c2) / ((mean(x * x) - xx) + (mean(y * y) - yy) + c2)
-    none = x.new_empty(0)
-    distance = none
-    if l1:
-        d = (x - y).abs()
-        if mask is None:
-            distance = d.sum() / max(d.numel(), 1)
-        else:
-            distance = safe_divide((d * mask).sum(), mask.expand_as(d).sum())
+    def moments(v: Tensor) -> tuple[Tensor, Tensor]:
+        # A variance does not change with a shift, and near 0 it cancels less.
+        shift = v.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True)
+        v = v - shift
+        m = mean(v)
+        return m + shift, mean(v * v) - m * m
+
+    (ms, vs), (md, vd) = moments(s), moments(d)
+    aa, bb = 0.5 * ms * ms, 0.5 * md * md
+    luminance = (aa - bb + c1) / (aa + bb + c1)
+    cs = (0.5 * (vs - vd) + c2) / (0.5 * (vs + vd) + c2)
     return _mean(luminance * cs, weight), _mean(cs, weight) if contrast else none, distance

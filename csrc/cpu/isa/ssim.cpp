@@ -128,10 +128,12 @@ class Gradient {
   // Of a tile without a counted pixel.
   void write_zeros() {
     for (int64_t i = 0; i < tile_.x1 - tile_.x0; ++i) results_[0][i] = T(0);
-    for (const StridedImage* image : {&call_.grad_pred, &call_.grad_target}) {
+    const StridedImage* images[2] = {&call_.grad_pred, &call_.grad_target};
+    for (const StridedImage* image : images) {
       if (image->data == nullptr) continue;
       for (int64_t y = tile_.y0; y < tile_.y1; ++y) {
-        store_row(*image, image->offset(tile_.sample, tile_.channel, y, tile_.x0), tile_.x1 - tile_.x0, results_[0]);
+        store_row(*image, image->offset(tile_.sample, tile_.channel, y, tile_.x0), tile_.x1 - tile_.x0,
+                  results_[0]);
       }
     }
   }
@@ -148,36 +150,38 @@ class Gradient {
     const V c1(static_cast<T>(2 * call_.c1)), c2(static_cast<T>(2 * call_.c2)), zero(T(0)), two(T(2));
     const V of_similarity(static_cast<T>(c.similarity)), of_contrast(static_cast<T>(c.contrast));
     const V sign(static_cast<T>(sign_)), half(T(0.5)), one(T(1));
-    for_each_vector<V>(tile_.window_x1 - tile_.window_x0, [&](int64_t x, int count) __attribute__((always_inline)) {
-      const Window<V> w = tile_.template window<MASKED>(y, i, from + x);
-      V similarity = of_similarity, contrast = of_contrast, inverse = one;
-      if constexpr (MASKED) {
-        const V m = V::load(mask + x);
-        inverse = V::load(tile_.inverse_row(y + i) + from + x) * m;
-      }
-      // 1 - l = md^2 / d1, 1 + l = (ms^2 + 2 c1) / d1, and likewise for the contrast: no difference of near values.
-      const V of_d1 = one / w.d1, of_d2 = one / w.d2;
-      const V to_mean = similarity * (w.n2 * of_d2) * of_d1 * (w.md * of_d1);
-      const V to_variance = half * fma_(similarity, w.n1 * of_d1, contrast) * of_d2;
-      V b = to_variance * (w.vd * of_d2);
-      V d = zero - to_variance * ((w.vs + c2) * of_d2);
-      V a = to_mean * (w.md * w.ms) - two * w.mean_s * b;
-      V e = zero - to_mean * fma_(w.ms, w.ms, c1) - two * w.md * d;
-      if constexpr (MASKED) {
-        a = select_zero_(inverse, a * inverse), b = select_zero_(inverse, b * inverse);
-        e = select_zero_(inverse, e * inverse), d = select_zero_(inverse, d * inverse);
-      }
-      if (both_) {
-        store_part(e, rows_[3] + to + x, count);
-      } else {
-        a = fma_(sign, e, a), d = sign * d;
-      }
-      store_part(a, rows_[0] + to + x, count);
-      store_part(b, rows_[1] + to + x, count);
-      store_part(d, rows_[2] + to + x, count);
-    });
+    for_each_vector<V>(tile_.window_x1 - tile_.window_x0,
+                       [&](int64_t x, int count) __attribute__((always_inline)) {
+                         const Window<V> w = tile_.template window<MASKED>(y, i, from + x);
+                         V similarity = of_similarity, contrast = of_contrast, inverse = one;
+                         if constexpr (MASKED) {
+                           const V m = V::load(mask + x);
+                           inverse = V::load(tile_.inverse_row(y + i) + from + x) * m;
+                         }
+                         // 1 - l = md^2 / d1, 1 + l = (ms^2 + 2 c1) / d1, and likewise for the contrast: no difference of near values.
+                         const V of_d1 = one / w.d1, of_d2 = one / w.d2;
+                         const V to_mean = similarity * (w.n2 * of_d2) * of_d1 * (w.md * of_d1);
+                         const V to_variance = half * fma_(similarity, w.n1 * of_d1, contrast) * of_d2;
+                         V b = to_variance * (w.vd * of_d2);
+                         V d = zero - to_variance * ((w.vs + c2) * of_d2);
+                         V a = to_mean * (w.md * w.ms) - two * w.mean_s * b;
+                         V e = zero - to_mean * fma_(w.ms, w.ms, c1) - two * w.md * d;
+                         if constexpr (MASKED) {
+                           a = select_zero_(inverse, a * inverse), b = select_zero_(inverse, b * inverse);
+                           e = select_zero_(inverse, e * inverse), d = select_zero_(inverse, d * inverse);
+                         }
+                         if (both_) {
+                           store_part(e, rows_[3] + to + x, count);
+                         } else {
+                           a = fma_(sign, e, a), d = sign * d;
+                         }
+                         store_part(a, rows_[0] + to + x, count);
+                         store_part(b, rows_[1] + to + x, count);
+                         store_part(d, rows_[2] + to + x, count);
+                       });
     for (int q = 0; q < sums_; ++q) {
-      tile_.blur().across(rows_[q] + call_.radius, tile_.weights(), tile_.x1 - tile_.x0, rings_[q] + slot(y + i));
+      tile_.blur().across(rows_[q] + call_.radius, tile_.weights(), tile_.x1 - tile_.x0,
+                          rings_[q] + slot(y + i));
     }
   }
 
@@ -197,7 +201,9 @@ class Gradient {
         const StridedImage& image = *images[k];
         offsets[k] = image.offset(tile_.sample, tile_.channel, y + i, tile_.x0);
         const bool direct = image.data != nullptr && image.dtype == kNative<T> && image.stride_x == 1;
-        results[k] = image.data == nullptr ? nullptr : direct ? static_cast<T*>(image.data) + offsets[k] : results_[k];
+        results[k] = image.data == nullptr ? nullptr
+                     : direct              ? static_cast<T*>(image.data) + offsets[k]
+                                           : results_[k];
       }
       with_bool(tile_.masked, [&](auto masked) {
         with_bool(c.l1 != 0, [&](auto l1) {
@@ -216,7 +222,8 @@ class Gradient {
   template <bool MASKED, bool L1, bool BOTH>
   void write_row(const SsimCoefficients& c, int64_t y, int64_t i, T* to_first, T* to_target) {
     const int64_t from = tile_.x0 - tile_.left;
-    const T *s = tile_.s_row(y + i) + from, *d = tile_.d_row(y + i) + from, *mask = tile_.mask_row(y + i) + from;
+    const T *s = tile_.s_row(y + i) + from, *d = tile_.d_row(y + i) + from,
+            *mask = tile_.mask_row(y + i) + from;
     const T* block[4];
     for (int q = 0; q < 4; ++q) block[q] = blocks_[q] + i * stride_;
     const V two(T(2)), distance(static_cast<T>(sign_ * c.l1));

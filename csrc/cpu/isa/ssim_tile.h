@@ -13,6 +13,9 @@ namespace {
 
 // Rows in memory at a time: a block of kRows, the windows below it, and those of the gradient's windows.
 constexpr int64_t kRing = 24;
+// So many rows before they are read, rows are fetched into the cache: their part in a tile is too short for the
+// processor to see where the next one is.
+constexpr int64_t kAhead = 8;
 
 IK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -39,7 +42,8 @@ const T* row_at(const StridedImage& image, int64_t offset, int64_t n, T* buffer)
 template <typename T>
 void store_row(const StridedImage& image, int64_t offset, int64_t n, const T* row) {
   if (image.stride_x == 1) {
-    return convert_from(image.dtype, row, n, static_cast<char*>(image.data) + offset * dtype_bytes(image.dtype));
+    return convert_from(image.dtype, row, n,
+                        static_cast<char*>(image.data) + offset * dtype_bytes(image.dtype));
   }
   with_stored(image.dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
@@ -71,14 +75,18 @@ class Tile {
     for (int k = 0; k <= call.radius; ++k) weights_[k] = static_cast<T>(call.weights[k]);
     T* at = rows_.get();
     for (int64_t i = 0; i < (6 * kRing + 4 * kRows + 6) * stride_; ++i) at[i] = T(0);
-    for (T** ring : {&s_, &d_, sums_, sums_ + 1, sums_ + 2, sums_ + 3}) *ring = at, at += kRing * stride_;
+    s_ = at, at += kRing * stride_;
+    d_ = at, at += kRing * stride_;
+    for (T*& ring : sums_) ring = at, at += kRing * stride_;
     for (T*& block : blocks_) block = at, at += kRows * stride_;
     for (T*& buffer : buffers_) buffer = at, at += stride_;
+    mask_ = inverse_ = s_;  // not read without a mask
     if (call.mask.data == nullptr) return;
     const int64_t size = (call.tile_height() + 2 * (reach + radius_) + kRows) * stride_;
-    mask_.resize(3 * size);
-    for (int64_t i = 0; i < 3 * size; ++i) mask_.get()[i] = T(0);
-    inverse_ = mask_.get() + size;
+    masks_.resize(3 * size);
+    mask_ = masks_.get();
+    for (int64_t i = 0; i < 3 * size; ++i) mask_[i] = T(0);
+    inverse_ = mask_ + size;
     mask_sums_ = inverse_ + size;
   }
 
@@ -163,7 +171,7 @@ class Tile {
   // Rows of the tile as read, from column `left` on.
   const T* s_row(int64_t y) const { return s_ + slot(y); }
   const T* d_row(int64_t y) const { return d_ + slot(y); }
-  const T* mask_row(int64_t y) const { return mask_.get() + (y - top_) * stride_; }
+  const T* mask_row(int64_t y) const { return mask_ + (y - top_) * stride_; }
   const T* inverse_row(int64_t y) const { return inverse_ + (y - top_) * stride_; }
   const Blur<T>& blur() const { return blur_; }
   const T* weights() const { return weights_; }
@@ -194,7 +202,7 @@ class Tile {
     V ones(T(0)), sum(T(0));
     bool whole = count == width_;
     for (int64_t y = top_; y < bottom_; ++y) {
-      T* row = mask_.get() + (y - top_) * stride_;
+      T* row = mask_ + (y - top_) * stride_;
       for (int64_t i = 0; i < stride_; ++i) row[i] = T(0);
       if (y < 0 || y >= call_.height) {
         whole = whole && y < first_row;
@@ -214,7 +222,7 @@ class Tile {
     if (!masked || nothing_) return;
     const int64_t rows = bottom_ - top_;
     for (int64_t y = 0; y < rows; ++y) {
-      blur_.across(mask_.get() + y * stride_ + radius_, weights_, windows, mask_sums_ + y * stride_);
+      blur_.across(mask_ + y * stride_ + radius_, weights_, windows, mask_sums_ + y * stride_);
     }
     for (int64_t y = radius_; y < rows - radius_; y += kRows) {
       const T* from[kRows + 2 * kMaxRadius];
@@ -257,9 +265,14 @@ class Tile {
     }
     if (count > 0) {
       const int64_t x = left + begin;
+      const int64_t below = least(y + kAhead, call_.height - 1);
+      const char *p_ahead = call_.pred.address(sample, channel, below, x),
+                 *t_ahead = call_.target.address(sample, channel, below, x);
+      const int64_t p_step = call_.pred.bytes_x(), t_step = call_.target.bytes_x();
       const T* p = row_at(call_.pred, call_.pred.offset(sample, channel, y, x), count, buffers_[0]);
       const T* t = row_at(call_.target, call_.target.offset(sample, channel, y, x), count, buffers_[1]);
       for_each_vector<V>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        __builtin_prefetch(p_ahead + i * p_step, 0, 2), __builtin_prefetch(t_ahead + i * t_step, 0, 2);
         const V a = load_part<V>(p + i, lanes), b = load_part<V>(t + i, lanes);
         store_part((a + b) - shift, s + begin + i, lanes);
         store_part(a - b, d + begin + i, lanes);
@@ -287,9 +300,9 @@ class Tile {
   int64_t top_ = 0, bottom_ = 0, width_ = 0, next_row_ = 0;
   bool nothing_ = false;
   Scratch<T> rows_;
-  Scratch<T> mask_{0};
+  Scratch<T> masks_{0};
   T *s_, *d_, *sums_[4], *blocks_[4], *buffers_[6];
-  T *inverse_ = nullptr, *mask_sums_ = nullptr;
+  T *mask_ = nullptr, *inverse_ = nullptr, *mask_sums_ = nullptr;
 };
 
 }  // namespace
