@@ -1,9 +1,9 @@
 """Distance of LPIPS over the maps it reads of AlexNet and of VGG16.
 
-The plain formula is that of the lpips package: every map divided by its norm over the channels, the squared difference
-through a 1x1 convolution with the layer's weights, the mean over the pixels, layer by layer. The rewrite multiplies the
-square out: five sums over the channels, which one pass over both maps can take, so that nothing of a map's size is
-written but the gradient.
+The plain formula is that of the lpips package: every map divided by its norm over the channels, the squared
+difference through a 1x1 convolution with the layer's weights, the mean over the pixels, layer by layer. The rewrite
+multiplies the square out: five sums over the channels, which one pass over both maps can take, so that nothing of a
+map's size is written but the gradient.
 """
 
 from __future__ import annotations

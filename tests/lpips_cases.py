@@ -1,6 +1,6 @@
 """Formula, inputs and checks of lpips_distance, written from the definition, without the package's reference.
 
-Layers travel flat, (*inputs, *targets, *masks), as in `feature_cases`; the weights follow from the number of channels.
+Layers travel flat, (*inputs, *targets, *masks), as in `feature_cases`; weights follow from the number of channels.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ def heads(channels: int, device: Any = "cpu") -> Tensor:
     return ((torch.arange(channels, device=device) + 1) % 5).float()
 
 
+def zero_vectors(x: Tensor) -> Tensor:
+    return (x == 0).all(1, keepdim=True)
+
+
 def norm(x: Tensor) -> Tensor:
-    """Of every pixel's channels, 1 for zero vectors: what is divided by it is 0 with gradient 0."""
-    zero = (x == 0).all(1, keepdim=True)
-    return torch.where(zero, 1.0, x).square().sum(1, keepdim=True).sqrt().where(~zero, 1.0)
+    """Of every pixel's channels; not 0 for zero vectors, which are put right behind it."""
+    return torch.where(zero_vectors(x), 1.0, x).square().sum(1, keepdim=True).sqrt()
 
 
 def unit(x: Tensor) -> Tensor:
-    return x / (norm(x) + EPS)
+    """A zero vector stays one, with gradient 0."""
+    return torch.where(zero_vectors(x), 0.0, x / (norm(x) + EPS))
 
 
 def _shares(mask: Tensor) -> Tensor:
@@ -70,14 +74,17 @@ def lpips_sizes(
     total, gradients = flat[0].new_zeros(flat[0].shape[0]), {}
     for i, (x, y, shares, weights) in enumerate(_layers(flat, layers, True)):
         u, v = unit(x).abs(), unit(y).abs()
-        total = total + (shares.abs() * weights * (unit(x) - unit(y)).abs() * (u + v)).sum((1, 2, 3))
+        # Rounding alone makes a difference of equal vectors.
+        apart = (unit(x) - unit(y)).abs() + torch.finfo(torch.float32).eps * (u + v)
+        total = total + (shares.abs() * weights * apart * (u + v)).sum((1, 2, 3))
         slope = 2 * weights * (u + v) * shares.abs() * upstream.abs().reshape(-1, 1, 1, 1)
         for place, maps, units in ((i, x, u), (layers + i, y, v)):
             size = (slope + units * (slope * units).sum(1, keepdim=True)) / norm(maps)
-            zero = (maps == 0).all(1, keepdim=True)
-            gradients[place] = torch.where(zero, 0.0, size)
+            gradients[place] = torch.where(zero_vectors(maps), 0.0, size)
         n = flat[layers + i].shape[0]
-        gradients[layers + i] = gradients[layers + i].unflatten(0, (-1, n)).sum(0) if n else 0 * flat[layers + i]
+        gradients[layers + i] = (
+            gradients[layers + i].unflatten(0, (-1, n)).sum(0) if n else 0 * flat[layers + i]
+        )
     if reduction != "none":
         total = total.sum() / (max(total.shape[0], 1) if reduction == "mean" else 1)
     return [total], gradients

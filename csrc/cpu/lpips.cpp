@@ -25,7 +25,8 @@ struct ColumnTensors {
         target_size(sizes_of(target)),
         weights(values_of(torch::stable::contiguous(weight))) {
     STD_TORCH_CHECK(
-        size.size() == 4 && std::equal(size.begin() + 1, size.end(), target_size.begin() + 1, target_size.end()) &&
+        size.size() == 4 &&
+            std::equal(size.begin() + 1, size.end(), target_size.begin() + 1, target_size.end()) &&
             (target_size[0] == 0 ? size[0] == 0 : size[0] % target_size[0] == 0) &&
             static_cast<int64_t>(weights.size()) == size[1],
         "lpips: input, target and weights do not fit each other");
@@ -51,7 +52,8 @@ struct ColumnTensors {
   void set_mask(const Tensor& mask) {
     call.mask_per_prediction = mask.dim() == 4 && mask.sizes()[0] == size[0] && size[0] != target_size[0];
     PixelShape shape;
-    const std::vector<int64_t> fitting = {call.mask_per_prediction ? size[0] : target_size[0], 1, size[2], size[3]};
+    const std::vector<int64_t> fitting = {call.mask_per_prediction ? size[0] : target_size[0], 1, size[2],
+                                          size[3]};
     call.mask = add(prepare_mask(mask, fitting, false, shape));
     call.mask_dtype = dtype_code(mask.scalar_type());
     call.mask_stride = shape.mask_stride_n;
@@ -62,7 +64,8 @@ struct ColumnTensors {
         counts[n] = counts[call.mask_stride == 0 ? 0 : sample];
         continue;
       }
-      const char* data = static_cast<const char*>(call.mask) + sample * call.mask_stride * dtype_bytes(call.mask_dtype);
+      const char* data =
+          static_cast<const char*>(call.mask) + sample * call.mask_stride * dtype_bytes(call.mask_dtype);
       generic::convert_to(call.mask_dtype, data, call.pixels, plane.data());
       counts[n] = 0;
       for (const double value : plane) counts[n] += value;
@@ -107,7 +110,8 @@ std::tuple<Tensor, std::vector<Tensor>> lpips(const std::vector<Tensor>& input, 
     call.partials = partials.get();
     t.run(&Kernels<ColumnsCall>::forward);
     for (int64_t n = 0; n < t.size[0]; ++n) {
-      const double* part = partials.get() + n % call.samples * call.blocks() * call.predictions + n / call.samples;
+      const double* part =
+          partials.get() + n % call.samples * call.blocks() * call.predictions + n / call.samples;
       double sum = 0;
       for (int64_t b = 0; b < call.blocks(); ++b) sum += part[b * call.predictions];
       values[n] += sum * t.share(n);

@@ -89,12 +89,12 @@ def _backward(ctx: Any, kernel: Any, needs: Any, grad: Tensor | None) -> tuple[A
 # r = 1/(|a| + eps), s = 1/(|b| + eps) and d_c = a_c r - b_c s of a pixel of input and target:
 #   [0] r, [1] s, [2] 2 (sum_c w_c d_c a_c) r^2 / |a|, [3] -2 (sum_c w_c d_c b_c) s^2 / |b|,
 # [0] and [2] are 0 for a zero vector a, [1] and [3] for a zero vector b, and all four where the mask is 0.
-# Backward: of each layer (those without a wanted gradient are left out) the gradient by the input if `wanted` has bit 1,
-# then by the target if it has bit 2, in the shapes, dtypes and layouts (NCHW or channels_last) of the two. With
+# Backward: of each layer (those without a wanted gradient are left out) the gradient by the input if `wanted` has
+# bit 1, then by the target if it has bit 2, in the shapes, dtypes and layouts (NCHW or channels_last) of both. With
 # f = grad[n] m(p) / sum_p m(p), or grad[n] / (H W) without a mask, and 0 where the mask is 0 or empty:
 #   da_c = f (2 w_c r d_c - a_c saved[2]),  db_c = sum over the k predictions of f (-2 w_c s d_c - b_c saved[3]).
-# Weights are (C,) each, of any floating dtype. `mask` is empty or holds for each layer (H, W) or (1 | N | k N, 1, H, W),
-# floating or bool, of any strides.
+# Weights are (C,) each, of any floating dtype. `mask` is empty or holds for each layer (H, W) or
+# (1 | N | k N, 1, H, W), floating or bool, of any strides.
 _op = _library.Op(
     "lpips",
     schema="(Tensor[] input, Tensor[] target, Tensor[] weights, Tensor[] mask, float eps, bool save) "
@@ -123,20 +123,20 @@ def lpips_distance(
 ) -> Tensor:
     """Distance of LPIPS between two sets of feature maps, from weights for their channels.
 
-    ``sum_l mean_p sum_c w_lc (u_lpc - v_lpc)^2`` for each sample, with the unit vectors ``u = a / (|a| + eps)`` of every
-    pixel's channels in `input` and v likewise in `target`. A zero vector stays zero, with gradient 0.
+    ``sum_l mean_p sum_c w_lc (u_lpc - v_lpc)^2`` for each sample, with the unit vectors ``u = a / (|a| + eps)`` of
+    every pixel's channels in `input` and v likewise in `target`. A zero vector stays zero, with gradient 0.
 
     Args:
         input: features (k N, C, H, W) of one layer or a sequence of layers; float16, bfloat16, float32 or float64.
             A batch k times the target's is k predictions, in the order of torch.cat (raw and composite against
             truth), against one target that is read once.
         target: features (N, C, H, W) of the same layers; the dtype may differ.
-        weights: one non-negative tensor (C,) for each layer, floating, on the device of the features. Negative ones are
-            refused on the CPU; looking at those on a GPU would wait for it.
+        weights: one non-negative tensor (C,) for each layer, floating, on the device of the features. Negative
+            numbers are refused on the CPU; to look at those on a GPU would be to wait for it.
         mask: spatial weights at the layers' resolutions, one for each layer: (H, W), or (B, 1, H, W) with B = 1, N
-            (shared by the predictions) or k N; floating weights, bool or integers (nonzero counts as 1). The mean over
-            a sample's pixels is then the weighted one, 0 if the mask is empty. Where one is exactly 0, NaN and Inf
-            are ignored.
+            (shared by the predictions) or k N; floating weights, bool or integers (nonzero counts as 1). The mean
+            over a sample's pixels is then the weighted one, 0 if the mask is empty. Where a mask is exactly 0, NaN
+            and Inf are ignored.
         eps: added to the norms.
         reduction: "mean" over all k N samples, "sum" of them, or "none".
         backend: None (automatic), "reference", "cpu" or "triton".
@@ -219,9 +219,7 @@ def checked_distance(
         backend, [*features, *weights, *masks], *[x.dtype for x in features], weights=weights, mask=masks
     )
     if chosen == "reference":
-        return reference.lpips_distance(
-            inputs, targets, weights, masks or None, eps=eps, reduction=reduction
-        )
+        return reference.lpips_distance(inputs, targets, weights, masks or None, eps=eps, reduction=reduction)
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in features)
     values = _op(chosen, needs, inputs, targets, weights, masks, eps, needs)
     return reference.reduce_samples(values, reduction)

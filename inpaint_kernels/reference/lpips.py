@@ -29,7 +29,11 @@ def _prepared(
     predictions = x.shape[0] // y.shape[0] if y.shape[0] else 1
     # Converted first: the gradient of a repeated target is a sum, which a half type would round term by term.
     x, y = x.to(dtype), y.to(dtype)
-    y = y if predictions == 1 else y.repeat(predictions, 1, 1, 1)
+    if predictions != 1:
+        # In the layout of x: in another one the sums over channels of equal vectors would differ in their last bits.
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        y = y.repeat(predictions, 1, 1, 1)
+        y = y.contiguous(memory_format=torch.channels_last) if last else y
     if mask is None:
         return x, y, 1.0 / max(x.shape[2] * x.shape[3], 1)
     if mask.ndim == 4 and mask.shape[0] not in (1, x.shape[0]):

@@ -63,7 +63,18 @@ struct Planes {
   int64_t stride;
   T* plane(int index) const { return data + index * stride; }
 };
-enum ForwardPlane { kSquaresA, kSquaresB, kUnitA, kUnitB, kSum, kDotA, kDotB, kForwardPlanes };
+// kTotals: as many as there are sums from kSum on, 0 but while channels are folded.
+enum ForwardPlane {
+  kSquaresA,
+  kSquaresB,
+  kUnitA,
+  kUnitB,
+  kSum,
+  kDotA,
+  kDotB,
+  kTotals,
+  kForwardPlanes = kTotals + 3
+};
 enum BackwardPlane { kR, kS, kSlopeA, kAlongA, kSlopeB, kAlongB, kMask, kBackwardPlanes };
 
 // Adds ROWS channels' w d^2 to the sums and, if DOTS, w d a and w d b to the products.
@@ -95,12 +106,29 @@ IK_NOINLINE void add_differences(Rows<T> a, Rows<T> b, const T* weights, int64_t
   });
 }
 
-// Calls f<ROWS>(first) for the channels in groups of four, then one by one.
-template <typename F>
-IK_INLINE void for_each_group(int64_t channels, F&& f) {
-  int64_t c = 0;
-  for (; c + 4 <= channels; c += 4) f(std::integral_constant<int, 4>(), c);
-  for (; c < channels; ++c) f(std::integral_constant<int, 1>(), c);
+// Calls f<ROWS>(first) for the channels in groups of four, then one by one, and fold(last) after each kFold of them: a
+// float takes no longer sums than that without losing bits. Fewer channels need no folding.
+constexpr int64_t kFold = 256;
+template <typename F, typename G>
+IK_INLINE void for_each_group(int64_t channels, F&& f, G&& fold) {
+  for (int64_t first = 0; first < channels; first += kFold) {
+    const int64_t end = least(first + kFold, channels);
+    int64_t c = first;
+    for (; c + 4 <= end; c += 4) f(std::integral_constant<int, 4>(), c);
+    for (; c < end; ++c) f(std::integral_constant<int, 1>(), c);
+    if (channels > kFold) fold(end == channels);
+  }
+}
+
+// total += part, and part begins anew; the last time the sum goes to part.
+template <typename T>
+IK_NOINLINE void fold_plane(T* part, T* total, int64_t n, bool last) {
+  using V = Vec<T>;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const V sum = V::load(total + i) + V::load(part + i);
+    (last ? V(T(0)) : sum).store(total + i);
+    (last ? sum : V(T(0))).store(part + i);
+  }
 }
 
 template <typename T>
@@ -167,9 +195,9 @@ template <typename T>
 class Forward : Worker<T> {
   using Base = Worker<T>;
   using V = Vec<T>;
-  using typename Base::Block;
   using Base::call_;
   using Base::stride_;
+  using typename Base::Block;
 
  public:
   explicit Forward(const ColumnsCall& call)
@@ -177,7 +205,9 @@ class Forward : Worker<T> {
         planes_{this->planes_data_.get(), stride_},
         eps_(static_cast<T>(call.eps)),
         input_(scratch_of(call.input_dtype)),
-        target_(scratch_of(call.target_dtype)) {}
+        target_(scratch_of(call.target_dtype)) {
+    for (int plane = kTotals; plane < kForwardPlanes; ++plane) clear(plane);
+  }
 
   void unit(int64_t index) {
     const Block block = this->block(index);
@@ -190,17 +220,21 @@ class Forward : Worker<T> {
     const Rows<T> b = gather(call_.target, call_.target_dtype, block.sample, block, target_.get(), kSquaresB);
     for (int64_t k = 0; k < call_.predictions; ++k) {
       const int64_t sample = this->sample_of(block, k);
-      for (const int plane : {kSquaresA, kSum, kDotA, kDotB}) clear(plane);
+      clear(kSquaresA);
+      for (int plane = kSum; plane <= kDotB; ++plane) clear(plane);
       const Rows<T> a = gather(call_.input, call_.input_dtype, sample, block, input_.get(), kSquaresA);
       const T* mask = this->mask_of(block, sample);
       set_units(mask, block.n);
-      for_each_group(call_.channels, [&](auto rows, int64_t c) {
-        constexpr int ROWS = decltype(rows)::value;
-        const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
-        const T* weights = this->weights_.get() + c;
-        call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
-                    : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
-      });
+      for_each_group(
+          call_.channels,
+          [&](auto rows, int64_t c) {
+            constexpr int ROWS = decltype(rows)::value;
+            const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
+            const T* weights = this->weights_.get() + c;
+            call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
+                        : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
+          },
+          [&](bool last) { fold(kSum, call_.saved ? 3 : 1, block.n, last); });
       partials[k] = finish(mask, sample, block);
     }
   }
@@ -212,8 +246,10 @@ class Forward : Worker<T> {
     if (call_.channels_last) return call_.channels + 16;
     return dtype == kNative<T> && call_.blocks() == 1 ? 0 : call_.channels * stride_;
   }
-  void clear(int plane) {
-    std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T));
+  void clear(int plane) { std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T)); }
+
+  void fold(int first, int count, int64_t n, bool last) {
+    for (int j = 0; j < count; ++j) fold_plane(planes_.plane(first + j), planes_.plane(kTotals + j), n, last);
   }
 
   // The block's channels, whose squares are added up; in `scratch` unless they lie close together.
@@ -224,22 +260,26 @@ class Forward : Worker<T> {
     const Rows<T> given{static_cast<const T*>(data) + (native ? offset : 0), call_.pixels};
     const Rows<T> copied{scratch, stride_};
     const Rows<T> found = native && call_.blocks() == 1 ? given : copied;
-    for_each_group(call_.channels, [&](auto rows, int64_t c) {
-      constexpr int ROWS = decltype(rows)::value;
-      T* to = scratch + c * stride_;
-      if (native && call_.blocks() > 1)
-        return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_, squares);
-      for (int j = 0; j < ROWS && !native; ++j)
-        fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
-      add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
-    });
+    for_each_group(
+        call_.channels,
+        [&](auto rows, int64_t c) {
+          constexpr int ROWS = decltype(rows)::value;
+          T* to = scratch + c * stride_;
+          if (native && call_.blocks() > 1)
+            return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_,
+                                           squares);
+          for (int j = 0; j < ROWS && !native; ++j)
+            fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
+          add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
+        },
+        [&](bool last) { fold(plane, 1, block.n, last); });
     return found;
   }
 
   void set_units(const T* mask, int64_t n) {
     for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
       const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         unit_factor(V::load(planes_.plane(kSquaresA + side) + i), V(eps_), counted)
             .store(planes_.plane(kUnitA + side) + i);
       }
@@ -250,7 +290,8 @@ class Forward : Worker<T> {
   double finish(const T* mask, int64_t sample, const Block& block) {
     V sum(T(0));
     for_each_vector<V>(block.n, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
+      const auto load = [&](int plane)
+                            __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
       V value = first_of(load(kSum), count);
       if (mask) {
         const V counted = load_part<V>(mask + i, count);
@@ -258,7 +299,7 @@ class Forward : Worker<T> {
       }
       sum = sum + value;
       if (call_.saved == nullptr) return;
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         const V r = load(kUnitA + side);
         store_part(r, this->saved(side, sample, block.begin + i), count);
         store_part(along(V(kSlopes[side]), load(kDotA + side), r, load(kSquaresA + side)),
@@ -298,7 +339,7 @@ class Forward : Worker<T> {
       total += static_cast<double>(select_zero_(counted, counted * sum.lane_sum()));
       if (call_.saved == nullptr) continue;
       const T dots[2] = {dot_a.lane_sum(), dot_b.lane_sum()};
-      for (const int side : {0, 1}) {
+      for (int side = 0; side < 2; ++side) {
         *this->saved(side, sample, pixel) = units[side];
         *this->saved(2 + side, sample, pixel) = along(kSlopes[side], dots[side], units[side], squares[side]);
       }
@@ -342,9 +383,10 @@ IK_INLINE void differentiate_as(const GradientRun<T>& run, const Get& get) {
     const auto counted = [&](V value) __attribute__((always_inline)) {
       return MASKED ? select_zero_(of.mask, value) : value;
     };
-    if constexpr (A) store_part(counted(of.slope_a * weighted - of.along_a * x), run.grad_a + i, count, stream);
+    if constexpr (A)
+      store_part(counted(fma_(of.slope_a, weighted, of.along_a * x)), run.grad_a + i, count, stream);
     if constexpr (B) {
-      const V value = counted(of.slope_b * weighted - of.along_b * y);
+      const V value = counted(fma_(of.slope_b, weighted, of.along_b * y));
       store_part(run.add_b ? load_part<V>(run.grad_b + i, count) + value : value, run.grad_b + i, count,
                  stream && !A);
     }
@@ -364,9 +406,9 @@ template <typename T>
 class Backward : Worker<T> {
   using Base = Worker<T>;
   using V = Vec<T>;
-  using typename Base::Block;
   using Base::call_;
   using Base::stride_;
+  using typename Base::Block;
 
  public:
   explicit Backward(const ColumnsCall& call)
@@ -392,8 +434,9 @@ class Backward : Worker<T> {
         run.grad_b = output_at(call_.grad_target, call_.target_dtype, target_offset, buffer(3));
         run.add_b = k > 0;
         // What is added to is read again.
-        run.stream = call_.stream && (run.grad_a != nullptr ? run.grad_a != buffer(2)
-                                                            : run.grad_b != buffer(3) && call_.predictions == 1);
+        run.stream =
+            call_.stream && (run.grad_a != nullptr ? run.grad_a != buffer(2)
+                                                   : run.grad_b != buffer(3) && call_.predictions == 1);
         last ? of_pixel(run, k, j) : of_channel(run, k, j);
         store_output(call_.grad_input, call_.input_dtype, offset, run.n, run.grad_a);
         if (k + 1 == call_.predictions)
@@ -420,18 +463,17 @@ class Backward : Worker<T> {
       const auto load = [&](int index) __attribute__((always_inline)) {
         return load_part<V>(this->saved(index, sample, block.begin + i), count);
       };
-      const auto store = [&](V value, int plane) __attribute__((always_inline)) {
-        value.store(planes.plane(plane) + i);
-      };
+      const auto store = [&](V value, int plane)
+                             __attribute__((always_inline)) { value.store(planes.plane(plane) + i); };
       const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
       const V share = factor * counted, r = load(0), s = load(1);
       store(counted, kMask);
       store(r, kR);
       store(s, kS);
       store(V(T(2)) * share * r, kSlopeA);
-      store(share * load(2), kAlongA);
+      store(V(T(0)) - share * load(2), kAlongA);
       store(V(T(-2)) * share * s, kSlopeB);
-      store(share * load(3), kAlongB);
+      store(V(T(0)) - share * load(3), kAlongB);
     });
   }
 
@@ -439,7 +481,8 @@ class Backward : Worker<T> {
     const Planes<T> planes = this->planes(k);
     const V weight(this->weights_.get()[c]);
     differentiate(run, [&](int64_t i, int) __attribute__((always_inline)) {
-      const auto load = [&](int plane) __attribute__((always_inline)) { return V::load(planes.plane(plane) + i); };
+      const auto load = [&](int plane)
+                            __attribute__((always_inline)) { return V::load(planes.plane(plane) + i); };
       return Slopes<V>{weight,        load(kR),      load(kS),      load(kSlopeA),
                        load(kAlongA), load(kSlopeB), load(kAlongB), load(kMask)};
     });
@@ -460,7 +503,8 @@ class Backward : Worker<T> {
   IK_MEMBER void differentiate(const GradientRun<T>& run, const Get& get) const {
     with_bool(call_.mask != nullptr, [&](auto masked) __attribute__((always_inline)) {
       constexpr bool MASKED = decltype(masked)::value;
-      if (run.grad_a != nullptr && run.grad_b != nullptr) return differentiate_as<true, true, MASKED>(run, get);
+      if (run.grad_a != nullptr && run.grad_b != nullptr)
+        return differentiate_as<true, true, MASKED>(run, get);
       if (run.grad_a != nullptr) return differentiate_as<true, false, MASKED>(run, get);
       differentiate_as<false, true, MASKED>(run, get);
     });
