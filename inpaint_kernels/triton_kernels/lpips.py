@@ -38,8 +38,8 @@ from .lpips_tile import (
 )
 from .pixel_tile import tile_of, unpacked
 
-# Elements of a tile and its warps, forward and backward. Reasoned, not measured: with 16 elements a thread of each image
-# two programs fit on a multiprocessor, and 512 channels of 8 pixels are whole sectors of memory.
+# Elements of a tile and its warps, forward and backward. Reasoned, not measured: with 16 elements of each image a
+# thread two programs fit on a multiprocessor, and 8 pixels of 512 channels are whole sectors of memory.
 TILE, WARPS = 4096, 8
 BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
 

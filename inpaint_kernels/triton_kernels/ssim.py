@@ -4,7 +4,7 @@ Of s = a + b and d = a - b, with E the mean over a window (of what the mask coun
     l = (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1), cs = (V_s - V_d + 2 C2) / (V_s + V_d + 2 C2)
     grad_a = grad_s + grad_d, grad_b = grad_s - grad_d with grad_s = m (W g_s + 2 s W g_ss), grad_d likewise
 g_s, g_d, g_ss and g_dd are the gradients by a window's sums, W the sum over the windows that a pixel lies in. Equal
-images have d = 0, and so exactly l = cs = 1 and gradient 0. Variances and their gradients are those of s less a shift.
+images have d = 0, and so exactly l = cs = 1 and gradient 0. Variances and their gradients are those of a shifted s.
 
 A row of the four maps is summed along the row as it is read: a number is loaded once for each of its windows, all but
 once from the first-level cache. Down the columns a row is added to the sums of the windows it lies in, SIZE - 1 of
@@ -33,6 +33,7 @@ from .ssim_tile import (
     no_sums,
     offset_of,
     place_of,
+    shift_of,
     statistics,
 )
 

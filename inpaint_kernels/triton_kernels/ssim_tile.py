@@ -29,7 +29,7 @@ class Window(NamedTuple):
 
 @triton.jit
 def place_of(sizes, WINDOW: tl.constexpr):
-    """Of a program: plane [1, BLOCK_C], column [BLOCK_X, 1], whether they exist, first row, the row after its last."""
+    """Of a program: plane [1, BLOCK_C], column [BLOCK_X, 1], whether both exist, its first row, its end."""
     tiles, strips, rows = unpacked(sizes[6]), unpacked(sizes[7]), unpacked(sizes[8])
     program = tl.program_id(0)
     column = program % tiles * WINDOW.BLOCK_X + tl.arange(0, WINDOW.BLOCK_X)[:, None]
