@@ -221,7 +221,7 @@ def backward_layer(
     target_start = sample * C * pixels + offset
     b, target_place, inside = load_column(target_ptr, target_start, pixel, left, first, pixels, COLUMN)
     weight = 2 * load_head(weight_ptr, first, COLUMN)
-    total = tl.zeros([COLUMN.BLOCK_P, COLUMN.BLOCK_C], tl.float32)
+    total = tl.zeros_like(b)
     plane = PREDICTIONS * samples * pixels
     for prediction in tl.static_range(PREDICTIONS):
         at = sample + prediction * samples

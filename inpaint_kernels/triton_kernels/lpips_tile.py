@@ -45,8 +45,11 @@ def load_column(pointer, start, pixel, left, first, pixels, COLUMN: tl.constexpr
         place = start + pixel * COLUMN.C + channel
     else:
         place = start + channel.to(tl.int64) * pixels + pixel
-    inside = tl.broadcast_to(pixel < left, [COLUMN.BLOCK_P, COLUMN.BLOCK_C])
-    if COLUMN.C % COLUMN.BLOCK_C != 0:
+    # By name: Triton 3.6 makes no shape of the fields of a tuple.
+    BLOCK_P: tl.constexpr = COLUMN.BLOCK_P
+    BLOCK_C: tl.constexpr = COLUMN.BLOCK_C
+    inside = tl.broadcast_to(pixel < left, [BLOCK_P, BLOCK_C])
+    if COLUMN.C % BLOCK_C != 0:
         inside = inside & (channel < COLUMN.C)
     return tl.load(pointer + place, mask=inside, other=0.0).to(tl.float32), place, inside
 

@@ -30,6 +30,7 @@ from .ssim_tile import (
     make_images,
     map_row,
     mask_place_of,
+    no_sum,
     no_sums,
     offset_of,
     place_of,
@@ -77,7 +78,7 @@ def window_kernel(
             by_contrast = scale * tl.load(grads[1] + plane, mask=plane < planes, other=0.0)
         maps_ptr += offset_of(plane, column, out_height, out_width, sizes, WINDOW)
         map_size = planes.to(tl.int64) * out_height * out_width
-    zero = tl.zeros([WINDOW.BLOCK_X, WINDOW.BLOCK_C], tl.float32)
+    zero = no_sum(WINDOW)
     similarity, contrast, l1, weights, l1_weights = zero, zero, zero, zero, zero
     s_sums, d_sums, ss_sums, dd_sums = no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW), no_sums(WINDOW)
     for row in range(first - WINDOW.PAD, end + LAST - WINDOW.PAD):
