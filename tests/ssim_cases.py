@@ -103,21 +103,27 @@ def ssim_call(backend: Backend | None, *, l1: bool = False, **options: Any) -> C
 
 
 def check(
-    call: Call, formula: Call, inputs: Sequence[Tensor | None], wanted: Sequence[int] = (0, 1), **options: Any
+    call: Call,
+    formula: Call,
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[int] = (0, 1),
+    of_gradients: bool = False,
 ) -> None:
     """`check_against_truth`, where a loss is a difference from 1, and a gradient one of terms several times its size,
-    those by the means and by the variances."""
+    those by the means and by the variances; `of_gradients`: the outputs are gradients, too."""
     exact = [None if t is None else t.detach().cpu().double() for t in inputs]
-    gradients = evaluate(formula, exact, wanted)[1]
-    sizes = {i: 4 * g.abs().max() for i, g in zip(wanted, gradients, strict=True) if g.numel()}
+    outputs, gradients, _ = evaluate(formula, exact, wanted)
+    sizes, output_sizes = (
+        {i: 4 * t.abs().max() for i, t in pairs if t.numel()}
+        for pairs in (list(zip(wanted, gradients, strict=True)), list(enumerate(outputs)))
+    )
     check_against_truth(
         call,
         formula,
         inputs,
         wanted=wanted,
         magnitudes=sizes,
-        output_magnitudes={0: torch.ones(())},
-        **options,
+        output_magnitudes=output_sizes if of_gradients else {0: torch.ones(())},
     )
 
 

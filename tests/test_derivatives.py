@@ -12,6 +12,7 @@ from harness import Backend, Call, as_tuple, check_against_truth, evaluate, grad
 from op_cases import SUBSETS, Op
 from op_choices import SETTINGS, WAYS, ops
 from pixel_cases import away_from_kinks, on_device, skip_unsupported
+from ssim_cases import check as check_ssim
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -71,6 +72,9 @@ def check_second_derivatives(backend: Backend, op: Op, inputs: list[Tensor]) -> 
     call, up = op.by(backend), len(inputs)
     outputs = op.outputs(inputs, backend.name)
     upstream = torch.full_like(outputs[0], 0.7)
+    if op.name == "ssim":
+        functions = gradient_of(call, op.wanted), gradient_of(op.formula, op.wanted)
+        return check_ssim(*functions, [*inputs, upstream], (*op.wanted, up), of_gradients=True)
     # `gradient_of` sends i + 1 times the upstream gradient into output i. The derivative by the upstream gradient
     # sums first derivatives of both signs, times at most 1.5; that by an image may be a difference of larger terms.
     sent = [upstream * (i + 1) for i in range(len(outputs))]
@@ -95,7 +99,7 @@ def clear_of_kinks(op: Op) -> list[Tensor]:
         # Neighbours, and those of a composite in eighths, are apart by more than a numerical derivative moves them.
         order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).double().view(2, 1, 3, 2)
         images = [order, (order * 1.7 + 0.3).flip(3)][: op.free]
-    elif op.name in ("masked_l1", "hole_valid", "feature_distance"):
+    elif op.name in ("masked_l1", "hole_valid", "feature_distance", "ssim"):
         half = len(images) // 2
         for x, y in zip(range(half), range(half, 2 * half), strict=True):
             target = images[y].repeat(images[x].shape[0] // images[y].shape[0], 1, 1, 1)
@@ -150,6 +154,8 @@ def test_gradient_to_the_mask(op: Op, mask: str) -> None:
         inputs[-1] = inputs[-1].half()
     formula = partial(op.formula, select=False)
     wanted = tuple(range(len(inputs)))
+    if op.name == "ssim":
+        return op.judge(op.by(None), formula, inputs, wanted=wanted)
     for number in range(len(op.outputs(inputs))):
         check_against_truth(
             outputs_of(op, None, number)[0],

@@ -60,7 +60,11 @@ def test_equal_images_are_exactly_one(backend: Backend, dtype: str, padding: str
     """Flat or not, with a gradient that is exactly 0, not 0/0."""
     size = (2, 3, 13, 17)
     for x in (torch.full(size, 0.7), unit_pair(size)[0], torch.zeros(size)):
-        images = [x.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float64))] * 2
+        images = [
+            x.to(
+                {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float64)
+            )
+        ] * 2
         weights = make_mask("n1hw", size) if mask else None
         inputs = on_device(backend, *images, weights)
         skip_unsupported(backend, *images)
@@ -205,9 +209,7 @@ def test_tiles(backend: Backend, size: str, padding: str, mask: str, layout: str
     layout=LAYOUTS,
     mask=("nomask", "n1hw"),
 )
-def test_valid_windows_in_any_dtype_and_layout(
-    backend: Backend, dtypes: str, layout: str, mask: str
-) -> None:
+def test_valid_windows_in_any_dtype_and_layout(backend: Backend, dtypes: str, layout: str, mask: str) -> None:
     size = (2, 3, 14, 19)
     inputs = on_device(backend, *unit_pair(size, dtypes, f"{layout}/{layout}"), make_mask(mask, size))
     skip_unsupported(backend, *inputs[:2])
@@ -314,13 +316,17 @@ def test_any_rank(backend: Backend) -> None:
     assert same_bits(found, masked.view(2, 3))
     first = mask.view(2, 3, 1, 14, 13)[:, :1]
     found = call(pred.view(video), target.view(video), first)
-    torch.testing.assert_close(found, call(pred, target, first.expand(2, 3, 1, 14, 13).reshape(6, 1, 14, 13)).view(2, 3))
+    torch.testing.assert_close(
+        found, call(pred, target, first.expand(2, 3, 1, 14, 13).reshape(6, 1, 14, 13)).view(2, 3)
+    )
     single = call(pred[0], target[0], mask[0])
     assert single.shape == ()
     assert same_bits(single, masked[0])
     assert same_bits(call(pred[0], target[0], mask[0, 0]), masked[0])
     plane = ik.l1_ssim_loss(pred[2], target[2], mask[2], backend=backend.name)
-    torch.testing.assert_close(plane, ik.l1_ssim_loss(pred[2:3], target[2:3], mask[2:3], backend=backend.name))
+    torch.testing.assert_close(
+        plane, ik.l1_ssim_loss(pred[2:3], target[2:3], mask[2:3], backend=backend.name)
+    )
 
 
 @grid(size=((0, 3, 12, 12), (2, 0, 12, 12)), l1=(False, True), mask=(False, True))
@@ -360,7 +366,12 @@ REFUSED: list[tuple[type[Exception], str, Sequence[Tensor], dict[str, Any]]] = [
     (ValueError, "padding: got 'reflect', allowed: 'valid', 'same'", (IMAGE, IMAGE), {"padding": "reflect"}),
     (ValueError, "reduction: got 'sum'", (IMAGE, IMAGE), {"reduction": "sum"}),
     (ValueError, r"mask has shape \(1, 16, 16\)", (IMAGE, IMAGE, IMAGE[0, :1]), {}),
-    (ValueError, r"mask has shape \(1, 1, 16, 16\); for pred \(3, 16, 16\)", (IMAGE[0], IMAGE[0], IMAGE[:, :1]), {}),
+    (
+        ValueError,
+        r"mask has shape \(1, 1, 16, 16\); for pred \(3, 16, 16\)",
+        (IMAGE[0], IMAGE[0], IMAGE[:, :1]),
+        {},
+    ),
     (ValueError, "does not broadcast", (IMAGE[None], IMAGE[None], torch.zeros(2, 1, 1, 16, 16)), {}),
 ]
 
@@ -394,8 +405,10 @@ def test_modules() -> None:
         assert not list(made.parameters())
         assert not list(made.buffers())
         assert same_bits(made(pred, target, mask), function(pred, target, mask, **options, **more))
-        assert same_bits(module()(IMAGE[..., :1].expand(1, 3, 16, 180).repeat(1, 1, 12, 1), torch.ones(1, 3, 192, 180)),
-                         function(IMAGE[..., :1].expand(1, 3, 16, 180).repeat(1, 1, 12, 1), torch.ones(1, 3, 192, 180)))
+        assert same_bits(
+            module()(IMAGE[..., :1].expand(1, 3, 16, 180).repeat(1, 1, 12, 1), torch.ones(1, 3, 192, 180)),
+            function(IMAGE[..., :1].expand(1, 3, 16, 180).repeat(1, 1, 12, 1), torch.ones(1, 3, 192, 180)),
+        )
         for name, value in (options | more).items():
             assert f"{name}={value!r}" in repr(made)
         with pytest.raises(ValueError, match="padding"):
@@ -439,15 +452,16 @@ def test_second_derivatives_of_a_target_made_of_the_image(backend: Backend, fact
         return second
 
     want, got = second_derivative(ssim_formula), second_derivative(ssim_call(backend))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()) + 1e-7)
+    # Of equal images the loss is 0 whatever they are: what remains is the rounding of terms of 0.1.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("l1", [False, True])
-def test_compiles(backend: Backend, l1: bool) -> None:
-    call = ssim_call(backend, l1=l1)
+def test_compiles(kernel: Backend, l1: bool) -> None:
+    call = ssim_call(kernel, l1=l1)
     formula = partial(ssim_formula, l1=l1)
     cases = [
-        on_device(backend, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
+        on_device(kernel, *unit_pair((2, 3, h, w)), make_mask("n1hw", (2, 3, h, w)))
         for h, w in ((14, 17), (21, 15))
     ]
     check_compiles(call, lambda f, x: check(f, formula, x), cases)

@@ -219,6 +219,7 @@ UNREAD: dict[str, tuple[tuple[tuple[int, ...], dict[int, str]], ...]] = {
     "total_variation image": (((0,), {0: "region"}),),
     "inpainting_pixel": (((1, 3), {0: "hole"}), ((2, 3), {1: "valid"})),
     "gradient_loss": (((0,), {0: "hole", 1: "hole"}),),
+    "ssim": (((0,), {0: "mask", 1: "mask"}),),
     "stacked_images": (((0,), {0: "hole"}), ((0,), {1: "valid"})),
     "stacked_images holes": (((0,), {0: "hole", 1: "hole"}),),
     "composite": (((0,), {0: "hole"}), ((0,), {1: "valid"})),

@@ -42,6 +42,7 @@ CASES = [
     OPS["total_variation l2 first_pixel-default composite"],
     *(OPS[f"inpainting_pixel image {DEFAULT} {penalty}"] for penalty in ("l1", "l2")),
     *(OPS[f"gradient_loss {setting}"] for setting in ("ring l1", "dilated_hole l2")),
+    *(OPS[f"ssim {setting}"] for setting in ("same l1", "valid")),
     OPS["composite valid"],
     OPS["stacked_images all"],
     OPS["gram chw"],

@@ -109,6 +109,10 @@ std::tuple<Tensor, Tensor> ssim_backward(const std::optional<Tensor>& grad_simil
   };
   const std::vector<double> similarity = values(grad_similarity), contrast = values(grad_contrast);
   const std::vector<double> scales = values_of(scale);
+  STD_TORCH_CHECK(similarity.size() == coefficients.size() && contrast.size() == coefficients.size() &&
+                      scales.size() == coefficients.size() + 1 &&
+                      (!grad_l1.has_value() || grad_l1->numel() == 1),
+                  "gradients and scale must have a number for each plane, and one for l1");
   const double l1 = scalar_value(grad_l1) * scales[coefficients.size()];
   for (size_t i = 0; i < coefficients.size(); ++i) {
     coefficients[i] = {similarity[i] * scales[i], contrast[i] * scales[i], l1};

@@ -68,6 +68,9 @@ def _formula(
 
 
 def _backward(ctx: Any, kernel: Any, needs: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    # An output that was not asked for is empty, and so is what arrives for it.
+    asked = (True, *ctx.outputs)
+    grads = tuple(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
     if all(grad is None for grad in grads):
         return None, None
     # Once: under a checkpoint a second look finds nothing.
@@ -143,7 +146,9 @@ def as_images(
                 f"{error}: convert it, {name}.float(), and name its range, data_range=255 for bytes"
             )
     if pred.ndim < 3:
-        raise ValueError(f"pred must have shape (C, H, W), (N, C, H, W) or (..., C, H, W), got {tuple(pred.shape)}")
+        raise ValueError(
+            f"pred must have shape (C, H, W), (N, C, H, W) or (..., C, H, W), got {tuple(pred.shape)}"
+        )
     if target.shape != pred.shape:
         raise ValueError(f"target has shape {tuple(target.shape)}, pred has {tuple(pred.shape)}")
     if target.device != pred.device:

@@ -95,29 +95,24 @@ def ssim(
         x, y = counted(x, mask), counted(y, mask)
     s, d = x + y, x - y
     if l1:
-        weight = torch.ones_like(d) if mask is None else mask.expand(d.shape)
-        distance = safe_divide((d.abs() * weight).sum(), weight.sum())
-    weight = total = None
-    if mask is not None:
-        weight = centres(mask, radius, same)
+        counts = torch.ones_like(d) if mask is None else mask.expand(d.shape)
+        distance = safe_divide((d.abs() * counts).sum(), counts.sum())
+    weight = None if mask is None else centres(mask, radius, same)
     if same:
         s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
         mask = None if mask is None else F.pad(mask, (radius,) * 4)
-    if mask is not None:
+    # A variance does not change with a shift, and near 0 it cancels less.
+    shifts = [v.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True) for v in (s, d)]
+    s, d = s - shifts[0], d - shifts[1]
+    moments = torch.stack([s, d, s * s, d * d])
+    if mask is None:
+        moments = window_sums(moments, window)
+    else:
         total = window_sums(mask, window)
-        total = torch.where(total == 0, torch.ones_like(total), total)
-
-    def mean(v: Tensor) -> Tensor:
-        return window_sums(v, window) if total is None else window_sums(v * mask, window) / total
-
-    def moments(v: Tensor) -> tuple[Tensor, Tensor]:
-        # A variance does not change with a shift, and near 0 it cancels less.
-        shift = v.detach().nan_to_num(0.0, 0.0, 0.0).mean((-2, -1), keepdim=True)
-        v = v - shift
-        m = mean(v)
-        return m + shift, mean(v * v) - m * m
-
-    (ms, vs), (md, vd) = moments(s), moments(d)
+        moments = window_sums(moments * mask, window) / torch.where(total == 0, torch.ones_like(total), total)
+    ms, md, ss, dd = moments.unbind()
+    vs, vd = ss - ms * ms, dd - md * md
+    ms, md = ms + shifts[0], md + shifts[1]
     aa, bb = 0.5 * ms * ms, 0.5 * md * md
     luminance = (aa - bb + c1) / (aa + bb + c1)
     cs = (0.5 * (vs - vd) + c2) / (0.5 * (vs + vd) + c2)
