@@ -38,9 +38,9 @@ IK_INLINE V along(V slope, V dot, V r, V squares) {
   return select_zero_(r, slope * dot * r * r / sqrt_(squares));
 }
 
-// squares[i] += ROWS squares of column i. COPY: the rows also go to `to`, and the rows after them are fetched.
+// squares[i] += ROWS squares of column i. COPY: the rows also go to `to`. What lies `ahead` of them is fetched.
 template <int ROWS, bool COPY, typename T>
-IK_NOINLINE void add_squares(Rows<T> rows, int64_t n, T* to, int64_t to_stride, T* squares) {
+IK_NOINLINE void add_squares(Rows<T> rows, int64_t n, T* to, int64_t to_stride, T* squares, int64_t ahead) {
   using V = Vec<T>;
   for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
     V sum(T(0));
@@ -48,8 +48,8 @@ IK_NOINLINE void add_squares(Rows<T> rows, int64_t n, T* to, int64_t to_stride, 
       const V x = load_part<V>(rows.row(j) + i, count);
       if constexpr (COPY) {
         x.store(to + j * to_stride + i);
-        __builtin_prefetch(rows.row(j + ROWS) + i);
       }
+      __builtin_prefetch(rows.row(j) + ahead + i);
       sum = fma_(x, x, sum);
     }
     (V::load(squares + i) + sum).store(squares + i);
@@ -240,11 +240,15 @@ class Forward : Worker<T> {
   }
 
  private:
-  // channels_last reads a pixel from memory and again from the first-level cache; one block of a whole sample is read
-  // in place.
+  // Rows at multiples of a page share few places of the caches, so that a block does not stay in them: such a block is
+  // copied as it is read.
+  bool copies() const {
+    return call_.blocks() > 1 && call_.pixels * static_cast<int64_t>(sizeof(T)) % 1024 == 0;
+  }
+  // channels_last reads a pixel from memory and again from the first-level cache.
   int64_t scratch_of(Dtype dtype) const {
     if (call_.channels_last) return call_.channels + 16;
-    return dtype == kNative<T> && call_.blocks() == 1 ? 0 : call_.channels * stride_;
+    return dtype == kNative<T> && !copies() ? 0 : call_.channels * stride_;
   }
   void clear(int plane) { std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T)); }
 
@@ -257,20 +261,22 @@ class Forward : Worker<T> {
     T* squares = planes_.plane(plane);
     const int64_t offset = this->row_offset(sample, 0, block.begin);
     const bool native = dtype == kNative<T>;
+    // To the rows that are read next but some: as many as a memory access takes, more of short ones.
+    const int64_t ahead = native ? (least(1024 / block.n, 12) + 4) * call_.pixels : 0;
     const Rows<T> given{static_cast<const T*>(data) + (native ? offset : 0), call_.pixels};
     const Rows<T> copied{scratch, stride_};
-    const Rows<T> found = native && call_.blocks() == 1 ? given : copied;
+    const Rows<T> found = native && !copies() ? given : copied;
     for_each_group(
         call_.channels,
         [&](auto rows, int64_t c) {
           constexpr int ROWS = decltype(rows)::value;
           T* to = scratch + c * stride_;
-          if (native && call_.blocks() > 1)
-            return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_,
-                                           squares);
+          if (native && copies())
+            return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_, squares,
+                                           ahead);
           for (int j = 0; j < ROWS && !native; ++j)
             fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
-          add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares);
+          add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares, ahead);
         },
         [&](bool last) { fold(plane, 1, block.n, last); });
     return found;
