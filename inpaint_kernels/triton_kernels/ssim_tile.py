@@ -99,7 +99,7 @@ def is_inside(column, width, SHIFT: tl.constexpr):
 
 @triton.jit
 def no_sum(WINDOW: tl.constexpr):
-    # By name: Triton 3.6 makes no shape of the fields of a tuple.
+    # By name, as counts of static_range: Triton 3.6 makes no shape of the fields of a tuple.
     BLOCK_X: tl.constexpr = WINDOW.BLOCK_X
     BLOCK_C: tl.constexpr = WINDOW.BLOCK_C
     return tl.zeros([BLOCK_X, BLOCK_C], tl.float32)
@@ -110,9 +110,10 @@ def image_row(pred, target, mask, mask_step, shift, column, width, readable, win
     """Sums along a row of the windows that begin PAD before each column, [BLOCK_X, BLOCK_C]: of s - shift, d and
     their squares, each times the mask, and of the mask; the column's own |d| and mask. The pointers are those of the
     row's columns."""
+    SIZE: tl.constexpr = WINDOW.SIZE
     s_sum = no_sum(WINDOW)
     d_sum, ss_sum, dd_sum, m_sum, own, own_m = s_sum, s_sum, s_sum, s_sum, s_sum, s_sum
-    for j in tl.static_range(WINDOW.SIZE):
+    for j in tl.static_range(SIZE):
         inside = readable & is_inside(column, width, j - WINDOW.PAD)
         a = tl.load(pred + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(target + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
@@ -140,8 +141,9 @@ def image_row(pred, target, mask, mask_step, shift, column, width, readable, win
 @triton.jit
 def map_row(pointer, column, width, readable, window, WINDOW: tl.constexpr):
     """Sums along a row of one map."""
+    SIZE: tl.constexpr = WINDOW.SIZE
     total = no_sum(WINDOW)
-    for j in tl.static_range(WINDOW.SIZE):
+    for j in tl.static_range(SIZE):
         inside = readable & is_inside(column, width, j - WINDOW.PAD)
         total += window[j] * tl.load(pointer + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0)
     return total
@@ -150,8 +152,9 @@ def map_row(pointer, column, width, readable, window, WINDOW: tl.constexpr):
 @triton.jit
 def no_sums(WINDOW: tl.constexpr):
     """Of the SIZE - 1 windows that are not complete."""
+    SIZE: tl.constexpr = WINDOW.SIZE
     sums = (no_sum(WINDOW),)
-    for _ in tl.static_range(2, WINDOW.SIZE):
+    for _ in tl.static_range(2, SIZE):
         sums = sums + (no_sum(WINDOW),)  # noqa: RUF005, Triton unpacks no tuples
     return sums
 
