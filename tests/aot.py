@@ -39,6 +39,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     warps: int
+    options: dict[str, Any] = {}  # of the compiler
 
 
 class Resources(NamedTuple):
@@ -57,9 +58,10 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
     def getitem(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, num_warps: int, **options: Any) -> None:
-            arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
+            named = {name: options.pop(name) for name in kernel.arg_names if name in options}
+            arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
             assert list(arguments) == kernel.arg_names
-            launches.append(Launch(kernel, arguments, num_warps))
+            launches.append(Launch(kernel, arguments, num_warps, options))
 
         return launch
 
@@ -76,7 +78,7 @@ def compile_launch(launch: Launch, capability: int, aligned: bool = True) -> Res
     also inside tuples. Meta tensors count as 16-byte aligned, unless told otherwise.
     """
     backend, bind = _binder(launch.kernel, capability)
-    options = {"num_warps": launch.warps, "debug": False}
+    options = {"num_warps": launch.warps, "debug": False, **launch.options}
     bound, specialization, rest = bind(**launch.arguments, **options)
     key = (*launch_key(launch, capability), capability, aligned)
     if key not in _COMPILED:
@@ -91,7 +93,9 @@ _COMPILED: dict[tuple[Any, ...], Resources] = {}
 def launch_key(launch: Launch, capability: int = 90) -> tuple[Any, int, str]:
     """Under which the launcher keeps the compiled kernel: launches with the same key share one."""
     _, bind = _binder(launch.kernel, capability)
-    return launch.kernel, launch.warps, str(bind(**launch.arguments, num_warps=launch.warps)[1])
+    options = str(launch.options)
+    specialization = bind(**launch.arguments, num_warps=launch.warps, **launch.options)[1]
+    return launch.kernel, launch.warps, options + str(specialization)
 
 
 @functools.cache

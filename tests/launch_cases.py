@@ -15,8 +15,10 @@ from inpaint_kernels.triton_kernels import (
     gram,
     hole_valid,
     inpainting_pixel,
+    lpips,
     masked_l1,
     partial_conv,
+    ssim,
     stacked_images,
     style,
     total_variation,
@@ -52,7 +54,9 @@ class Case(NamedTuple):
     precision: str = "ieee"  # torch's name for "highest"; "tf32" otherwise
     activation: str = "relu"
     turned: bool = False  # whether the result has the other layout
-    kernel: tuple[int, ...] = (3, 3)
+    kernel: tuple[int, ...] = (3, 3)  # of ssim the window
+    contrast: bool = False
+    l1: bool = False  # beside ssim
 
     def __str__(self) -> str:
         default = Case("")
@@ -214,6 +218,32 @@ def _feature_distance(case: Case) -> None:
     )
 
 
+def _lpips(case: Case) -> None:
+    inputs, targets = _features(case)
+    n = case.size[0]
+    weights = [meta((x.shape[1],)) for x in inputs]
+    masks = [] if case.mask is None else [meta((n, 1, *x.shape[2:]), case.mask) for x in inputs]
+    if not case.backward:
+        lpips.forward(inputs, targets, weights, masks, 1e-10, True)
+        return
+    saved = [meta((4, x.shape[0], *x.shape[2:])) for x in inputs]
+    wanted = [sum(bit * needed for bit, needed in zip((1, 2), _needed(case), strict=True))] * len(inputs)
+    lpips.backward(meta((inputs[0].shape[0],)), inputs, targets, weights, masks, saved, wanted)
+
+
+def _ssim(case: Case) -> None:
+    n, c = case.size[:2]
+    pred, target = _images(case)
+    size = case.kernel[0]
+    windows = ([1 / size] * size, case.region == "same", 1e-4, 9e-4)
+    if not case.backward:
+        ssim.forward(pred, target, _mask(case), *windows, case.contrast, case.l1)
+        return
+    by_contrast, by_l1 = meta((n, c)) if case.contrast else None, meta(()) if case.l1 else None
+    saved = (meta((n * c + 1,)), pred, target, _mask(case))
+    ssim.backward(meta((n, c)), by_contrast, by_l1, *saved, *windows, *_needed(case))
+
+
 def _partial_conv(case: Case) -> None:
     n, c, h, w = case.size
     x, _ = _images(case)
@@ -241,5 +271,7 @@ CALLS: dict[str, Callable[[Case], None]] = {
     "gram": _gram,
     "style": _style,
     "feature_distance": _feature_distance,
+    "lpips": _lpips,
+    "ssim": _ssim,
     **dict.fromkeys(PARTIAL_CONV, _partial_conv),
 }

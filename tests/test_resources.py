@@ -114,6 +114,28 @@ CASES = [
     Case("feature_distance", MIXED, FEATURES, layers=(128,), channels_last=True, penalty="charbonnier"),
     Case("feature_distance", size=FEATURES, layers=(128, 256), predictions=2, backward="pred"),
     Case("feature_distance", BF16, FEATURES, layers=(128,), penalty="charbonnier", backward="pred"),
+    Case("lpips", size=FEATURES, layers=(128, 256, 512), mask=None, predictions=2),
+    Case("lpips", BF16, FEATURES, layers=(192,), predictions=2),
+    Case("lpips", BF16, FEATURES, layers=(192,), channels_last=True),
+    # Planes that 8 does not divide, and a column that is read twice.
+    Case("lpips", size=(8, 64, 63, 63), layers=(1280,), mask=torch.bool),
+    Case("lpips", size=FEATURES, layers=(128, 256), mask=None, predictions=2, backward="pred"),
+    Case("lpips", F16, FEATURES, layers=(192,), backward="pred,target"),
+    Case("lpips", size=DEEP, layers=(128,), channels_last=True, backward="pred,target"),
+    Case("ssim", mask=None, kernel=(11,)),
+    Case("ssim", BF16, kernel=(11,), l1=True),
+    Case(
+        "ssim",
+        mask=torch.bool,
+        mask_channels=3,
+        channels_last=True,
+        kernel=(15,),
+        region="same",
+        contrast=True,
+    ),
+    Case("ssim", mask=None, kernel=(11,), backward="pred"),
+    Case("ssim", BF16, kernel=(11,), l1=True, contrast=True, backward="pred,target"),
+    Case("ssim", mask=torch.bool, channels_last=True, kernel=(15,), region="same", backward="pred"),
     *(
         Case(op, dtypes, LAYER, channels_last)
         for op in ("mask_input", "finish", "finish_backward")
@@ -152,6 +174,12 @@ def check_registers(case: Case, launch: Launch, resources: Resources) -> None:
     elif case.op in ("gram", "style"):
         # A launch of more registers than a multiprocessor has does not start.
         limit = 65536 // (32 * launch.warps)
+    elif case.op == "lpips":
+        # Two programs; one where planes of half precision are read number by number.
+        limit = 128 if launch.warps == 4 or case.dtypes == "f32/f32" else 160
+    elif case.op == "ssim":
+        # Three programs, with the longest window two: all sums of a column lie in registers.
+        limit = 168 if case.kernel[0] < 15 else 255
     else:
         limit = PAIRS if case.op in NEIGHBOURS else LOSSES
     assert resources.registers <= limit, f"{name}: too many registers"
@@ -247,6 +275,22 @@ def check_features(case: Case, launch: Launch, resources: Resources) -> None:
         check_narrow(resources.stores, 8, 32 * parts)
 
 
+def check_columns(launch: Launch, resources: Resources) -> None:
+    """Features of LPIPS move 16 bytes at a time, where their planes allow it."""
+    if launch.kernel.__name__ not in ("forward_kernel", "backward_kernel"):
+        return
+    read = written = 0
+    for column, tensors in zip(launch.arguments["COLUMNS"], launch.arguments["layers"], strict=True):
+        if column.CHANNELS_LAST or column.UNIT == 8:
+            elements = column.BLOCK_P * column.BLOCK_C // (32 * launch.warps)
+            read += elements * (column.PREDICTIONS * tensors[0].element_size() + tensors[1].element_size())
+            # Of the forward numbers of a pixel, of the backward the gradients of the predictions and of the target.
+            stored = zip(tensors[5:], (column.PREDICTIONS, 1), strict=False)
+            written += sum(elements * times * t.element_size() for t, times in stored if t is not None)
+    assert resources.loads[16] >= read, f"narrow loads: {dict(resources.loads)}, {read} bytes of features"
+    assert resources.stores[16] >= written, f"narrow stores: {dict(resources.stores)}"
+
+
 def check_partial_conv(case: Case, launch: Launch, resources: Resources) -> None:
     """Images move 16 bytes at a time; what is narrower are planes, a bias, sums of it."""
     arguments, name = launch.arguments, launch.kernel.__name__
@@ -277,7 +321,9 @@ def check(case: Case, launch: Launch, resources: Resources) -> None:
         check_partial_conv(case, launch, resources)
     elif case.op in ("gram", "style", "feature_distance"):
         check_features(case, launch, resources)
-    elif "finalize" not in launch.kernel.__name__:
+    elif case.op == "lpips":
+        check_columns(launch, resources)
+    elif case.op != "ssim" and "finalize" not in launch.kernel.__name__:
         check_images(case, launch, resources)
 
 
@@ -312,7 +358,7 @@ def test_check_fails_on_a_tile_too_large(op: str, changes: dict[str, int], warps
         check_registers(case, launch, compile_launch(launch, 90))
 
 
-@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "finish"])
+@pytest.mark.parametrize("op", ["masked_l1", "inpainting_pixel", "stacked_images", "gram", "lpips", "finish"])
 def test_check_fails_on_narrow_loads(op: str) -> None:
     case, launch = first_of(op)
     # Addresses that are not aligned may take too many registers as well.
@@ -327,6 +373,24 @@ def test_gram_adds_blocks_outside_the_tensor_core() -> None:
     assert "wgmma.mma_async" in ptx
     # One addition for every element of the 64 x 64 tile, by 128 threads.
     assert len(re.findall(r"\badd(?:\.rn)?\.f32\b", ptx)) >= 32
+
+
+def test_equal_features_differ_by_nothing() -> None:
+    """A product that is not rounded before another is subtracted differs from it."""
+    for backward in ("", "pred"):
+        launch = launches(Case("lpips", size=FEATURES, mask=None, backward=backward))[0]
+        ptx = compile_launch(launch, 90).ptx
+        assert "sub.f32" in ptx or "sub.rn.f32" in ptx
+        assert not re.search(r"\bfma\.rn\.f32\b", ptx)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+def test_sums_of_windows_stay_in_their_threads(channels_last: bool) -> None:
+    """Rows pass nothing between threads; before the first one, the shift is a sum over a tile."""
+    case = Case("ssim", channels_last=channels_last, kernel=(11,), backward="pred")
+    for launch in launches(case):
+        ptx = compile_launch(launch, 90).ptx
+        assert ptx.count("ld.shared") <= 4, f"{launch.kernel.__name__} exchanges its rows"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -375,6 +439,10 @@ ANY_SIZE = [
     Case("style", layers=(1,)),
     Case("feature_distance", layers=(1,)),
     Case("feature_distance", layers=(1,), penalty="huber", backward="pred"),
+    Case("lpips", layers=(1,), predictions=2),
+    Case("lpips", layers=(1,), mask=None, backward="pred,target"),
+    Case("ssim", kernel=(5,), region="same", l1=True),
+    Case("ssim", kernel=(5,), region="same", mask=None, backward="pred"),
     *(Case(op) for op in PARTIAL_CONV),
 ]
 # One element; a row of exactly one group of 8; a column; multiples of 16, which the launcher notes; odd numbers.

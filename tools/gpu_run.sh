@@ -101,7 +101,7 @@ smoke() {
 # The riskiest first, each file once; last those that compile for long.
 test_files() {
   local ops=(partial_conv_kernels partial_conv values gram style total_variation inpainting_pixel pixel masked_l1 hole_valid
-    feature_distance stacked_images mask_operators training derivatives objective_partial_conv
+    feature_distance stacked_images lpips ssim ms_ssim mask_operators training derivatives objective_partial_conv
     objective_parity objective_training)
   local found late='_(training|derivatives)\.py'
   found=$(for op in "${ops[@]}"; do printf '%s\n' tests/test_"$op"*.py; done | awk '!seen[$0]++')

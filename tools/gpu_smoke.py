@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The riskiest first.
 OPS = (
     "partial_conv", "gram", "style", "total_variation", "inpainting_pixel", "masked_l1", "hole_valid",
-    "feature_distance", "stacked_images",
+    "feature_distance", "stacked_images", "lpips", "ssim",
 )  # fmt: skip
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "triton")}
-WITHOUT_CUDA = ("stacked_images",)
+WITHOUT_CUDA = ("stacked_images", "lpips", "ssim")
 TOOLS = ("memcheck", "racecheck")
 _UNSUPPORTED = "Device not supported"
 

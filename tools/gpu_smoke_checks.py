@@ -27,7 +27,9 @@ from benchmarks.run import discover
 # Of images (H, W), first those of all tests, then one for tools that slow a kernel down a hundredfold.
 _SIDES = {"odd": (131, 203), "aligned": (128, 256), "row of 8": (9, 8), "column": (9, 1), "pixel": (1, 1)}
 _TINY = {**_SIDES, "odd": (9, 13), "aligned": (16, 16)}
-_FEATURES = {"gram", "style", "feature_distance"}
+_FEATURES = {"gram", "style", "feature_distance", "lpips"}
+# Options of cases with all maps that are read of a network.
+_NETWORK = {"vgg16", "net"}
 # The binder of Triton treats a row of channels_last with 8 elements as it treats one of 8 pixels.
 _PAIRS = {"total_variation", "inpainting_pixel"}
 
@@ -54,14 +56,14 @@ def cases(benchmark: Benchmark, tiny: bool) -> Iterator[Case]:
         return dataclasses.replace(case, shape=shape, dtype=dtype, layout=layout)
 
     # Layers of a whole network take several maps; a single map has every size.
-    single = dataclasses.replace(first, options={k: v for k, v in first.options.items() if k != "vgg16"})
+    single = dataclasses.replace(first, options={k: v for k, v in first.options.items() if k not in _NETWORK})
     dtypes, layouts = (torch.float32, torch.bfloat16), ("nchw", "channels_last")
     for shape, dtype, layout in itertools.product(shapes.values(), dtypes, layouts):
         yield one(single, shape, dtype, layout)
-    for case in others + [first] * ("vgg16" in first.options):
+    for case in others + [first] * bool(_NETWORK & first.options.keys()):
         layers = (2, 3, 64, 64) if tiny else (2, 3, 256, 256)
         for name, dtype, layout in zip(("odd", "aligned"), dtypes, layouts):
-            yield one(case, layers if "vgg16" in case.options else shapes[name], dtype, layout)
+            yield one(case, layers if _NETWORK & case.options.keys() else shapes[name], dtype, layout)
 
 
 def evaluate(benchmark: Benchmark, provider: Provider, inputs: Inputs) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import plan
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Product(NamedTuple):
@@ -224,7 +224,7 @@ def precision(dtype: torch.dtype) -> str:
     """How products are formed: "half", "tf32x3", "tf32" or "ieee"."""
     if dtype != torch.float32:
         # Triton's interpreter multiplies bfloat16 blocks as integers.
-        return "ieee" if _INTERPRETED and dtype == torch.bfloat16 else "half"
+        return "ieee" if INTERPRETED and dtype == torch.bfloat16 else "half"
     if torch.version.hip:
         return "ieee"
     # What set_float32_matmul_precision set, too; its own getter raises once the newer setting was used. At "highest"
