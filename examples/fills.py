@@ -1,7 +1,7 @@
 """Fills of holes without a network: the base that the network corrects, and what its error is compared with.
 
-Each takes images [N, C, H, W] and masks [N, 1, H, W] (1 = known, 0 = hole, nothing in between), reads known pixels only
-and returns filled images. All but ``mean_colour``, which returns the colour everywhere, keep known pixels as they are.
+Each takes images [N, C, H, W] and masks [N, 1, H, W] (1 = known, 0 = hole, nothing in between), reads known pixels
+alone and returns filled images. All but ``mean_colour``, which returns the colour everywhere, keep known pixels.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def load_network(path: Path, device: torch.device) -> tuple[PartialConvUNet, int
     try:
         if (kind := state["architecture"]["network"]) != PartialConvUNet.KIND:
             raise ValueError(
-                f"it is a {kind}, of another version of train.py; train a {PartialConvUNet.KIND} with this one"
+                f"it is a {kind}, of another version; train a {PartialConvUNet.KIND} with this one"
             )
         net = PartialConvUNet(int(state["architecture"]["width"]))
         net.load_state_dict(state["model"])

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fills import mean_colour, pull_push
+from fills import pull_push
 from torch import Tensor, nn
+
+# Pixels along the side of the squares whose mean colours the network does not see.
+AROUND = 8
 
 
 class PartialConvUNet(nn.Module):
     """Corrects a pull-push fill: five partial convolutions of stride 2 down, five on the way up, one at the end.
 
-    Skips carry features and masks. The encoder sees the known pixels only. The finest level of the decoder also sees
-    the fill and the mask as planes that are known everywhere; the last convolution begins as 0, so that an untrained
-    network returns the fill.
+    Skips carry features and masks. The encoder sees the known pixels alone. The decoder sees the fill and the mask as
+    well, at each level's size, as planes that are known everywhere; the last convolution begins as 0, so that an
+    untrained network returns the fill. Of all colours, the network sees the difference from those around.
 
     Args:
         width: channels of the first level; the deeper ones have 2, 4, 4 and 4 times as many.
@@ -53,8 +56,8 @@ class PartialConvUNet(nn.Module):
                 layer(encoder[level], encoder[level + 1], kernel, 2, kernel // 2, activation="relu", **common)
             )
             below = encoder[-1] if level == self.DEPTH - 1 else decoder[level + 1]
-            # At the finest level, the fill and the mask as well.
-            joined = below + encoder[level] + (4 if level == 0 else 0)
+            # Features, skip, fill and mask.
+            joined = below + encoder[level] + 4
             self.up.append(layer(joined, decoder[level], 3, 1, 1, multi_channel=True, **leaky, **common))
         self.last = layer(decoder[0], 3, 3, 1, 1, **common)
         for name, parameter in self.named_parameters():
@@ -65,10 +68,13 @@ class PartialConvUNet(nn.Module):
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         base = pull_push(image, mask)
-        # What remains is the difference from the mean known colour: the same for dark and bright pictures.
-        colour = mean_colour(image, mask)
-        features, known = (image - colour) * mask, mask
+        # What remains is the difference from the colours around: the same for dark and bright places.
+        around = F.interpolate(F.avg_pool2d(base, AROUND), scale_factor=float(AROUND), mode="bilinear")
+        features, known = (image - around) * mask, mask
         skips = [(features, known)]
+        planes = [torch.cat([base - around, mask], 1)]
+        for _ in range(self.DEPTH - 1):
+            planes.append(F.avg_pool2d(planes[-1], 2))
         for level, layer in enumerate(self.down):
             features, known = layer(features, known)
             if level < self.DEPTH - 1:
@@ -76,9 +82,11 @@ class PartialConvUNet(nn.Module):
         for level in reversed(range(self.DEPTH)):
             # The channels of a mask agree: one is resized.
             above, above_known = (F.interpolate(t, scale_factor=2.0) for t in (features, known[:, :1]))
-            parts = [(above, above_known), skips[level]]
-            if level == 0:
-                parts.append((torch.cat([base - colour, mask], 1), torch.ones_like(mask)))
+            parts = [
+                (above, above_known),
+                skips[level],
+                (planes[level], torch.ones_like(planes[level][:, :1])),
+            ]
             features, known = self.up[level](
                 torch.cat([plane for plane, _ in parts], 1), self.join_masks(parts)
             )

@@ -17,10 +17,10 @@ SIZE_STEP = 2**PartialConvUNet.DEPTH
 # What a trunk works on then stays in the caches of a CPU.
 CPU_CHUNK = 2
 # What an option is where it is not given: with "pconv", with another published method, with "pixel". A step of a
-# complete objective takes seconds where one of the pixel losses takes a tenth of one, almost all of them in the trunk.
+# complete objective takes seconds where one of the pixel losses takes a fraction of one, almost all in the trunk.
 DEFAULTS: dict[str, tuple[int | None, int | None, int | None]] = {
-    "steps": (1440, 160, 400),
-    "pixel_steps": (1400, 0, 0),
+    "steps": (1330, 160, 400),
+    "pixel_steps": (1300, 0, 0),
     "compare_steps": (10, 20, None),
     "batch": (4, 4, 8),
 }
@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms of the total loss, without those left out; of the first ``pixel_steps``, see ``weights_at``."""
+        """Of the terms of the total loss behind the first ``pixel_steps``, without those left out."""
         if self.objective != "pixel":
             return METHODS[self.objective].weights
         weights = {
@@ -71,7 +71,7 @@ class Settings:
     @property
     def formula(self) -> str:
         """The total loss in words."""
-        return spell(self.weights)
+        return in_words(self.weights)
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def weighed(name: str, weight: float) -> str:
     return name if weight == 1 else f"{weight:g} {name}"
 
 
-def spell(weights: dict[str, float]) -> str:
+def in_words(weights: dict[str, float]) -> str:
     """A weighted sum of terms in words."""
     return " + ".join(weighed(name, weight) for name, weight in weights.items())
 
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"crop size, a multiple of {SIZE_STEP} (default: %(default)s)",
     )
     add("--width", type=number(int, 2), default=24, help="channels of the first level (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(

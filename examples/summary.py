@@ -13,9 +13,10 @@ from adversarial import Judgement
 from data import Batch
 from engine import HELD_OUT_CROPS, RECORDED, Stopwatch, Trainer, hole_error, now
 from fills import BASELINES
+from losses import PIXEL_WEIGHTS
 from memory import bytes_kept
 from methods import Objective
-from options import AMP_DTYPES, PIXEL_WEIGHTS, spell
+from options import AMP_DTYPES, in_words
 from torch import Tensor, nn
 
 PICTURES, CURVES, REPORT = "pictures.png", "curves.png", "report.json"
@@ -212,9 +213,11 @@ def write(
         "pixel_step_ms": fused.pixel_step_ms,
     }
     lines = [table(figures, backend, fused.memory.of), f"loss = {fused.settings.formula}"]
+    if trunk is not None:
+        lines.append(f"  trunk: {fused.settings.trunk}")
     if fused.settings.pixel_steps:
         ms = "" if fused.pixel_step_ms is None else f", median {fused.pixel_step_ms:.1f} ms a step"
-        lines.append(f"  of the first {fused.settings.pixel_steps} steps {spell(PIXEL_WEIGHTS)}{ms}")
+        lines.append(f"  of the first {fused.settings.pixel_steps} steps {in_words(PIXEL_WEIGHTS)}{ms}")
     shown = [(variant, last, values) for variant, values in terms.items()]
     if fused.step > last:
         shown.append(("fused", fused.step, terms_of(fused, all_curves["fused"], fused.step)))
