@@ -20,11 +20,19 @@ def mean_colour(images: Tensor, masks: Tensor) -> Tensor:
     return ((images * masks).sum((2, 3), keepdim=True) / known).expand_as(images)
 
 
-def pull_push(images: Tensor, masks: Tensor) -> Tensor:
-    """Holes take the colour of the finest level of an image pyramid that knows one, blended over the levels.
+# One known pixel of four makes a pixel of the next level known.
+KNOWN_GAIN = 4.0
+# Of the descent that smooths a level: below 2 (1 + MOMENTUM) / 4 it cannot diverge.
+RATE, MOMENTUM = 0.5, 0.8
 
-    A pixel of a level is the mean of the known pixels among four of the level below, and counts as known as far as
-    those are. On the way down, what is not known of a pixel comes from the level above, by bilinear interpolation.
+
+def pull_push(images: Tensor, masks: Tensor, sweeps: int = 0) -> Tensor:
+    """Holes take the colour of the finest level of an image pyramid that knows one.
+
+    A pixel of a level is the mean of the known pixels among four of the level below. On the way down, what is not
+    known of a level comes from the level above, by bilinear interpolation. With ``sweeps`` the holes of each level
+    are then smoothed: so many steps of a gradient descent with momentum toward the least sum of squared Laplacians,
+    the biharmonic surface, which the coarser levels have brought near.
 
     Gortler et al., "The Lumigraph", 1996.
     """
@@ -33,7 +41,6 @@ def pull_push(images: Tensor, masks: Tensor) -> Tensor:
     while max(known.shape[2:]) > 1:
         levels.append((colours, known))
         colours, known = (F.avg_pool2d(plane, 2, ceil_mode=True) for plane in (colours, known))
-        # One known pixel of four makes a pixel known: colours are products with how far each is known.
         more = (KNOWN_GAIN * known).clamp(max=1)
         colours, known = colours * (more / known.clamp(min=1e-12)), more
     filled = colours / known.clamp(min=1e-12)
@@ -41,10 +48,23 @@ def pull_push(images: Tensor, masks: Tensor) -> Tensor:
         height, width = known.shape[2:]
         above = F.interpolate(filled, scale_factor=2.0, mode="bilinear")[:, :, :height, :width]
         filled = colours + (1 - known) * above
+        speed, rates = torch.zeros_like(filled), RATE * (1 - known)
+        for _ in range(sweeps):
+            speed = torch.addcmul(MOMENTUM * speed, rates, _laplacian(_laplacian(filled)), value=-1)
+            filled = filled + speed
     return filled
 
 
-KNOWN_GAIN = 4.0
+def _laplacian(planes: Tensor) -> Tensor:
+    """Mean of the four neighbours minus the pixel."""
+    around = F.pad(planes, (1, 1, 1, 1), mode="replicate")
+    rows, columns = around[:, :, :, 1:-1], around[:, :, 1:-1]
+    return (rows[:, :, 2:] + rows[:, :, :-2] + columns[..., 2:] + columns[..., :-2]) / 4 - planes
+
+
+def smooth_pull_push(images: Tensor, masks: Tensor) -> Tensor:
+    """The fill that the network corrects."""
+    return pull_push(images, masks, sweeps=20)
 
 
 def nearest_pixel(images: Tensor, masks: Tensor) -> Tensor:
@@ -75,5 +95,6 @@ BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean colour": mean_colour,
     "nearest known pixel": nearest_pixel,
     "pull-push": pull_push,
+    "smooth pull-push": smooth_pull_push,
     "biharmonic": biharmonic,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fills import pull_push
+from fills import smooth_pull_push
 from torch import Tensor, nn
 
 # Pixels along the side of the squares whose mean colours the network does not see.
@@ -15,7 +15,7 @@ AROUND = 8
 
 
 class PartialConvUNet(nn.Module):
-    """Corrects a pull-push fill: five partial convolutions of stride 2 down, five on the way up, one at the end.
+    """Corrects a smooth pull-push fill: five partial convolutions of stride 2 down, five back up, one at the end.
 
     Skips carry features and masks. The encoder sees the known pixels alone. The decoder sees the fill and the mask as
     well, at each level's size, as planes that are known everywhere; the last convolution begins as 0, so that an
@@ -36,7 +36,7 @@ class PartialConvUNet(nn.Module):
 
     DEPTH = 5
     # What a checkpoint says of a network beside its width.
-    KIND = "PartialConvUNet over a pull-push fill"
+    KIND = "PartialConvUNet over a smooth pull-push fill"
 
     def __init__(self, width: int = 32, layer: Callable[..., nn.Module] | None = None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class PartialConvUNet(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        base = pull_push(image, mask)
+        base = smooth_pull_push(image, mask)
         # What remains is the difference from the colours around: the same for dark and bright places.
         around = F.interpolate(F.avg_pool2d(base, AROUND), scale_factor=float(AROUND), mode="bilinear")
         features, known = (image - around) * mask, mask

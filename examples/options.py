@@ -19,8 +19,8 @@ CPU_CHUNK = 2
 # What an option is where it is not given: with "pconv", with another published method, with "pixel". A step of a
 # complete objective takes seconds where one of the pixel losses takes a fraction of one, almost all in the trunk.
 DEFAULTS: dict[str, tuple[int | None, int | None, int | None]] = {
-    "steps": (1330, 160, 400),
-    "pixel_steps": (1300, 0, 0),
+    "steps": (930, 160, 400),
+    "pixel_steps": (900, 0, 0),
     "compare_steps": (10, 20, None),
     "batch": (4, 4, 8),
 }
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"crop size, a multiple of {SIZE_STEP} (default: %(default)s)",
     )
     add("--width", type=number(int, 2), default=24, help="channels of the first level (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=5e-4, help="peak learning rate (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(

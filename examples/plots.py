@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from checkpoint import write_atomically
 from data import Batch
-from fills import pull_push
+from fills import smooth_pull_push
 from numpy.typing import NDArray
 from options import weighed
 from torch import Tensor
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FUSED, EAGER = "#1f6fb4", "#e8871e"
-BASELINES = ("#7a7a7a", "#3a9d5d", "#b04a8b", "#c0392b")
+BASELINES = ("#7a7a7a", "#3a9d5d", "#b04a8b", "#d9a400", "#c0392b")
 EQUAL = 1e-9
 
 Curves = dict[str, NDArray[np.float64]]
@@ -48,13 +48,13 @@ def picture_grid(path: Path, title: str, rows: list[tuple[str, Batch, Tensor]]) 
     )
     figure.suptitle(title, fontsize=10)
     for index, (row, (label, batch, filled, i)) in enumerate(zip(axes, lines, strict=True)):
-        base = pull_push(batch.images[i : i + 1], batch.masks[i : i + 1])[0]
+        base = smooth_pull_push(batch.images[i : i + 1], batch.masks[i : i + 1])[0]
         image, mask, output = _pixels(batch.images[i]), _pixels(batch.masks[i]), _pixels(filled[i])
         # White holes are hard to tell from a bright sky.
         masked = np.where(mask > 0, image, np.array([0.85, 0.1, 0.55]))
         pictures = {
             "masked input": masked,
-            "pull-push": _pixels(base),
+            "smooth pull-push": _pixels(base),
             "network": mask * image + (1 - mask) * output,
             "ground truth": image,
         }
