@@ -19,8 +19,8 @@ CPU_CHUNK = 2
 # What an option is where it is not given: with "pconv", with another published method, with "pixel". A step of a
 # complete objective takes seconds where one of the pixel losses takes a fraction of one, almost all in the trunk.
 DEFAULTS: dict[str, tuple[int | None, int | None, int | None]] = {
-    "steps": (930, 160, 400),
-    "pixel_steps": (900, 0, 0),
+    "steps": (820, 160, 400),
+    "pixel_steps": (800, 0, 0),
     "compare_steps": (10, 20, None),
     "batch": (4, 4, 8),
 }
@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=number(int, 0),
         metavar="STEPS",
         help="of these, so many first ones with the loss of --objective pixel, which needs no trunk; the whole "
-        f"objective comes after them (default: {_defaults('pixel_steps')})",
+        f"objective comes after them (default: {_defaults('pixel_steps')}; all of pconv with a random trunk)",
     )
     add("--batch", type=number(int, 1), help=f"crops per step and process (default: {_defaults('batch')})")
     add(
@@ -242,6 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for option, value in (("--trunk-weights", args.trunk_weights), ("--chunk", args.chunk)):
             if value is not None:
                 parser.error(f"argument {option}: with --objective pixel only with --perceptual or --style")
+    args.pixel_steps_given = args.pixel_steps is not None
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[{"pconv": 0, "pixel": 2}.get(args.objective, 1)])

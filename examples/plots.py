@@ -48,7 +48,7 @@ def picture_grid(path: Path, title: str, rows: list[tuple[str, Batch, Tensor]]) 
     )
     figure.suptitle(title, fontsize=10)
     for index, (row, (label, batch, filled, i)) in enumerate(zip(axes, lines, strict=True)):
-        base = smooth_pull_push(batch.images[i : i + 1], batch.masks[i : i + 1])[0]
+        base = smooth_pull_push(batch.images[i : i + 1], batch.masks[i : i + 1])[0].clamp(0, 1)
         image, mask, output = _pixels(batch.images[i]), _pixels(batch.masks[i]), _pixels(filled[i])
         # White holes are hard to tell from a bright sky.
         masked = np.where(mask > 0, image, np.array([0.85, 0.1, 0.55]))

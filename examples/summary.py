@@ -151,7 +151,7 @@ def baseline_errors(batch: Batch) -> dict[str, float]:
     batch, errors = batch.to(torch.device("cpu")), {}
     for name, fill in BASELINES.items():
         try:
-            errors[name] = hole_error(fill(batch.images, batch.masks), batch)
+            errors[name] = hole_error(fill(batch.images, batch.masks).clamp(0, 1), batch)
         except ModuleNotFoundError:
             continue
     return errors

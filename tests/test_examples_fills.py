@@ -84,15 +84,19 @@ def test_ramp() -> None:
     torch.testing.assert_close(fill("biharmonic", ramp, mask), ramp, rtol=0, atol=1e-5)
 
 
-def test_pull_push_of_a_ramp() -> None:
-    """It rises from border to border, and falls with the mirrored ramp as it rises with this one."""
+@pytest.mark.parametrize(("sweeps", "step", "error"), [(0, 5.0, 3.0), (20, 1.2, 0.4), (2000, 1.001, 1e-3)])
+def test_pull_push_of_a_ramp(sweeps: int, step: float, error: float) -> None:
+    """It rises from border to border, and falls with the mirrored ramp as it rises with this one.
+
+    The more it is smoothed, the nearer it comes to the ramp, which is the smoothest surface.
+    """
     mask = stripe()
-    ramp = (torch.arange(32.0) / 31).expand(1, 1, 32, 32)
-    filled = fills.pull_push(ramp, mask)
-    torch.testing.assert_close(filled + filled.flip(3), torch.ones_like(filled))
+    ramp = torch.arange(32.0).expand(1, 1, 32, 32)
+    filled = fills.pull_push(ramp, mask, sweeps)
+    torch.testing.assert_close(filled + filled.flip(3), torch.full_like(filled, 31.0))
     across = filled[0, 0, 16, 11:21]
-    assert (across.diff() >= 0).all() and across.diff().max() < 5 / 31
-    assert (filled - ramp).abs().max() < 3 / 31
+    assert (across.diff() >= 0).all() and across.diff().max() < step
+    assert (filled - ramp).abs().max() < error
 
 
 def test_pull_push_by_hand() -> None:
@@ -104,13 +108,14 @@ def test_pull_push_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (33, 20), (7, 64)])
 def test_pull_push_of_any_size(size: tuple[int, int]) -> None:
-    """A mean of known pixels, with weights from the mask alone."""
+    """Plain, it is a mean of known pixels."""
     mask = (torch.arange(size[0] * size[1]) % 5 < 2).float().view(1, 1, *size)
     filled = fills.pull_push(torch.rand(1, 2, *size), mask)
     assert filled.shape == (1, 2, *size)
     assert filled.min() >= 0 and filled.max() <= 1
     constant = torch.full((1, 1, *size), 0.25)
     torch.testing.assert_close(fills.pull_push(constant, mask), constant)
+    torch.testing.assert_close(fills.smooth_pull_push(constant, mask), constant)
 
 
 # -- the network, and the program that trains it ----------------------------------------------
@@ -120,21 +125,21 @@ def test_untrained_network_returns_the_fill_it_corrects() -> None:
     torch.manual_seed(0)
     net, masks, images = model.PartialConvUNet(4), holes(64), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(net(images * masks, masks), fills.pull_push(images, masks))
-        # One step of the last layer is seen in the picture.
+        base = fills.smooth_pull_push(images, masks)
+        assert torch.equal(net(images * masks, masks), base)
         net.last.weight.add_(0.1)
-        assert (net(images * masks, masks) - fills.pull_push(images, masks)).abs().max() > 1e-3
+        assert (net(images * masks, masks) - base).abs().max() > 1e-3
 
 
 def test_report_holds_the_baselines(run: Run, tmp_path: Path) -> None:
-    """In the holes of the crops the network is measured on; its own error begins as that of its base."""
+    """In the holes of the crops the network is measured on; its own error begins as that of the fill it corrects."""
     pytest.importorskip("skimage")
     status, printed, _ = run(*PIXEL, "--steps", 2)
     assert status == 0
     content = report(tmp_path / "out")
     errors = content["held_out_baselines"]
     assert list(errors) == NAMES and min(errors.values()) > 0
-    assert content["held_out_hole_error"][0] == [0, pytest.approx(errors["pull-push"], rel=1e-5)]
+    assert content["held_out_hole_error"][0] == [0, pytest.approx(errors["smooth pull-push"], rel=1e-5)]
     for name, error in errors.items():
         assert f"{error:.4f} {name}" in printed
     photographs = data.load_photographs(tmp_path / "photos", 32)
@@ -153,7 +158,7 @@ def test_baselines_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "skimage.restoration", None)
     monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
     batch = data.Batch(torch.rand(2, 3, 32, 32), holes(), ["a", "b"])
-    assert list(summary.baseline_errors(batch)) == ["mean colour", "pull-push"]
+    assert list(summary.baseline_errors(batch)) == ["mean colour", "pull-push", "smooth pull-push"]
 
 
 # -- the steps before the whole objective ------------------------------------------------------
@@ -184,6 +189,15 @@ def test_first_steps_have_pixel_terms_alone(run: Run, tmp_path: Path) -> None:
     assert run(*options, "--steps", 6, "--no-compare", "--resume", out=broken)[0] == 0
     for name, value in load(broken / "checkpoint.pt")["model"].items():
         assert torch.equal(value, state["model"][name])
+
+
+def test_random_trunk_is_used_only_when_asked_for(run: Run, tmp_path: Path) -> None:
+    for options, objective in (((), "6 hole + valid"), (("--pixel-steps", 1), "120 style")):
+        status, printed, _ = run("--steps", 2, "--no-compare", *options)
+        assert status == 0
+        assert "warning: vgg16 has random weights" in printed
+        assert ("this run is one of --objective pixel" in printed) == (not options)
+        assert report(tmp_path / "out")["objective"].endswith(objective)
 
 
 def test_pixel_steps_belong_to_published_methods(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
