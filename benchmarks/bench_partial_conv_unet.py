@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,12 +57,12 @@ def _network(kind: str) -> nn.Module:
     from model import PartialConvUNet
 
     class Nvidia(PartialConvUNet):
-        def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
-            return torch.cat([above_mask.expand_as(above), skip_mask.expand_as(skip)], 1)
+        def join_masks(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+            return torch.cat([known.expand_as(features) for features, known in parts], 1)
 
     class Plain(PartialConvUNet):
-        def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
-            return skip_mask
+        def join_masks(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+            return parts[1][1]
 
     if kind == "nvidia":
         return Nvidia(layer=_Nvidia)
@@ -90,6 +91,9 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     }
     for name, parameter in _network("plain").named_parameters():
         value = parameter.detach().to(device, case.dtype)
+        if name == "last.weight":
+            # It begins as 0, through which no gradient passes.
+            value = torch.randn(value.shape, generator=generator, device=device).to(case.dtype) / 10
         inputs[name.replace(".", "__")] = value.clone().requires_grad_()
     return inputs
 

@@ -21,12 +21,21 @@ from PIL import Image, ImageDraw
 
 MaskMaker = Callable[[np.random.Generator], Pixels]
 
-# Photographs inside the scikit-image wheel; its other pictures are drawings, or fetched on demand.
+# Photographs inside the wheels of scikit-image and matplotlib. The former's other pictures are drawings, fetched on
+# demand, or textures such as grass, in whose holes there is nothing to learn but noise.
 SHIPPED_TRAINING = (
-    *("astronaut.png", "rocket.jpg", "motorcycle_left.png", "camera.png", "coins.png"),
-    *("brick.png", "grass.png", "gravel.png", "moon.png"),
+    *(
+        "astronaut.png",
+        "rocket.jpg",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "camera.png",
+        "coins.png",
+    ),
+    *("hubble_deep_field.jpg", "grace_hopper.jpg"),
 )
 SHIPPED_HELD_OUT = ("chelsea.png", "coffee.png")
+SHIPPED_IN = {"skimage": "data", "matplotlib": "mpl-data/sample_data"}
 
 HELD_OUT_SHARE = 0.1
 # So many pixels of a collection are decoded once and kept; the rest is decoded sample by sample.
@@ -83,7 +92,7 @@ class Picture:
         return levels
 
     def crop(self, rng: np.random.Generator, vary: bool) -> Pixels:
-        """A random crop [S, S, 3] from a random level; ``vary`` mirrors it and swaps its colours at random."""
+        """A random crop [S, S, 3] from a random level; ``vary`` turns, mirrors and recolours it at random."""
         levels = self.levels()
         pixels = levels[int(rng.integers(len(levels)))]
         top = int(rng.integers(pixels.shape[0] - self.size + 1))
@@ -91,6 +100,7 @@ class Picture:
         crop = pixels[top : top + self.size, left : left + self.size]
         if vary:
             # Few pictures have few colours: without swaps, holes in others are filled with those.
+            crop = np.rot90(crop, int(rng.integers(4)))
             crop = crop[:, :: int(rng.choice((-1, 1))), rng.permutation(3)]
         return crop
 
@@ -116,7 +126,7 @@ class Photographs:
 
 
 def load_photographs(folder: Path | None, size: int) -> Photographs:
-    """The photographs in ``folder``, or those shipped with scikit-image, split into training and held out.
+    """The photographs in ``folder``, or those of ``SHIPPED_IN``, split into training and held out.
 
     Of a folder, every tenth picture (at least one) is held out; of a single picture, its right quarter. Files that
     cannot be read are left out.
@@ -150,19 +160,25 @@ def load_photographs(folder: Path | None, size: int) -> Photographs:
 
 
 def _shipped(size: int) -> Photographs:
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise InputError(
-            "no scikit-image, whose photographs are the default: pip install '.[demo]', or use --images DIR"
-        )
-    folder = Path(spec.origin).parent / "data"
-    training = [Picture(folder / name, size) for name in SHIPPED_TRAINING if (folder / name).is_file()]
-    held_out = [Picture(folder / name, size) for name in SHIPPED_HELD_OUT if (folder / name).is_file()]
+    folders = []
+    for package, folder in SHIPPED_IN.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"no {package}, whose photographs are the default: pip install '.[demo]', or use --images DIR"
+            )
+        folders.append(Path(spec.origin).parent / folder)
+
+    def found(names: Sequence[str]) -> list[Picture]:
+        paths = [folder / name for name in names for folder in folders]
+        return [Picture(path, size) for path in paths if path.is_file()]
+
+    training, held_out = found(SHIPPED_TRAINING), found(SHIPPED_HELD_OUT)
     if not training or not held_out:
-        raise InputError(f"this scikit-image ships no photographs in {folder}: use --images DIR")
+        raise InputError(f"no photographs in {' and '.join(map(str, folders))}: use --images DIR")
     for picture in (*training, *held_out):
         picture.keep()
-    return Photographs(training, held_out, "scikit-image")
+    return Photographs(training, held_out, "scikit-image and matplotlib")
 
 
 def brush_mask(rng: np.random.Generator, size: int) -> Pixels:

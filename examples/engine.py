@@ -105,8 +105,17 @@ class Trainer:
     ``train`` runs from ``step`` to ``settings.steps``.
     """
 
-    def __init__(self, settings: Settings, world: World, sampler: Sampler, objective: Objective) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        sampler: Sampler,
+        objective: Objective,
+        pixels: Objective | None = None,
+    ) -> None:
         self.settings, self.world, self.sampler, self.objective = settings, world, sampler, objective
+        # The objective of the first `settings.pixel_steps`.
+        self.pixels = pixels or objective
         torch.manual_seed(settings.seed)
         self.net = make_network(settings).to(world.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=settings.lr)
@@ -119,6 +128,10 @@ class Trainer:
         self.held_out: list[tuple[int, float]] = []
         self.step_watch, self.loss_watch = Stopwatch(world.device), Stopwatch(world.device)
         self.memory = PeakMemory(world.device)
+        # How long a step with pixel terms alone takes, and the state after the last one, from which the comparison
+        # with the eager formulas begins.
+        self.pixel_step_ms: float | None = None
+        self.state_after_pixels: dict[str, Any] | None = None
         # A heap fills with gaps over hundreds of steps: peaks are compared over the same ones.
         self.watch_memory_until = settings.steps
         self.saved_step: int | None = None
@@ -202,6 +215,8 @@ class Trainer:
             if out is not None and self.step == 0:
                 self.validate()
             for batch in batches:
+                if 0 < self.step == self.settings.pixel_steps:
+                    self._begin_whole_objective()
                 with self.memory if self.step < self.watch_memory_until else contextlib.nullcontext():
                     self._one_step(network, batch)
                 self.step += 1
@@ -221,8 +236,20 @@ class Trainer:
                     raise KeyboardInterrupt
         self._check_finite()
 
+    def _begin_whole_objective(self) -> None:
+        """Times, memory and comparison are those of the steps from here on."""
+        self.state_after_pixels = self.state()
+        if self.step_watch.spans:
+            self.pixel_step_ms = self.step_watch.median_ms()
+        for watch in (self.step_watch, self.loss_watch):
+            watch.spans.clear()
+        self.memory.bytes = None
+        release_freed()
+
     def _one_step(self, network: torch.nn.Module, batch: Batch) -> None:
         device = self.world.device
+        whole = self.step >= self.settings.pixel_steps
+        objective, adversary = (self.objective, self.adversary) if whole else (self.pixels, None)
         rate = self.settings.lr * min(1.0, (self.step + 1) / WARMUP_STEPS)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate / math.sqrt(1 + self.step / DECAY_STEPS)
@@ -232,10 +259,10 @@ class Trainer:
             output = network(batch.images * batch.masks, batch.masks)
         # The loss is differentiated on its own, so that its backward can be timed apart from the networks'.
         pred = output.detach().requires_grad_()
-        judged = self.adversary.judge(pred, batch) if self.adversary else None
+        judged = adversary.judge(pred, batch) if adversary else None
         fake, real = (judged.fake, judged.real) if judged else (None, None)
         loss_start = now(device)
-        terms = self.objective(pred, batch.images, batch.masks, fake, real)
+        terms = objective(pred, batch.images, batch.masks, fake, real)
         self.scaler.scale(terms.total).backward()
         loss_end = now(device)
         if judged is not None:
@@ -246,8 +273,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         zero = terms.total.new_zeros(())
         recorded = [zero if term is None else term.detach() for term in terms]
-        if self.adversary is not None:
-            recorded += self.adversary.step(output.detach(), batch, rate, self.step)
+        if adversary is not None:
+            recorded += adversary.step(output.detach(), batch, rate, self.step)
         self.history[self.step, : len(recorded)] = torch.stack(recorded)
         self.loss_watch.spans.append((loss_start, loss_end))
         self.step_watch.spans.append((start, now(device)))
@@ -301,7 +328,7 @@ class Trainer:
     def _latest(self) -> str:
         """The total and the first of its terms, in words."""
         values = dict(zip(RECORDED, self.history[self.step - 1].tolist(), strict=True))
-        term = next(iter(self.settings.weights))
+        term = next(iter(self.settings.weights_at(self.step - 1)))
         return f"loss {values['total']:.4f}, {term} {values[term]:.4f}"
 
     def _progress(self, label: str) -> tqdm[Any]:
@@ -340,10 +367,3 @@ def hole_error(filled: Tensor, batch: Batch) -> float:
     hole = 1 - batch.masks
     count = (hole.sum() * filled.shape[1]).clamp(min=1)
     return float((hole * (filled - batch.images).abs()).sum() / count)
-
-
-def mean_colour_fill(batch: Batch) -> Tensor:
-    """The yardstick: every hole filled with the mean colour of the known pixels of its crop."""
-    known = batch.masks.sum((2, 3), keepdim=True).clamp(min=1)
-    mean = (batch.images * batch.masks).sum((2, 3), keepdim=True) / known
-    return mean.expand_as(batch.images)

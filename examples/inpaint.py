@@ -89,6 +89,10 @@ def load_network(path: Path, device: torch.device) -> tuple[PartialConvUNet, int
     """The network of a checkpoint, and the step it was trained to."""
     state = checkpoint.read(path)
     try:
+        if (kind := state["architecture"]["network"]) != PartialConvUNet.KIND:
+            raise ValueError(
+                f"it is a {kind}, of another version; train a {PartialConvUNet.KIND} with this one"
+            )
         net = PartialConvUNet(int(state["architecture"]["width"]))
         net.load_state_dict(state["model"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from methods import Eager, FeatureTerms, Fused, Method, Objective, Terms
 from torch import Tensor
 
 # Of the pixel objective; it takes its perceptual and style weights as options.
-HOLE_WEIGHT, VALID_WEIGHT = 6.0, 1.0
+PIXEL_WEIGHTS = {"hole": 6.0, "valid": 1.0}
 
 
 def make_objective(
@@ -150,7 +150,7 @@ Comparison = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Ten
 
 
 def weighted(hole: Tensor, valid: Tensor) -> Terms:
-    return Terms(HOLE_WEIGHT * hole + VALID_WEIGHT * valid, hole, valid)
+    return Terms(PIXEL_WEIGHTS["hole"] * hole + PIXEL_WEIGHTS["valid"] * valid, hole, valid)
 
 
 def _fused_features(features: FeatureTerms) -> Comparison:

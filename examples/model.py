@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fills import smooth_pull_push
 from torch import Tensor, nn
+
+# Pixels along the side of the squares whose mean colours the network does not see.
+AROUND = 8
 
 
 class PartialConvUNet(nn.Module):
-    """Five partial convolutions of stride 2 down, five on the way up, skips carry features and masks.
+    """Corrects a smooth pull-push fill: five partial convolutions of stride 2 down, five back up, one at the end.
+
+    Skips carry features and masks. The encoder sees the known pixels alone. The decoder sees the fill and the mask as
+    well, at each level's size, as planes that are known everywhere; the last convolution begins as 0, so that an
+    untrained network returns the fill. Of all colours, the network sees the difference from those around.
 
     Args:
         width: channels of the first level; the deeper ones have 2, 4, 4 and 4 times as many.
@@ -27,6 +35,8 @@ class PartialConvUNet(nn.Module):
     """
 
     DEPTH = 5
+    # What a checkpoint says of a network beside its width.
+    KIND = "PartialConvUNet over a smooth pull-push fill"
 
     def __init__(self, width: int = 32, layer: Callable[..., nn.Module] | None = None) -> None:
         super().__init__()
@@ -35,8 +45,9 @@ class PartialConvUNet(nn.Module):
 
             layer = ik.nn.PartialConv2d
         common: dict[str, Any] = {"mask_input": False, "return_mask": True}
+        leaky: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": 0.2}
         encoder = [3, width, 2 * width, 4 * width, 4 * width, 4 * width]
-        decoder = [3, width // 2, width, 2 * width, 4 * width, 4 * width]
+        decoder = [width // 2, width // 2, width, 2 * width, 4 * width, 4 * width]
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level in range(self.DEPTH):
@@ -45,47 +56,49 @@ class PartialConvUNet(nn.Module):
                 layer(encoder[level], encoder[level + 1], kernel, 2, kernel // 2, activation="relu", **common)
             )
             below = encoder[-1] if level == self.DEPTH - 1 else decoder[level + 1]
-            self.up.append(
-                layer(
-                    *(below + encoder[level], decoder[level], 3, 1, 1),
-                    multi_channel=True,
-                    activation="leaky_relu" if level > 0 else "none",
-                    negative_slope=0.2,
-                    **common,
-                )
-            )
+            # Features, skip, fill and mask.
+            joined = below + encoder[level] + 4
+            self.up.append(layer(joined, decoder[level], 3, 1, 1, multi_channel=True, **leaky, **common))
+        self.last = layer(decoder[0], 3, 3, 1, 1, **common)
         for name, parameter in self.named_parameters():
-            if name.endswith("weight"):
+            if name.endswith("weight") and not name.startswith("last"):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
             else:
                 nn.init.zeros_(parameter)
-        with torch.no_grad():
-            # Starts from nearly flat pictures instead of noise.
-            self.get_parameter("up.0.weight").mul_(0.1)
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        # What remains is the difference from the mean known colour: the same for dark and bright pictures.
-        colour = (image * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
-        features = (image - colour) * mask
-        skips = [(features, mask)]
+        base = smooth_pull_push(image, mask)
+        # What remains is the difference from the colours around: the same for dark and bright places.
+        around = F.interpolate(F.avg_pool2d(base, AROUND), scale_factor=float(AROUND), mode="bilinear")
+        features, known = (image - around) * mask, mask
+        skips = [(features, known)]
+        planes = [torch.cat([base - around, mask], 1)]
+        for _ in range(self.DEPTH - 1):
+            planes.append(F.avg_pool2d(planes[-1], 2))
         for level, layer in enumerate(self.down):
-            features, mask = layer(features, mask)
+            features, known = layer(features, known)
             if level < self.DEPTH - 1:
-                skips.append((features, mask))
+                skips.append((features, known))
         for level in reversed(range(self.DEPTH)):
             # The channels of a mask agree: one is resized.
-            above, above_mask = (F.interpolate(t, scale_factor=2.0) for t in (features, mask[:, :1]))
-            skip, skip_mask = skips[level]
-            joined = self.join_masks(above, above_mask, skip, skip_mask)
-            features, mask = self.up[level](torch.cat([above, skip], 1), joined)
-        return features + colour
+            above, above_known = (F.interpolate(t, scale_factor=2.0) for t in (features, known[:, :1]))
+            parts = [
+                (above, above_known),
+                skips[level],
+                (planes[level], torch.ones_like(planes[level][:, :1])),
+            ]
+            features, known = self.up[level](
+                torch.cat([plane for plane, _ in parts], 1), self.join_masks(parts)
+            )
+        correction, _ = self.last(features, known[:, :1])
+        return base + correction
 
-    def join_masks(self, above: Tensor, above_mask: Tensor, skip: Tensor, skip_mask: Tensor) -> Tensor:
-        """The mask of ``torch.cat([above, skip], 1)``, one plane: the known share of the channels.
+    def join_masks(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The mask of all features [N, Ci, H, W] side by side, each with its mask [N, 1, H, W], as one plane.
 
-        A multi-channel window only counts what is known, and finds the same count in the plane as in a mask of all
-        channels. A layer that masks its input needs those: ``torch.cat([above_mask.expand_as(above),
-        skip_mask.expand_as(skip)], 1)``.
+        It is the known share of the channels: a multi-channel window only counts what is known, and finds the same
+        count in the plane as in a mask of all channels. A layer that masks its input needs those:
+        ``torch.cat([known.expand_as(features) for features, known in parts], 1)``.
         """
-        known = above.shape[1] * above_mask + skip.shape[1] * skip_mask
-        return known / (above.shape[1] + skip.shape[1])
+        counts = [features.shape[1] * known[:, :1] for features, known in parts]
+        return torch.stack(counts).sum(0) / sum(features.shape[1] for features, _ in parts)

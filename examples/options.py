@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import HOLE_WEIGHT, METHODS, VALID_WEIGHT
+from losses import METHODS, PIXEL_WEIGHTS
 from model import PartialConvUNet
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE_STEP = 2**PartialConvUNet.DEPTH
 # What a trunk works on then stays in the caches of a CPU.
 CPU_CHUNK = 2
-# What an option is where it is not given, with a published objective and with "pixel". A step of a complete objective
-# takes seconds where one of the pixel losses takes a tenth of one, almost all of them in the trunk.
-DEFAULTS: dict[str, tuple[int | None, int | None]] = {
-    "steps": (160, 400),
-    "compare_steps": (20, None),
-    "batch": (4, 8),
+# What an option is where it is not given: with "pconv", with another published method, with "pixel". A step of a
+# complete objective takes seconds where one of the pixel losses takes a fraction of one, almost all in the trunk.
+DEFAULTS: dict[str, tuple[int | None, int | None, int | None]] = {
+    "steps": (820, 160, 400),
+    "pixel_steps": (800, 0, 0),
+    "compare_steps": (10, 20, None),
+    "batch": (4, 4, 8),
 }
 
 
@@ -44,33 +45,47 @@ class Settings:
     layer: str = "ik"
     objective: str = "pixel"
     tv: float = 0.0
+    pixel_steps: int = 0
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms of the total loss, without those left out."""
+        """Of the terms of the total loss behind the first ``pixel_steps``, without those left out."""
         if self.objective != "pixel":
             return METHODS[self.objective].weights
         weights = {
-            "hole": HOLE_WEIGHT,
-            "valid": VALID_WEIGHT,
+            **PIXEL_WEIGHTS,
             "perceptual": self.perceptual,
             "style": self.style,
         }
         return {name: weight for name, weight in weights.items() if weight}
 
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Of the terms of the total loss in the step that follows ``step`` others."""
+        return PIXEL_WEIGHTS if step < self.pixel_steps else self.weights
+
+    @property
+    def all_weights(self) -> dict[str, float]:
+        """Of every term that some step of a run has."""
+        return self.weights_at(0) | self.weights
+
     @property
     def formula(self) -> str:
         """The total loss in words."""
-        return " + ".join(weighed(name, weight) for name, weight in self.weights.items())
+        return in_words(self.weights)
 
     @property
     def architecture(self) -> dict[str, Any]:
-        return {"network": "PartialConvUNet", "width": self.width}
+        return {"network": PartialConvUNet.KIND, "width": self.width}
 
 
 def weighed(name: str, weight: float) -> str:
     """A term in words."""
     return name if weight == 1 else f"{weight:g} {name}"
+
+
+def in_words(weights: dict[str, float]) -> str:
+    """A weighted sum of terms in words."""
+    return " + ".join(weighed(name, weight) for name, weight in weights.items())
 
 
 def number(convert: Callable[[str], Any], least: float) -> Callable[[str], Any]:
@@ -131,6 +146,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=number(int, 1),
         help=f"total steps, resumed ones included (default: {_defaults('steps')})",
     )
+    add(
+        "--pixel-steps",
+        type=number(int, 0),
+        metavar="STEPS",
+        help="of these, so many first ones with the loss of --objective pixel, which needs no trunk; the whole "
+        f"objective comes after them (default: {_defaults('pixel_steps')}; all of pconv with a random trunk)",
+    )
     add("--batch", type=number(int, 1), help=f"crops per step and process (default: {_defaults('batch')})")
     add(
         "--size",
@@ -139,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"crop size, a multiple of {SIZE_STEP} (default: %(default)s)",
     )
     add("--width", type=number(int, 2), default=24, help="channels of the first level (default: %(default)s)")
-    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=number(float, 0), default=5e-4, help="peak learning rate (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(
@@ -215,17 +237,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(
                     f"argument --{name}: only with --objective pixel; that of {args.objective} is fixed"
                 )
+    elif args.pixel_steps is not None:
+        parser.error("argument --pixel-steps: with --objective pixel, every step is one of these")
     elif not args.perceptual and not args.style:
         for option, value in (("--trunk-weights", args.trunk_weights), ("--chunk", args.chunk)):
             if value is not None:
                 parser.error(f"argument {option}: with --objective pixel only with --perceptual or --style")
-    for name, (complete, pixel) in DEFAULTS.items():
+    args.pixel_steps_given = args.pixel_steps is not None
+    for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, complete if is_published else pixel)
+            setattr(args, name, values[{"pconv": 0, "pixel": 2}.get(args.objective, 1)])
     args.normalize = args.normalize or "image"
     return args
 
 
 def _defaults(name: str) -> str:
-    complete, pixel = DEFAULTS[name]
-    return f"{complete}, {'all' if pixel is None else pixel} with pixel"
+    pconv, published, pixel = ("all" if value is None else value for value in DEFAULTS[name])
+    return f"{pconv} with pconv, {published} with other methods, {pixel} with pixel"

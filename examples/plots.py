@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from checkpoint import write_atomically
 from data import Batch
+from fills import smooth_pull_push
 from numpy.typing import NDArray
 from options import weighed
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FUSED, EAGER, YARDSTICK = "#1f6fb4", "#e8871e", "#7a7a7a"
+FUSED, EAGER = "#1f6fb4", "#e8871e"
+BASELINES = ("#7a7a7a", "#3a9d5d", "#b04a8b", "#d9a400", "#c0392b")
 EQUAL = 1e-9
 
 Curves = dict[str, NDArray[np.float64]]
@@ -32,7 +34,7 @@ def write_png(figure: Any, path: Path) -> None:
 
 
 def picture_grid(path: Path, title: str, rows: list[tuple[str, Batch, Tensor]]) -> None:
-    """One row per crop: masked input, output, composite, ground truth.
+    """One row per crop: masked input, the fill that the network corrects, what it makes of it, ground truth.
 
     Args:
         path: PNG file to write.
@@ -46,13 +48,14 @@ def picture_grid(path: Path, title: str, rows: list[tuple[str, Batch, Tensor]]) 
     )
     figure.suptitle(title, fontsize=10)
     for index, (row, (label, batch, filled, i)) in enumerate(zip(axes, lines, strict=True)):
+        base = smooth_pull_push(batch.images[i : i + 1], batch.masks[i : i + 1])[0].clamp(0, 1)
         image, mask, output = _pixels(batch.images[i]), _pixels(batch.masks[i]), _pixels(filled[i])
         # White holes are hard to tell from a bright sky.
         masked = np.where(mask > 0, image, np.array([0.85, 0.1, 0.55]))
         pictures = {
             "masked input": masked,
-            "network output": output,
-            "composite": mask * image + (1 - mask) * output,
+            "smooth pull-push": _pixels(base),
+            "network": mask * image + (1 - mask) * output,
             "ground truth": image,
         }
         for axis, (name, picture) in zip(row, pictures.items(), strict=True):
@@ -78,7 +81,7 @@ def loss_curves(
     eager: Curves | None,
     first_compared: int,
     held_out: list[tuple[int, float]],
-    yardstick: float,
+    baselines: dict[str, float],
 ) -> None:
     """Training loss, held-out error, each term and, with ``eager``, the difference of the two loss curves.
 
@@ -88,9 +91,9 @@ def loss_curves(
         weights: of the terms in the total, 1 for what is drawn beside them.
         fused, eager: the "total" and each term of every step [steps]; ``eager`` counts from ``first_compared`` and
             may end earlier.
-        first_compared: steps before it were trained by an earlier, resumed run.
+        first_compared: the comparison leaves out the steps before it.
         held_out: (step, error) pairs.
-        yardstick: held-out error of filling with the mean colour.
+        baselines: held-out errors of fills without a network.
     """
     count = (2 if eager is None else 3) + len(weights)
     rows = 1 + count // 5
@@ -104,13 +107,14 @@ def loss_curves(
 
     def draw_loss(name: str, title: str, weight: float = 1.0) -> None:
         axis = next(free)
-        axis.plot(steps, weight * fused[name], color=FUSED, alpha=0.25, linewidth=0.8)
-        axis.plot(
-            *_smooth(steps, weight * fused[name], steps.size), color=FUSED, linewidth=2.4, label="fused"
-        )
+        # Without the first steps where they leave the term out.
+        begin = int(np.argmax(fused[name] != 0))
+        since, values = steps[begin:], weight * fused[name][begin:]
+        axis.plot(since, values, color=FUSED, alpha=0.25, linewidth=0.8)
+        axis.plot(*_smooth(since, values, since.size), color=FUSED, linewidth=2.4, label="fused")
         if eager is not None:
             compared = steps[first_compared : first_compared + len(eager[name])]
-            smooth = _smooth(compared, weight * eager[name], steps.size)
+            smooth = _smooth(compared, weight * eager[name], since.size)
             axis.plot(*smooth, "--", color=EAGER, linewidth=1.4, label="eager formulas")
         # A penalty may not have been taken yet.
         axis.set(title=title, xlabel="step", yscale="log" if (fused[name] > 0).any() else "linear")
@@ -119,7 +123,8 @@ def loss_curves(
     draw_loss("total", "training loss, running mean")
     axis = next(free)
     axis.plot(*zip(*held_out, strict=True), "o-", color=FUSED, markersize=4, label="network")
-    axis.axhline(yardstick, color=YARDSTICK, linestyle=":", label="mean colour of the crop")
+    for colour, (name, error) in zip(BASELINES, baselines.items(), strict=False):
+        axis.axhline(error, color=colour, linestyle=":", label=name)
     axis.set(title="mean absolute error in held-out holes", xlabel="step", ylim=(0, None))
     axis.legend(fontsize=8)
     if eager is not None:

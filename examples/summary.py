@@ -11,16 +11,18 @@ import checkpoint
 import torch
 from adversarial import Judgement
 from data import Batch
-from engine import HELD_OUT_CROPS, RECORDED, Stopwatch, Trainer, hole_error, mean_colour_fill, now
+from engine import HELD_OUT_CROPS, RECORDED, Stopwatch, Trainer, hole_error, now
+from fills import BASELINES
+from losses import PIXEL_WEIGHTS
 from memory import bytes_kept
 from methods import Objective
-from options import AMP_DTYPES
+from options import AMP_DTYPES, in_words
 from torch import Tensor, nn
 
 PICTURES, CURVES, REPORT = "pictures.png", "curves.png", "report.json"
 ROUNDS = 100
 # A trunk takes seconds where the pixel losses take milliseconds.
-TRUNK_ROUNDS = 5
+TRUNK_ROUNDS = 3
 # Perceptual terms have kinks: a rounding that crosses one moves a gradient, and training amplifies what was moved.
 FIRST_STEPS = 5
 
@@ -126,17 +128,40 @@ def title(trainer: Trainer) -> str:
 
 
 def curves(trainer: Trainer) -> dict[str, Tensor]:
-    """The total, every term that was not left out and the discriminator's, of all steps [steps]."""
+    """The total, every term that was not left out and the discriminator's, of all steps [steps].
+
+    Of steps that leave a term out, it is 0.
+    """
     history = trainer.averaged_history().cpu()
     named = dict(zip(RECORDED, history.unbind(1), strict=True))
-    return {name: named[name] for name in ("total", *trainer.settings.weights, *trainer.of_discriminator)}
+    return {name: named[name] for name in ("total", *trainer.settings.all_weights, *trainer.of_discriminator)}
+
+
+def terms_of(trainer: Trainer, curves: dict[str, Tensor], step: int) -> dict[str, float]:
+    """What was recorded of the ``step``-th step, without terms it left out."""
+    settings = trainer.settings
+    beside = () if step <= settings.pixel_steps else trainer.of_discriminator
+    return {
+        name: float(curves[name][step - 1]) for name in ("total", *settings.weights_at(step - 1), *beside)
+    }
+
+
+def baseline_errors(batch: Batch) -> dict[str, float]:
+    """Errors in the holes of fills without a network; without scikit-image, two of them are left out."""
+    batch, errors = batch.to(torch.device("cpu")), {}
+    for name, fill in BASELINES.items():
+        try:
+            errors[name] = hole_error(fill(batch.images, batch.masks).clamp(0, 1), batch)
+        except ModuleNotFoundError:
+            continue
+    return errors
 
 
 def write(
     out: Path,
     trainers: dict[str, Trainer],
     *,
-    first_step: int,
+    compared_from: int,
     backend: str,
     trunk: nn.Module | None = None,
 ) -> str:
@@ -147,7 +172,7 @@ def write(
     Args:
         out: the output folder.
         trainers: finished trainers, "fused" first and optionally "eager".
-        first_step: where this call of the program began, after 0 when resumed.
+        compared_from: after how many steps the comparison of the two begins.
         backend: what the fused loss ran on.
         trunk: of the perceptual and style terms, None without them.
     """
@@ -165,13 +190,10 @@ def write(
 
     import inpaint_kernels as ik
 
-    yardstick = hole_error(mean_colour_fill(held_out), held_out)
+    baselines = baseline_errors(held_out)
     # The comparison may have ended earlier.
     last = min(trainer.step for trainer in trainers.values())
-    terms = {
-        variant: {name: float(values[last - 1]) for name, values in named.items()}
-        for variant, named in all_curves.items()
-    }
+    terms = {name: terms_of(trainer, all_curves[name], last) for name, trainer in trainers.items()}
     result: dict[str, Any] = {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -179,7 +201,7 @@ def write(
         "backend": backend,
         "processes": fused.world.size,
         "settings": fused.state_settings(),
-        "first_step": first_step,
+        "compared_from": compared_from,
         "variants": figures,
         "peak_bytes_of": fused.memory.of,
         "objective": fused.settings.formula,
@@ -187,36 +209,40 @@ def write(
         "last_losses": {variant: values["total"] for variant, values in terms.items()},
         "last_terms": terms,
         "held_out_hole_error": fused.held_out,
-        "mean_colour_fill_error": yardstick,
+        "held_out_baselines": baselines,
+        "pixel_step_ms": fused.pixel_step_ms,
     }
     lines = [table(figures, backend, fused.memory.of), f"loss = {fused.settings.formula}"]
+    if trunk is not None:
+        lines.append(f"  trunk: {fused.settings.trunk}")
+    if fused.settings.pixel_steps:
+        ms = "" if fused.pixel_step_ms is None else f", median {fused.pixel_step_ms:.1f} ms a step"
+        lines.append(f"  of the first {fused.settings.pixel_steps} steps {in_words(PIXEL_WEIGHTS)}{ms}")
     shown = [(variant, last, values) for variant, values in terms.items()]
     if fused.step > last:
-        shown.append(
-            ("fused", fused.step, {name: float(values[-1]) for name, values in all_curves["fused"].items()})
-        )
+        shown.append(("fused", fused.step, terms_of(fused, all_curves["fused"], fused.step)))
     for variant, step, values in shown:
         spelled = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
         lines.append(f"  {variant}, step {step}: {spelled}")
     if "eager" in trainers:
-        pair = [all_curves[name]["total"][first_step:last] for name in ("fused", "eager")]
+        pair = [all_curves[name]["total"][compared_from:last] for name in ("fused", "eager")]
         difference, where = largest_difference(*pair)
         first, _ = largest_difference(*(total[:FIRST_STEPS] for total in pair))
         result |= {
-            "compared_steps": last - first_step,
+            "compared_steps": last - compared_from,
             "largest_relative_difference": difference,
-            "largest_at_step": first_step + where + 1,
+            "largest_at_step": compared_from + where + 1,
             f"largest_relative_difference_of_first_{FIRST_STEPS}": first,
         }
         lines.append(
             f"loss curves: largest relative difference {first:.1e} in the first {FIRST_STEPS} steps compared, "
-            f"{difference:.1e} in all {last - first_step}, at step {first_step + where + 1}"
+            f"{difference:.1e} in all {last - compared_from}, at step {compared_from + where + 1}"
         )
     (begin, before), (end, after) = fused.held_out[0], fused.held_out[-1]
     lines.append(
-        f"mean error in held-out holes: {before:.4f} at step {begin}, {after:.4f} at step {end}; "
-        f"{yardstick:.4f} for the mean colour of the crop"
+        f"mean error in held-out holes: {before:.4f} at step {begin}, {after:.4f} at step {end}; without a network"
     )
+    lines += [f"  {error:.4f} {name}" for name, error in baselines.items()]
 
     arrays = {
         variant: {name: values.numpy() for name, values in named.items()}
@@ -225,15 +251,15 @@ def write(
     plots.loss_curves(
         out / CURVES,
         title(fused),
-        fused.settings.weights | dict.fromkeys(fused.of_discriminator, 1.0),
+        fused.settings.all_weights | dict.fromkeys(fused.of_discriminator, 1.0),
         arrays["fused"],
-        # Its first steps, when resumed, are those of the fused run.
-        {name: values[first_step:] for name, values in arrays["eager"].items()}
+        # The steps before are those of the fused run.
+        {name: values[compared_from:] for name, values in arrays["eager"].items()}
         if "eager" in arrays
         else None,
-        first_step,
+        compared_from,
         fused.held_out,
-        yardstick,
+        baselines,
     )
     checkpoint.write_atomically(out / REPORT, json.dumps(result, indent=2).encode() + b"\n")
     names = (PICTURES, CURVES, REPORT, checkpoint.NAME)

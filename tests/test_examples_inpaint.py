@@ -265,7 +265,7 @@ def test_unusable_checkpoints(run: Run, folder: Path, trained: Path) -> None:
     assert "--resume" not in result[2]
     torch.save({"weights": torch.ones(2)}, newest)
     assert_one_line(run(network=newest), "not written by train.py")
-    torch.save(state | {"architecture": {"network": "PartialConvUNet", "width": 6}}, newest)
+    torch.save(state | {"architecture": state["architecture"] | {"width": 6}}, newest)
     assert_one_line(run(network=newest), "checkpoint.pt", "does not hold a network")
     torch.save(state | {"model": {k: v * float("nan") for k, v in state["model"].items()}}, newest)
     assert_one_line(run(network=newest), "not finite")
