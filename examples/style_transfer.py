@@ -41,9 +41,10 @@ except ModuleNotFoundError as error:
 
 PICTURES, CURVE = "pictures.png", "curve.png"
 VGG_STYLE = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
-# Taps of the style, and the one of the content.
+# Taps of the style, and the one of the content. Of VGG16, whose weights may be the shift-tolerant ones, only those
+# that invisible changes of a picture do not move.
 TAPS = {
-    "vgg16": (VGG_STYLE, "relu4_2"),
+    "vgg16": (VGG_STYLE[:4], "relu3_1"),
     "vgg19": (VGG_STYLE, "relu4_2"),
     "alexnet": (("relu1", "relu2", "relu3", "relu4", "relu5"), "relu3"),
 }
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lr", type=number(float, 0), help="(default: 0.02 for adam, 1 for lbfgs)")
     add("--content-weight", type=number(float, 0), default=1.0, metavar="W", help="(default: %(default)s)")
-    add("--style-weight", type=number(float, 0), default=10.0, metavar="W", help="(default: %(default)s)")
+    add("--style-weight", type=number(float, 0), default=100.0, metavar="W", help="(default: %(default)s)")
     add("--tv-weight", type=number(float, 0), default=0.5, metavar="W", help="(default: %(default)s)")
     add("--chunk", type=number(int, 1), help="stream so many contents at a time: less memory, more time")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
