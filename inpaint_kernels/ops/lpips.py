@@ -182,9 +182,9 @@ def lpips_distance(
             raise ValueError(f"layer {layer} is on {x.device} and {y.device}, input[0] on {inputs[0].device}")
         _check_weights(layer, heads[layer], x)
         if masks:
-            given = masks[layer]
-            shared = isinstance(given, Tensor) and given.ndim == 4 and given.shape[0] == y.shape[0]
-            masks[layer] = _checks.check_plane(_checks.check_mask(given, y if shared else x))
+            own = masks[layer]
+            shared = isinstance(own, Tensor) and own.ndim == 4 and own.shape[0] == y.shape[0]
+            masks[layer] = _checks.check_plane(_checks.check_mask(own, y if shared else x))
     return checked_distance(inputs, targets, heads, masks, eps, reduction, backend)
 
 

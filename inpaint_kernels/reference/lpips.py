@@ -89,7 +89,7 @@ def lpips_distance(
             mask = masks[layer] if masks else None
             x, y, share = _prepared(input[layer], target[layer], mask, dtype)
             difference = x * unit_factor(x, eps)[0] - y * unit_factor(y, eps)[0]
-            plane = torch.einsum("nchw,c->nhw", difference.square(), weight.to(dtype))
+            plane = (difference.square() * weight.to(dtype).reshape(-1, 1, 1)).sum(1)
             if isinstance(share, float):
                 total = total + plane.sum((1, 2)) * share
             else:
