@@ -77,12 +77,16 @@ def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
     """A window sees five pixels each way, in both directions. Where it sees equal images it sends nothing: one pixel
     that differs is seen from five pixels away, and these windows send to five more, no further."""
     pred, target = (t[..., 5:16, 5:16] for t in unit_pair((1, 1, 21, 21)))
-    (_,), gradients, _ = evaluate(partial(ik.ssim, backend=backend.name), on_device(backend, pred, target), (0, 1))
+    (_,), gradients, _ = evaluate(
+        partial(ik.ssim, backend=backend.name), on_device(backend, pred, target), (0, 1)
+    )
     assert all((gradient != 0).all() for gradient in gradients)
     pred, _ = unit_pair((1, 1, 41, 43))
     target = pred.clone()
     target[..., 20, 21] += 0.3
-    (_,), gradients, _ = evaluate(partial(ik.ssim, backend=backend.name), on_device(backend, pred, target), (0, 1))
+    (_,), gradients, _ = evaluate(
+        partial(ik.ssim, backend=backend.name), on_device(backend, pred, target), (0, 1)
+    )
     for gradient in gradients:
         seen = gradient[0, 0, 10:31, 11:32]
         assert seen.abs().min() > 1e-9
