@@ -69,8 +69,7 @@ def test_equal_images_are_exactly_one(backend: Backend, dtype: str, padding: str
         (value,), gradients, _ = evaluate(call, inputs, (0, 1))
         assert torch.equal(value.cpu(), torch.ones(2, dtype=value.dtype))
         for gradient in gradients:
-            # Autograd divides twice where a kernel divides once.
-            assert gradient.abs().max() <= (1e-8 if backend.name == "reference" else 0.0)
+            assert not gradient.any()
 
 
 def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
@@ -88,11 +87,9 @@ def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
         partial(ik.ssim, backend=backend.name), on_device(backend, pred, target), (0, 1)
     )
     for gradient in gradients:
-        seen = gradient[0, 0, 10:31, 11:32]
-        assert seen.abs().min() > 1e-9
-        rest = gradient.clone()
-        rest[0, 0, 10:31, 11:32] = 0
-        assert rest.abs().max() <= (1e-10 if backend.name == "reference" else 0.0)
+        touched = gradient[0, 0].cpu() != 0
+        assert touched[10:31, 11:32].all()
+        assert touched.sum() == 21 * 21
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -102,7 +102,7 @@ def ssim(
     if same:
         s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
         mask = None if mask is None else F.pad(mask, (radius,) * 4)
-    # A variance does not change with a shift, and near 0 it cancels less. The shift is limited by the data range: rare
+    # A variance does not change with a shift, and near 0 it cancels less. The data range limits the shift: rare
     # values beyond it would move the others away from 0.
     limit = 200 * math.sqrt(c1)
     shifts = [
