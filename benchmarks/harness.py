@@ -105,7 +105,7 @@ def tiny(case: Case) -> Case:
     """The case at a size that takes no time anywhere, with the same channels and options."""
     n, c, h, w = case.shape
     # Of smaller images, VGG's third layer has so few pixels that entries of Gram matrices come near ties.
-    side = 256 if case.options.get("vgg16") else 64
+    side = 256 if case.options.get("vgg16") else max(64, int(case.options.get("least_side", 0)))
     return replace(case, shape=(min(n, 2), c, min(h, side), min(w, side)), devices=("cpu", "cuda"))
 
 

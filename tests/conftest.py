@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # torch.compile keeps graphs by the op's name and schema alone: those of another checkout would call its backward.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
-from harness import COVERING, EMULATING, backends_under_test
+from harness import COVERING, EMULATING, backend_for, backends_under_test
 
 # A time limit per example would measure the machine; the same examples in every run reproduce a failure.
 hypothesis.settings.register_profile(
@@ -81,6 +81,13 @@ def emulation() -> Iterator[None]:
 
     with cuda_emulation.install():
         yield
+
+
+@pytest.fixture
+def kernels_of_ssim(request: pytest.FixtureRequest) -> None:
+    """Skips the test on a backend that has no kernels of SSIM."""
+    options = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    backend_for("ssim", options.get("backend", options.get("kernel")))
 
 
 @pytest.fixture(scope="module")

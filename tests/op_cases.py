@@ -76,9 +76,8 @@ from pixel_cases import (
     on_device,
     skip_unsupported,
 )
-from ssim_cases import WINDOWS
+from ssim_cases import WINDOWS, ssim_call, ssim_formula
 from ssim_cases import check as check_ssim
-from ssim_cases import ssim_call, ssim_formula
 from torch import Tensor
 
 import inpaint_kernels as ik

@@ -15,6 +15,7 @@ from training_checks import check_compiles
 
 import inpaint_kernels as ik
 
+pytestmark = pytest.mark.usefixtures("kernels_of_ssim")
 # Three scales of a window of 5 need 17 pixels.
 FEW = {"window_size": 5, "sigma": 1.2}
 EXPONENTS = (0.3, 0.5, 0.2)

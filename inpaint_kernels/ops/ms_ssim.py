@@ -37,13 +37,14 @@ def _halved(x: Tensor) -> Tensor:
     return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
-def _next_scale(images: list[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+def _next_scale(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both images and the mask at half the size. A masked image becomes the means of counted pixels alone."""
     if mask is None:
-        return [_halved(image) for image in images], None
+        return _halved(pred), _halved(target), None
     weight = _halved(mask)
     divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
-    return [_halved(counted(image, mask) * mask) / divisor for image in images], weight
+    pred, target = (_halved(counted(image, mask) * mask) / divisor for image in (pred, target))
+    return pred, target, weight
 
 
 def _power(value: Tensor, exponent: float) -> Tensor:
@@ -62,19 +63,18 @@ def _plane_values(
     backend: str | None,
 ) -> Tensor:
     """(N, C): the product over the scales of contrast, at the last one similarity, to their exponents."""
-    images = [pred, target]
     product: Tensor | None = None
     last = len(exponents) - 1
     for scale, exponent in enumerate(exponents):
         if scale == 1:
             # Means of half types are not rounded to them.
             dtype = accumulate_dtype(pred, target)
-            images = [image.to(dtype) for image in images]
+            pred, target = pred.to(dtype), target.to(dtype)
             if mask is not None:
                 mask = (mask[None, None] if mask.ndim == 2 else mask).to(dtype)
         if scale:
-            images, mask = _next_scale(images, mask)
-        similarity, contrast, _ = plane_means(*images, mask, windows, backend, contrast=scale < last)
+            pred, target, mask = _next_scale(pred, target, mask)
+        similarity, contrast, _ = plane_means(pred, target, mask, windows, backend, contrast=scale < last)
         factor = _power(contrast if scale < last else similarity, exponent)
         product = factor if product is None else product * factor
     assert product is not None
@@ -97,8 +97,8 @@ def ms_ssim(
     """Multi-scale SSIM: the product of the contrast terms of five scales and of the similarity at the coarsest.
 
     For every channel ``prod_s max(cs_s, 0)^w_s * max(ssim_S, 0)^w_S``, then the mean over the channels. ``cs_s`` is
-    the mean over windows of ``(2 cov + C2) / (vx + vy + C2)``, ``ssim_S`` that of `ssim`. The next scale has the means
-    of 2 x 2 pixels; before the first row (column) of an odd number of rows (columns) stands one of zeros, as in
+    the mean over windows of ``(2 cov + C2) / (vx + vy + C2)``, ``ssim_S`` that of `ssim`. The next scale has the
+    means of 2 x 2 pixels; before the first row (column) of an odd number of rows (columns) stands one of zeros, as in
     pytorch-msssim.
 
     **Contrast is clamped at 0.** On content that is anti-correlated at one of the scales the value is 0 and so is the

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..reference import ssim as reference
-from ..reference._common import accumulate_dtype
+from ..reference._common import accumulate_dtype, safe_divide
 from . import _checks, _pixel
 
 
@@ -52,8 +52,8 @@ def _formula(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: if one image is made of the other, no path between them is counted twice.
-        images = [t.view_as(t) for t in (pred, target)]
-        outputs = reference.ssim(*images, mask, *ctx.options, *ctx.outputs)
+        images = pred.view_as(pred), target.view_as(target)
+        outputs = reference.ssim(images[0], images[1], mask, *ctx.options, *ctx.outputs)
     sent = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
     return list(
         torch.autograd.grad(
@@ -194,7 +194,7 @@ def sample_means(value: Tensor, mask: Tensor | None, windows: Windows) -> Tensor
     counted = reference.centres(mask.to(value.dtype), len(windows.weights) // 2, windows.same)
     weight = counted.sum((-2, -1))
     total = weight.sum(1)
-    mean = reference.safe_divide((value * weight).sum(1), total)
+    mean = safe_divide((value * weight).sum(1), total)
     return torch.where(total == 0, torch.ones_like(mean), mean)
 
 

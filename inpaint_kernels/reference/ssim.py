@@ -83,8 +83,8 @@ def ssim(
     where they are all 0. What is not asked for is empty.
 
     Both in terms of s = pred + target and d = pred - target: ``4 mx my = ms^2 - md^2`` and ``2 (mx^2 + my^2) = ms^2 +
-    md^2``, so that ``l = 1 - md^2 / ((ms^2 + md^2) / 2 + c1)``, and likewise for the variances. Equal images then have
-    exactly the value 1 and no gradient.
+    md^2``, so that ``l = 1 - md^2 / ((ms^2 + md^2) / 2 + c1)``, and likewise for the variances. Equal images then
+    have exactly the value 1 and no gradient.
     """
     dtype = accumulate_dtype(pred, target)
     x, y = pred.to(dtype), target.to(dtype)
@@ -102,8 +102,8 @@ def ssim(
     if same:
         s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
         mask = None if mask is None else F.pad(mask, (radius,) * 4)
-    # A variance does not change with a shift, and near 0 it cancels less. Of values within the data range alone: others
-    # are rare, and would move the rest away from 0.
+    # A variance does not change with a shift, and near 0 it cancels less. The data range limits the shift: rare
+    # values beyond it would move the others away from 0.
     limit = 200 * math.sqrt(c1)
     shifts = [
         v.detach().nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit).mean((-2, -1), keepdim=True) for v in (s, d)

@@ -27,6 +27,12 @@ T element(const StridedImage& image, int64_t offset) {
   });
 }
 
+// Calls f with the distance of two pixels; as a constant, of which compilers make vectors, for three channels.
+template <typename F>
+IK_INLINE void with_step(int64_t step, const F& f) {
+  step == 3 ? f(std::integral_constant<int64_t, 3>()) : f(step);
+}
+
 // `n` elements of a row: in place if they are stored as T side by side, else in `buffer`.
 template <typename T>
 const T* row_at(const StridedImage& image, int64_t offset, int64_t n, T* buffer) {
@@ -34,7 +40,9 @@ const T* row_at(const StridedImage& image, int64_t offset, int64_t n, T* buffer)
   with_stored(image.dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
     const S* from = static_cast<const S*>(image.data) + offset;
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(load_one(from + i * image.stride_x));
+    with_step(image.stride_x, [&](auto step) {
+      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(load_one(from + i * step));
+    });
   });
   return buffer;
 }
@@ -48,7 +56,9 @@ void store_row(const StridedImage& image, int64_t offset, int64_t n, const T* ro
   with_stored(image.dtype, [&](auto stored) {
     using S = typename decltype(stored)::type;
     S* to = static_cast<S*>(image.data) + offset;
-    for (int64_t i = 0; i < n; ++i) store_as(row[i], to + i * image.stride_x);
+    with_step(image.stride_x, [&](auto step) {
+      for (int64_t i = 0; i < n; ++i) store_as(row[i], to + i * step);
+    });
   });
 }
 
