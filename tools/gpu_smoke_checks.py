@@ -31,7 +31,7 @@ _FEATURES = {"gram", "style", "feature_distance", "lpips"}
 # Options of cases with all maps that are read of a network.
 _NETWORK = {"vgg16", "net"}
 # The smallest side of an image with a whole window; of one for five scales.
-_LEAST, _LEAST_OF_SCALES = {"ssim": 11}, 176
+LEAST, _LEAST_OF_SCALES = {"ssim": 11}, 176
 # The binder of Triton treats a row of channels_last with 8 elements as it treats one of 8 pixels.
 _PAIRS = {"total_variation", "inpainting_pixel"}
 
@@ -49,7 +49,7 @@ def cases(benchmark: Benchmark, tiny: bool) -> Iterator[Case]:
     plain = [case for case in benchmark.cases if case.layout == "nchw"]
     variants = {(case.variant, *case.options.items()): case for case in reversed(plain)}
     first, *others = reversed(variants.values())
-    least = _LEAST.get(benchmark.op, 1)
+    least = LEAST.get(benchmark.op, 1)
     sides = {n: (max(h, least), max(w, least)) for n, (h, w) in (_TINY if tiny else _SIDES).items()}
     shapes = {name: (2, _channels(benchmark.op, name == "aligned"), *side) for name, side in sides.items()}
     if benchmark.op in _PAIRS:
