@@ -30,6 +30,8 @@ _TINY = {**_SIDES, "odd": (9, 13), "aligned": (16, 16)}
 _FEATURES = {"gram", "style", "feature_distance", "lpips"}
 # Options of cases with all maps that are read of a network.
 _NETWORK = {"vgg16", "net"}
+# The smallest side of an image with a whole window; of one for five scales.
+LEAST, _LEAST_OF_SCALES = {"ssim": 11}, 176
 # The binder of Triton treats a row of channels_last with 8 elements as it treats one of 8 pixels.
 _PAIRS = {"total_variation", "inpainting_pixel"}
 
@@ -47,7 +49,8 @@ def cases(benchmark: Benchmark, tiny: bool) -> Iterator[Case]:
     plain = [case for case in benchmark.cases if case.layout == "nchw"]
     variants = {(case.variant, *case.options.items()): case for case in reversed(plain)}
     first, *others = reversed(variants.values())
-    sides = _TINY if tiny else _SIDES
+    least = LEAST.get(benchmark.op, 1)
+    sides = {n: (max(h, least), max(w, least)) for n, (h, w) in (_TINY if tiny else _SIDES).items()}
     shapes = {name: (2, _channels(benchmark.op, name == "aligned"), *side) for name, side in sides.items()}
     if benchmark.op in _PAIRS:
         shapes["row of 8 elements"] = (2, 2, 5, 4)
@@ -63,7 +66,11 @@ def cases(benchmark: Benchmark, tiny: bool) -> Iterator[Case]:
     for case in others + [first] * bool(_NETWORK & first.options.keys()):
         layers = (2, 3, 64, 64) if tiny else (2, 3, 256, 256)
         for name, dtype, layout in zip(("odd", "aligned"), dtypes, layouts):
-            yield one(case, layers if _NETWORK & case.options.keys() else shapes[name], dtype, layout)
+            if case.variant == "ms_ssim":
+                shape = (1, 2, _LEAST_OF_SCALES, _LEAST_OF_SCALES + 5)
+            else:
+                shape = layers if _NETWORK & case.options.keys() else shapes[name]
+            yield one(case, shape, dtype, layout)
 
 
 def evaluate(benchmark: Benchmark, provider: Provider, inputs: Inputs) -> list[Tensor]:
