@@ -155,7 +155,7 @@ def no_sums(WINDOW: tl.constexpr):
     SIZE: tl.constexpr = WINDOW.SIZE
     sums = (no_sum(WINDOW),)
     for _ in tl.static_range(2, SIZE):
-        sums = sums + (no_sum(WINDOW),)  # noqa: RUF005, Triton unpacks no tuples
+        sums = sums + (no_sum(WINDOW),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
@@ -166,7 +166,7 @@ def add_row(sums, row, window, WINDOW: tl.constexpr):
     done = sums[0] + window[LAST] * row
     rest = (sums[1] + window[LAST - 1] * row,)
     for i in tl.static_range(2, LAST):
-        rest = rest + (sums[i] + window[LAST - i] * row,)  # noqa: RUF005
+        rest = rest + (sums[i] + window[LAST - i] * row,)  # type: ignore[assignment]  # noqa: RUF005
     return done, rest + (window[0] * row,)  # noqa: RUF005
 
 
