@@ -8,8 +8,8 @@
     python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
     torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
 
-With ``pconv``, the default, most steps have pixel terms alone, and the last ones the whole objective if the trunk is a
-trained one. The first of the last ones are then repeated with the eager formulas. Written to --out: ``pictures.png``,
+With ``pconv``, the default, most steps have pixel terms alone, and the last ones the whole objective if the trunk is
+trained. The first of the last ones are then repeated with the eager formulas. Written to --out: ``pictures.png``,
 ``curves.png``, ``report.json`` and ``checkpoint.pt`` (with ``checkpoint.previous.pt``, the one before).
 
 Ctrl-C ends the training after the step it is in, or after one of the next ten with several processes, and saves a
