@@ -237,7 +237,7 @@ class Trainer:
         self._check_finite()
 
     def _begin_whole_objective(self) -> None:
-        """Times, memory and comparison are those of the steps from here on."""
+        """What is timed, and compared with the eager formulas, are the steps from here on."""
         self.state_after_pixels = self.state()
         if self.step_watch.spans:
             self.pixel_step_ms = self.step_watch.median_ms()

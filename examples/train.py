@@ -1,6 +1,6 @@
 """Trains a small partial-convolution U-Net to fill holes, with the fused losses of inpaint_kernels.
 
-    python examples/train.py                                    # photographs shipped with scikit-image
+    python examples/train.py                                    # photographs in scikit-image and matplotlib
     python examples/train.py --trunk-weights vgg16.pth          # features that mean something
     python examples/train.py --images photos --masks holes      # your own
     python examples/train.py --objective ctn                    # another method, with a discriminator
@@ -8,7 +8,8 @@
     python examples/train.py --resume                           # goes on from runs/demo/checkpoint.pt
     torchrun --nproc-per-node 2 examples/train.py               # DDP: gloo on CPUs, nccl on GPUs
 
-The first of these seeded steps are then repeated with the eager formulas. Written to --out: ``pictures.png``,
+With ``pconv``, the default, most steps have pixel terms alone, and the last ones the whole objective if the trunk is
+trained. The first of the last ones are then repeated with the eager formulas. Written to --out: ``pictures.png``,
 ``curves.png``, ``report.json`` and ``checkpoint.pt`` (with ``checkpoint.previous.pt``, the one before).
 
 Ctrl-C ends the training after the step it is in, or after one of the next ten with several processes, and saves a

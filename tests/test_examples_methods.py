@@ -157,7 +157,7 @@ def test_step_of_the_generator_is_that_of_one_graph(name: str) -> None:
     fused, eager = sides(name)
     trainer = engine.Trainer(SETTINGS, world.World(CPU), None, fused)
     # It begins as 0, and no other layer would have a gradient.
-    torch.nn.init.normal_(trainer.net.last.weight, std=0.1)
+    torch.nn.init.normal_(trainer.net.last.weight, std=0.02)
     net, critic = copy.deepcopy(trainer.net), copy.deepcopy(trainer.adversary.net)
     trainer._one_step(trainer.net, batch)
     pred = net(batch.images * batch.masks, batch.masks)
