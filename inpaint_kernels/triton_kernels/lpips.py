@@ -233,17 +233,19 @@ def backward_layer(
         cb = tl.load(saved + 3 * plane, mask=pixel < left, other=0.0)
         row = LAYER * PREDICTIONS * samples
         f = tl.load(grad_ptr + at) * load_scale(scale_ptr, row + at, sizes, COLUMN)
+        counted = pixel < left
         if mask_ptr is not None:
             if prediction == 0 or not COLUMN.SHARED:
                 mask = load_mask(mask_ptr + begin, sample, at, stride_n, pixel, left, COLUMN)
             f = f * mask
+            # Select, not only multiply: NaN and Inf under weight 0 do not count.
+            counted = mask != 0
         weighted = weight * (a * ra - b * rb)
-        # Select, not only multiply: a factor is 0 for a zero vector, and where NaN and Inf do not count.
         if grad_input_ptr is not None:
-            value = tl.where(ra == 0, 0.0, f * (ra * weighted - ca * a))
+            value = tl.where(counted, f * (ra * weighted - ca * a), 0.0)
             tl.store(grad_input_ptr + place, value.to(grad_input_ptr.dtype.element_ty), mask=inside)
         if grad_target_ptr is not None:
-            total += tl.where(rb == 0, 0.0, f * (-rb * weighted - cb * b))
+            total += tl.where(counted, f * (-rb * weighted - cb * b), 0.0)
     if grad_target_ptr is not None:
         tl.store(grad_target_ptr + target_place, total.to(grad_target_ptr.dtype.element_ty), mask=inside)
 
@@ -298,7 +300,17 @@ def forward(
         torch.empty((4, samples, *x.shape[2:]) if save else (0,), dtype=torch.float32, device=device)
         for x in input
     ]
-    if samples == 0:
+    filled = [i for i, x in enumerate(input) if x.numel()]
+    if len(filled) < len(input):
+        # An empty layer adds nothing.
+        values.zero_()
+        if filled:
+            lists = [
+                [tensors[i] for i in filled] if tensors else [] for tensors in (input, target, weights, mask)
+            ]
+            values, found = forward(*lists, eps, save)
+            for i, planes in zip(filled, found, strict=True):
+                saved[i] = planes
         return values, saved
     layers = make_layers(input, target, weights, mask, TILE, True)
     firsts = (0, *accumulate(layer.programs for layer in layers))
@@ -334,6 +346,19 @@ def backward(
 ) -> list[Tensor]:
     """Of each layer the gradient of its input (bit 1 of `wanted`), then of its target (bit 2)."""
     samples = input[0].shape[0]
+    filled = [i for i, x in enumerate(input) if x.numel()]
+    if len(filled) < len(input):
+        lists = [
+            [part[i] for i in filled] if part else []
+            for part in (input, target, weights, mask, saved, wanted)
+        ]
+        gradients = iter(backward(grad, *lists) if filled else ())
+        return [
+            next(gradients) if x.numel() else torch.zeros_like(maps)
+            for x, y, flags in zip(input, target, wanted, strict=True)
+            for maps, bit in ((x, 1), (y, 2))
+            if flags & bit
+        ]
     layers = make_layers(input, target, weights, mask, BACKWARD_TILE, False)
     grads = [
         plan.empty_image(maps, maps.shape, layer.column.CHANNELS_LAST, maps.dtype) if flags & bit else None
@@ -342,23 +367,22 @@ def backward(
     ]
     chunks = [triton.cdiv(layer.column.C, layer.column.BLOCK_C) for layer in layers]
     firsts = (0, *accumulate(layer.programs * n for layer, n in zip(layers, chunks, strict=True)))
-    if firsts[-1] > 0:
-        with plan.on_device(grad):
-            scale = _launch_scale(layers, samples, grad)
-            backward_kernel[(firsts[-1],)](
-                tuple(
-                    (*layer.tensors, s, *pair)
-                    for layer, s, *pair in zip(layers, saved, grads[::2], grads[1::2], strict=True)
-                ),
-                grad.contiguous(),
-                scale,
-                plan.packed(firsts),
-                tuple(layer.sizes for layer in layers),
-                tuple(layer.column for layer in layers),
-                len(layers),
-                num_warps=BACKWARD_WARPS,
-                enable_fp_fusion=False,
-            )
+    with plan.on_device(grad):
+        scale = _launch_scale(layers, samples, grad)
+        backward_kernel[(firsts[-1],)](
+            tuple(
+                (*layer.tensors, s, *pair)
+                for layer, s, *pair in zip(layers, saved, grads[::2], grads[1::2], strict=True)
+            ),
+            grad.contiguous(),
+            scale,
+            plan.packed(firsts),
+            tuple(layer.sizes for layer in layers),
+            tuple(layer.column for layer in layers),
+            len(layers),
+            num_warps=BACKWARD_WARPS,
+            enable_fp_fusion=False,
+        )
     # A target in the other layout than its input gets its gradient in its own.
     own = [plan.is_channels_last(x) for pair in zip(input, target, strict=True) for x in pair]
     return [plan.in_layout(g, last) for g, last in zip(grads, own, strict=True) if g is not None]
