@@ -4,7 +4,8 @@ Of s = a + b and d = a - b, with E the mean over a window (of what the mask coun
     l = (E[s]^2 - E[d]^2 + 2 C1) / (E[s]^2 + E[d]^2 + 2 C1), cs = (V_s - V_d + 2 C2) / (V_s + V_d + 2 C2)
     grad_a = grad_s + grad_d, grad_b = grad_s - grad_d with grad_s = m (W g_s + 2 s W g_ss), grad_d likewise
 g_s, g_d, g_ss and g_dd are the gradients by a window's sums, W the sum over the windows that a pixel lies in. Equal
-images have d = 0, and so exactly l = cs = 1 and gradient 0. Variances and their gradients are those of a shifted s.
+images have d = 0, and so exactly l = cs = 1 and gradient 0. Variances and their gradients are those of shifted s and
+d.
 
 A row of the four maps is summed along the row as it is read: a number is loaded once for each of its windows, all but
 once from the first-level cache. Down the columns a row is added to the sums of the windows it lies in, SIZE - 1 of
@@ -111,7 +112,8 @@ def window_kernel(
             counted = centre != 0
             normal = tl.div_rn(tl.full(m.shape, 1.0, tl.float32), tl.where(m == 0, 1.0, m))
             s, d, ss, dd = s * normal, d * normal, ss * normal, dd * normal
-        mean, v_s, v_d, b, l_top, l_bottom, cs_top, cs_bottom = statistics(s, d, ss, dd, shift, c1, c2)
+        means = statistics(s, d, ss, dd, shift, c1, c2)
+        mean_s, mean_d, v_s, v_d, l_top, l_bottom, cs_top, cs_bottom = means
         # Rounded division: equal images are exactly 1.
         cs = tl.div_rn(cs_top, cs_bottom)
         luminance = tl.div_rn(l_top, l_bottom)
@@ -129,8 +131,9 @@ def window_kernel(
             f, by_cs = centre * by_similarity * cs, centre * (by_similarity * luminance + by_contrast)
             g_ss = 2 * by_cs * v_d / cs_bottom / cs_bottom
             g_dd = -2 * by_cs * (v_s + c2) / cs_bottom / cs_bottom
-            g_s = mean * (4 * f * b / l_bottom / l_bottom) - 2 * s * g_ss
-            g_d = -d * (4 * f * (mean * mean + c1) / l_bottom / l_bottom + 2 * g_dd)
+            by_luminance = 4 * f / l_bottom / l_bottom
+            g_s = mean_s * (by_luminance * mean_d * mean_d) - 2 * s * g_ss
+            g_d = -mean_d * (by_luminance * (mean_s * mean_s + c1)) - 2 * d * g_dd
             inside = exists & (out >= first) & (out < out_height) & (column < out_width)
             to = maps_ptr + out * (out_width.to(tl.int64) * WINDOW.STEP)
             tl.store(to, tl.where(counted, g_s, 0.0), mask=inside)
@@ -259,11 +262,11 @@ def gradient_kernel(
         to = image + out * stride
         a = tl.load(pred_ptr + to, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(target_ptr + to, mask=inside, other=0.0).to(tl.float32)
-        s, d = a + b - shift, a - b
+        s, d = a + b - shift[0], a - b - shift[1]
         grad_s = g_s + 2 * s * g_ss
         grad_d = g_d + 2 * d * g_dd
         if grad_l1_ptr is not None:
-            grad_d += tl.where(d > 0, by_l1, tl.where(d < 0, -by_l1, 0.0))
+            grad_d += tl.where(a > b, by_l1, tl.where(a < b, -by_l1, 0.0))
         if mask_ptr is not None:
             m = tl.load(mask_ptr + out * mask_stride, mask=inside, other=0).to(tl.float32)
             grad_s = tl.where(m == 0, 0.0, m * grad_s)

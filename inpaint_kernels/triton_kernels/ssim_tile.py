@@ -68,7 +68,9 @@ def mask_place_of(plane, column, width, sizes, WINDOW: tl.constexpr):
 
 @triton.jit
 def shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW: tl.constexpr):
-    """[1, BLOCK_C]: the mean of s over some counted pixels of the middle row, the same in every program of a plane.
+    """[1, BLOCK_C] each: the means of s and d over some counted pixels of the middle row.
+
+    They are the same in every program of a plane.
 
     Variances do not change with a shift, and near 0 they cancel less.
     """
@@ -77,16 +79,18 @@ def shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW: tl.constexpr)
     row = (height // 2).to(tl.int64) * width
     at = offset_of(plane, column, height, width, sizes, WINDOW) + row * WINDOW.STEP
     inside = (plane < unpacked(sizes[4])) & (column < width)
-    s = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    s += tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
     # Large numbers and NaN stay out: the shift reaches every window.
-    inside = inside & (tl.abs(s) < 1e18)
+    inside = inside & (tl.abs(a) < 1e18) & (tl.abs(b) < 1e18)
     if mask_ptr is not None:
         offset, _, stride = mask_place_of(plane, column, width, sizes, WINDOW)
         m = tl.load(mask_ptr + offset + (height // 2) * stride, mask=inside, other=0).to(tl.float32)
         inside = inside & (m != 0)
-    count = tl.sum(tl.where(inside, 1.0, 0.0), axis=0, keep_dims=True)
-    return tl.sum(tl.where(inside, s, 0.0), axis=0, keep_dims=True) / tl.maximum(count, 1.0)
+    count = tl.maximum(tl.sum(tl.where(inside, 1.0, 0.0), axis=0, keep_dims=True), 1.0)
+    s = tl.sum(tl.where(inside, a + b, 0.0), axis=0, keep_dims=True) / count
+    d = tl.sum(tl.where(inside, a - b, 0.0), axis=0, keep_dims=True) / count
+    return s, d
 
 
 @triton.jit
@@ -107,9 +111,9 @@ def no_sum(WINDOW: tl.constexpr):
 
 @triton.jit
 def image_row(pred, target, mask, mask_step, shift, column, width, readable, window, WINDOW: tl.constexpr):
-    """Sums along a row of the windows that begin PAD before each column, [BLOCK_X, BLOCK_C]: of s - shift, d and
-    their squares, each times the mask, and of the mask; the column's own |d| and mask. The pointers are those of the
-    row's columns."""
+    """Sums along a row of the windows that begin PAD before each column, [BLOCK_X, BLOCK_C]: of s and d, both
+    shifted, and their squares, each times the mask, and of the mask; the column's own |d| and mask. The pointers are
+    those of the row's columns."""
     SIZE: tl.constexpr = WINDOW.SIZE
     s_sum = no_sum(WINDOW)
     d_sum, ss_sum, dd_sum, m_sum, own, own_m = s_sum, s_sum, s_sum, s_sum, s_sum, s_sum
@@ -117,7 +121,7 @@ def image_row(pred, target, mask, mask_step, shift, column, width, readable, win
         inside = readable & is_inside(column, width, j - WINDOW.PAD)
         a = tl.load(pred + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(target + (j - WINDOW.PAD) * WINDOW.STEP, mask=inside, other=0.0).to(tl.float32)
-        s, d = a + b - shift, a - b
+        s, d = a + b - shift[0], a - b - shift[1]
         weight = window[j]
         if mask is not None:
             m = tl.load(mask + (j - WINDOW.PAD) * mask_step, mask=inside, other=0).to(tl.float32)
@@ -131,10 +135,10 @@ def image_row(pred, target, mask, mask_step, shift, column, width, readable, win
         ss_sum += weight * (s * s)
         dd_sum += weight * (d * d)
         if j == WINDOW.PAD:
-            own = tl.abs(d)
+            own = tl.abs(a - b)
             if mask is not None:
                 own_m = m
-                own *= m
+                own = tl.where(m == 0, 0.0, m * own)
     return s_sum, d_sum, ss_sum, dd_sum, m_sum, own, own_m
 
 
@@ -172,14 +176,14 @@ def add_row(sums, row, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def statistics(s, d, ss, dd, shift, c1, c2):
-    """Mean of s, variances of s and d, the squared mean of d; numerators and denominators of l and cs.
+    """Means of s and d, variances of both; numerators and denominators of l and cs.
 
-    s and ss are shifted; c1 and c2 are twice C1 and C2.
+    The four sums are shifted; c1 and c2 are twice C1 and C2.
     """
     v_s, v_d = ss - s * s, dd - d * d
-    mean = s + shift
-    a, b = mean * mean, d * d
-    return mean, v_s, v_d, b, a - b + c1, a + b + c1, v_s - v_d + c2, v_s + v_d + c2
+    mean_s, mean_d = s + shift[0], d + shift[1]
+    a, b = mean_s * mean_s, mean_d * mean_d
+    return mean_s, mean_d, v_s, v_d, a - b + c1, a + b + c1, v_s - v_d + c2, v_s + v_d + c2
 
 
 class Images(NamedTuple):
