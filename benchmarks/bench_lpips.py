@@ -87,7 +87,7 @@ def minimum_bytes(case: Case) -> Bytes:
     return Bytes(2 * maps, 3 * maps)
 
 
-ALEXNET, VGG16 = {"net": "alexnet"}, {"net": "vgg16"}
+ALEXNET, VGG16 = {"net": "alexnet", "least_side": 64}, {"net": "vgg16", "least_side": 64}
 
 BENCHMARK = Benchmark(
     op="lpips",

@@ -35,6 +35,7 @@ from trunk_cases import relative
 import inpaint_kernels as ik
 from inpaint_kernels.objectives import DiscriminatorOutput, Objective, Settings
 from inpaint_kernels.objectives._terms import (
+    LPIPS,
     Adversarial,
     FeatureMatching,
     FeatureTerm,
@@ -102,6 +103,7 @@ OPS = {
     TotalVariation: {"total_variation", "stacked_images"},
     Perceptual: {"feature_distance", "stacked_images"},
     Style: {"style", "gram", "stacked_images"},
+    LPIPS: {"lpips", "stacked_images"},
     FeatureMatching: {"feature_distance"},
 }
 
