@@ -144,7 +144,7 @@ class L1SSIMLoss(_StructuralLoss):
     Example:
         >>> import torch, inpaint_kernels as ik
         >>> pred, target = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.4)
-        >>> ik.nn.L1SSIMLoss(ssim_weight=0.5)(pred, target)
+        >>> ik.nn.L1SSIMLoss(ssim_weight=0.25)(pred, target)
         tensor(0.2000)
     """
 
