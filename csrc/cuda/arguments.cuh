@@ -36,10 +36,11 @@ inline ElementType mask_type(ScalarType dtype) {
       return ElementType::bf16;
     case ScalarType::Double:
       return ElementType::f64;
+    case ScalarType::Byte:
     case ScalarType::Bool:
       return ElementType::u8;
     default:
-      STD_TORCH_CHECK(false, "mask: dtype must be floating or bool");
+      STD_TORCH_CHECK(false, "mask: dtype must be floating, bool or uint8");
   }
 }
 
@@ -47,6 +48,10 @@ inline ElementType image_type(const char* argument, ScalarType dtype) {
   with_dtype(argument, dtype, [](auto) {});
   return mask_type(dtype);
 }
+
+// The largest value of an 8-bit mask: 1 for bool, as a bool tensor viewed from other bytes is true for all
+// but 0.
+inline float mask_cap(const Tensor& mask) { return mask.scalar_type() == ScalarType::Bool ? 1.0f : 255.0f; }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes < 16 ? bytes : 16) == 0;

@@ -74,6 +74,7 @@ struct PairTensors {
     ready.push_back(prepare_mask(tensor, size, channels_last, shape));
     mask.data = ready.back().const_data_ptr();
     mask.type = mask_type(tensor.scalar_type());
+    mask.cap = mask_cap(tensor);
     // Several channels follow the layout of the images.
     const bool follows = channels_last && shape.mask_repeat == 1;
     mask.pixel = static_cast<int32_t>(follows ? size[1] : 1);

@@ -18,6 +18,7 @@ struct MaskPlanes {
   int32_t row;
   int32_t pixel;
   ElementType type;
+  float cap;     // of u8: mask_cap in arguments.cuh
   bool vectors;  // whole vec4s, each aligned to its size
   Region region;
   // The hole is (is_hole ? mask : 1 - mask) = bias + sign * mask, and so is its maximum, of sign * mask.
@@ -175,9 +176,15 @@ class RegionRows {
 
   // The values of the row that `load` was last called for.
   __device__ __forceinline__ void take(float (&values)[kVec4], float& beside) const {
-    if (mask_.type == ElementType::u8) return take_as<uint8_t>(values, beside);
-    // A double was rounded to float when it was loaded.
-    with_image_type(mask_.type, [&](auto type) { take_as<typename decltype(type)::type>(values, beside); });
+    if (mask_.type != ElementType::u8) {
+      // A double was rounded to float when it was loaded.
+      with_image_type(mask_.type, [&](auto type) { take_as<typename decltype(type)::type>(values, beside); });
+      return;
+    }
+    take_as<uint8_t>(values, beside);
+#pragma unroll
+    for (int k = 0; k < kVec4; ++k) values[k] = min_(values[k], mask_.cap);
+    beside = min_(beside, mask_.cap);
   }
 
   const MaskPlanes& mask_;

@@ -82,6 +82,7 @@ void set_planes(Work& work, const Tensor& planes, const char* name) {
   view.stride_plane = layout.interleaved ? 1 : layout.pixels;
   view.stride_pixel = layout.interleaved ? layout.channels : 1;
   view.type = mask_type(planes.scalar_type());
+  view.cap = mask_cap(planes);
   view.data = planes.const_data_ptr();
   work.plane_channels = work.channels / layout.channels;
   work.mask_interleaved = layout.interleaved;

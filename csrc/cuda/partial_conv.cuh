@@ -34,6 +34,7 @@ struct PlaneView {
   int64_t stride_pixel;
   Divider channels;  // of a plane
   ElementType type;
+  float cap;     // 1 for bool: any byte but 0 is true
   bool aligned;  // whole vectors of pixels
 };
 
@@ -74,7 +75,7 @@ IK_DEVICE void load_bias(const ImageArgs& args, const int (&channels)[K], float 
   int64_t index[K];
 #pragma unroll
   for (int k = 0; k < K; ++k) index[k] = channels[k] < args.channels ? channels[k] : args.channels - 1;
-  gather(args.bias, args.bias_type, index, bias);
+  gather(args.bias, args.bias_type, 1.0f, index, bias);
 }
 
 // One element; `weight` is the mask or the ratio. Adds the backward's bias gradient to `sum`.
@@ -109,9 +110,11 @@ IK_DEVICE void load_planes(const PlaneView& planes, int64_t index, float (&weigh
     int64_t indices[E];
 #pragma unroll
     for (int k = 0; k < E; ++k) indices[k] = index + k;
-    gather(planes.data, planes.type, indices, weight);
+    gather(planes.data, planes.type, planes.cap, indices, weight);
   } else if (planes.type == ElementType::u8) {
     unpack_plane<uint8_t>(planes.data, index, weight);
+#pragma unroll
+    for (int k = 0; k < E; ++k) weight[k] = min_(weight[k], planes.cap);
   } else {
     with_image_type(planes.type, [&](auto type) {
       unpack_plane<typename decltype(type)::type>(planes.data, index, weight);

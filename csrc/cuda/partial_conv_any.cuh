@@ -57,7 +57,7 @@ IK_DEVICE void load_any(const AnyTile& tile, const ImageView& image, bool out_in
     const int i = thread + k * kAnyThreads;
     index[k] = tile.offset(tile.channel(i, interleaved), tile.pixel(i, interleaved), interleaved);
   }
-  gather(image.data, image.type, index, values);
+  gather(image.data, image.type, 255.0f, index, values);
   if (interleaved == out_interleaved) return;
 #pragma unroll
   for (int k = 0; k < kAnyEach; ++k) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kAnyThreads) partial_conv_any(const ImageArgs 
   float weight[kAnyEach];
   [[maybe_unused]] float new_mask[kAnyEach] = {};
   [[maybe_unused]] float bias[kAnyEach] = {};
-  gather(args.planes.data, args.planes.type, index, weight);
+  gather(args.planes.data, args.planes.type, args.planes.cap, index, weight);
   if constexpr (kPart != Part::mask) gather_as<float>(args.planes.new_mask, index, new_mask);
   if constexpr (kPart == Part::finish) load_bias(args, channels, bias);
 #pragma unroll

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kInterleavedThreads) partial_conv_interleaved(
     float weight[U];
     [[maybe_unused]] float new_mask[U] = {};
     if constexpr (kPart == Part::mask) {
-      gather(args.planes.data, args.planes.type, index, weight);
+      gather(args.planes.data, args.planes.type, args.planes.cap, index, weight);
     } else {
       gather_as<float>(args.planes.data, index, weight);
       gather_as<float>(args.planes.new_mask, index, new_mask);

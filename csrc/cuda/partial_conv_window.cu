@@ -35,6 +35,7 @@ Tensor sum_channels(const Tensor& mask, const WindowShape& shape, const DeviceSc
   args.shape = shape;
   args.units = planes * args.pixels;
   args.groups = make_divider(shape.groups);
+  args.cap = mask_cap(mask);
   const int64_t stride_n = shape.mask_stride[0];
   const int64_t stride_c = shape.mask_stride[1];
   bool planar = true;
@@ -86,6 +87,7 @@ std::tuple<Tensor, Tensor> window(const Tensor& mask,  // [N, C, H, W] or [N, C,
   args.ratio = float_output(ratio);
   args.new_mask = float_output(new_mask);
   args.numerator = static_cast<float>(numerator);
+  args.cap = mask_cap(mask);
   const bool single = mask.size(1) == 1;
   args.multiplicity = single ? static_cast<float>(multiplicity) : 1.0f;
   args.window = static_cast<float>((single ? multiplicity : shape.members) * shape.kernel[0] *

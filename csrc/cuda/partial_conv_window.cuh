@@ -30,6 +30,7 @@ struct ChannelSumArgs {
   Divider tiles;      // of a plane, planar only
   Divider groups;     // per sample
   int32_t log_lanes;  // that add the channels of one pixel, interleaved only
+  float cap;          // 1 for bool: any byte but 0 is true
 };
 
 // A 64-bit division costs several times a 32-bit one.
@@ -51,15 +52,15 @@ struct MaskVector {
       load_pack_if(wanted, address, values);
     }
   }
-  __device__ __forceinline__ void add_to(float (&sums)[E]) const {
+  __device__ __forceinline__ void add_to(float (&sums)[E], float cap) const {
     float own[E];
     if constexpr (E == 1) {
-      own[0] = as_float(values);
+      own[0] = static_cast<float>(values);
     } else {
       unpack(values, own);
     }
 #pragma unroll
-    for (int k = 0; k < E; ++k) sums[k] += own[k];
+    for (int k = 0; k < E; ++k) sums[k] += std::is_same_v<M, uint8_t> ? min_(own[k], cap) : own[k];
   }
 };
 
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_planar(const 
       vectors[u].load(mask + c * stride_c, inside && c < members);
     }
 #pragma unroll
-    for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums);
+    for (int u = 0; u < kSumUnroll; ++u) vectors[u].add_to(sums, args.cap);
   }
   __shared__ float shared[kSumRows][E][kWarp + 1];
 #pragma unroll
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_sum_interleaved(c
 #pragma unroll
     for (int u = 0; u < kSumUnroll; ++u) {
       float values[E] = {};
-      vectors[u].add_to(values);
+      vectors[u].add_to(values, args.cap);
 #pragma unroll
       for (int k = 0; k < E; ++k) sums[u] += values[k];
     }
@@ -159,6 +160,7 @@ struct WindowArgs {
   float multiplicity;
   float numerator;
   float window;  // mask values in a window
+  float cap;
   MaskUpdate update;
 };
 
@@ -194,7 +196,8 @@ __global__ void __launch_bounds__(kWindowThreads) partial_conv_windows(const Win
         for (int c = 0; c < shape.kernel[2]; ++c) {
           const int64_t x = start[2] + c * shape.dilation[2];
           if (x < 0 || x >= shape.size[2]) continue;
-          sum += as_float(line[x * shape.mask_stride[4]]);
+          const float value = static_cast<float>(line[x * shape.mask_stride[4]]);
+          sum += std::is_same_v<M, uint8_t> ? min_(value, args.cap) : value;
         }
       }
     }

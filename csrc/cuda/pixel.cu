@@ -106,6 +106,7 @@ void set_tiling(Layer& layer, const LayerTensors& tensors) {
   view.stride_c = with_mask.mask_stride_c;
   view.repeat = static_cast<int32_t>(with_mask.mask_repeat);
   view.type = mask_type(mask.scalar_type());
+  view.cap = mask_cap(mask);
   // A mask of every prediction serves the segments of one of them only.
   view.shared = view.shared && view.stride_c == 0 && !args.mask_per_prediction;
   view.aligned = view.type != ElementType::f64 && view.repeat == 1 && shape.length % E == 0 &&

@@ -108,6 +108,7 @@ struct MaskView {
   int64_t stride_c;
   int32_t repeat;
   ElementType type;
+  float cap;     // of u8: mask_cap in arguments.cuh
   bool aligned;  // whole vectors, each aligned to its size or 16 bytes, of at most 4 bytes an element
   bool shared;   // one plane for all segments of a sample
 };
@@ -241,7 +242,9 @@ IK_DEVICE void read_vectors(const MaskView& mask, int64_t base, const Chunk& s, 
       if (mask.type == ElementType::bf16) unpack(other, values);
     }
 #pragma unroll
-    for (int k = 0; k < E; ++k) weights.at(u, v, k) = values[k];
+    for (int k = 0; k < E; ++k) {
+      weights.at(u, v, k) = std::is_same_v<M, uint8_t> ? min_(values[k], mask.cap) : values[k];
+    }
   }
 }
 
@@ -260,12 +263,13 @@ IK_DEVICE void with_image_type(ElementType type, const Body& body) {
 template <typename M, int K>
 IK_DEVICE void gather_as(const void* data, const int64_t (&index)[K], float (&values)[K]) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = as_float(static_cast<const M*>(data)[index[k]]);
+  for (int k = 0; k < K; ++k) values[k] = static_cast<float>(static_cast<const M*>(data)[index[k]]);
 }
 
 // Elements of a type known at run time. One branch for all of them: the loads are in flight together.
 template <int K>
-IK_DEVICE void gather(const void* data, ElementType type, const int64_t (&index)[K], float (&values)[K]) {
+IK_DEVICE void gather(const void* data, ElementType type, float cap, const int64_t (&index)[K],
+                      float (&values)[K]) {
   switch (type) {
     case ElementType::f32:
       return gather_as<float>(data, index, values);
@@ -276,7 +280,10 @@ IK_DEVICE void gather(const void* data, ElementType type, const int64_t (&index)
     case ElementType::f64:
       return gather_as<double>(data, index, values);
     case ElementType::u8:
-      return gather_as<uint8_t>(data, index, values);
+      gather_as<uint8_t>(data, index, values);
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = min_(values[k], cap);
+      return;
     default:
 #pragma unroll
       for (int k = 0; k < K; ++k) values[k] = 1.0f;
@@ -312,7 +319,7 @@ IK_DEVICE void read_elements(const MaskView& mask, int64_t base, const Chunk& s,
           ++next;
         }
       }
-      gather(mask.data, mask.type, index, values);
+      gather(mask.data, mask.type, mask.cap, index, values);
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) weights.vec4[u][q][threadIdx.x][k] = k < valid ? values[k] : 0.0f;

@@ -103,13 +103,6 @@ IK_DEVICE void load_pack_each(const T* address, int valid, Pack<T, E>& pack, int
   }
 }
 
-template <typename T>
-IK_DEVICE float as_float(T value) {
-  return static_cast<float>(value);
-}
-// A bool: any byte but 0 is true.
-IK_DEVICE float as_float(uint8_t value) { return value == 0 ? 0.0f : 1.0f; }
-
 template <typename T, int E>
 IK_DEVICE void unpack(const Pack<T, E>& pack, float (&values)[E]) {
 #pragma unroll
@@ -124,7 +117,7 @@ IK_DEVICE void unpack(const Pack<T, E>& pack, float (&values)[E]) {
       values[k] = static_cast<float>(Half(bits, Half::from_bits()));
     } else {
       static_assert(std::is_same_v<T, uint8_t>, "unknown element type");
-      values[k] = as_float(static_cast<uint8_t>(pack.words[k / 4] >> (8 * (k % 4))));
+      values[k] = static_cast<float>((pack.words[k / 4] >> (8 * (k % 4))) & 0xffu);
     }
   }
 }
