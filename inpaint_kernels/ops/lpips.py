@@ -142,7 +142,8 @@ def lpips_distance(
         backend: None (automatic), "reference", "cpu" or "triton".
 
     Returns:
-        A scalar, or (k N,) with "none"; float32, float64 if an input is float64. Equal features give exactly 0.
+        A scalar, or (k N,) with "none"; float32, float64 if an input is float64. Equal features give exactly 0; on
+        "reference" if both are NCHW or both channels_last, for it adds up channels in the order of their memory.
 
     Differentiable in `input` and `target`, twice. Besides references to both it keeps four numbers a pixel of each
     layer. If `weights` or a mask require a gradient the differentiable reference runs instead of a kernel.

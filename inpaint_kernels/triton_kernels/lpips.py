@@ -305,10 +305,8 @@ def forward(
         # An empty layer adds nothing.
         values.zero_()
         if filled:
-            lists = [
-                [tensors[i] for i in filled] if tensors else [] for tensors in (input, target, weights, mask)
-            ]
-            values, found = forward(*lists, eps, save)
+            x, y, w, m = ([part[i] for i in filled if part] for part in (input, target, weights, mask))
+            values, found = forward(x, y, w, m, eps, save)
             for i, planes in zip(filled, found, strict=True):
                 saved[i] = planes
         return values, saved
@@ -348,11 +346,10 @@ def backward(
     samples = input[0].shape[0]
     filled = [i for i, x in enumerate(input) if x.numel()]
     if len(filled) < len(input):
-        lists = [
-            [part[i] for i in filled] if part else []
-            for part in (input, target, weights, mask, saved, wanted)
-        ]
-        gradients = iter(backward(grad, *lists) if filled else ())
+        parts = (input, target, weights, mask, saved)
+        of_input, of_target, w, m, kept = ([part[i] for i in filled if part] for part in parts)
+        flagged = [wanted[i] for i in filled]
+        gradients = iter(backward(grad, of_input, of_target, w, m, kept, flagged) if filled else ())
         return [
             next(gradients) if x.numel() else torch.zeros_like(maps)
             for x, y, flags in zip(input, target, wanted, strict=True)
