@@ -302,4 +302,9 @@ def test_any_input(backend: Backend, name: str, data: Any) -> None:
     op = data.draw(st.sampled_from(ops(name)))
     arbitrary = op.name in ("masked_l1", "hole_valid")
     case = data.draw(image_cases(masks=SHAPES) if arbitrary else region_cases())
+    if name == "ssim":
+        # Pictures that are alike: where a window sees a single pixel, C2 alone divides the rounding of d * d.
+        pred, target = case["pred"], case["target"]
+        target.copy_(target / 64 + pred / 4 + 0.5)
+        pred.mul_(0.25).add_(0.5)
     op.check_on(backend, [*list(case.values())[: op.free], case["mask"]])

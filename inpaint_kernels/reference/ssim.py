@@ -99,15 +99,15 @@ def ssim(
         counts = torch.ones_like(d) if mask is None else mask.expand(d.shape)
         distance = safe_divide((d.abs() * counts).sum(), counts.sum())
     weight = None if mask is None else centres(mask, radius, same)
-    if same:
-        s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
-        mask = None if mask is None else F.pad(mask, (radius,) * 4)
     # A variance does not change with a shift, and near 0 it cancels less. The data range limits the shift: rare
     # values beyond it would move the others away from 0.
     limit = 200 * math.sqrt(c1)
     shifts = [
         v.detach().nan_to_num(0.0, 0.0, 0.0).clamp(-limit, limit).mean((-2, -1), keepdim=True) for v in (s, d)
     ]
+    if same:
+        s, d = F.pad(s, (radius,) * 4), F.pad(d, (radius,) * 4)
+        mask = None if mask is None else F.pad(mask, (radius,) * 4)
     s, d = s - shifts[0], d - shifts[1]
     moments = torch.stack([s, d, s * s, d * d])
     if mask is None:
