@@ -133,6 +133,20 @@ def test_equal_features_give_exactly_0(
     assert not any(t.any() for t in (*values, *gradients))
 
 
+@grid(scale=(1.0, 3.0, 2.0**-7), noise=(0.0, 1e-3, 0.1), channels=(1, 5, 300), layout=FORMATS)
+def test_near_directions(backend: Backend, scale: float, noise: float, channels: int, layout: str) -> None:
+    """Sums of products would cancel there: unit vectors are subtracted, or what their difference is made of."""
+    y, other = (feature_map((2, channels, 9, 11), layout=layout, seed=i) for i in range(2))
+    x = scale * (y + noise * other)
+    x[:, :, 4:] = other[:, :, 4:]  # beside others in one vector of pixels
+    (values,), _, _ = evaluate(lpips_call(backend, 1), on_device(backend, x[:, :, :4], y[:, :, :4]), (0, 1))
+    (mixed,), _, _ = evaluate(lpips_call(backend, 1), on_device(backend, x, y), (0, 1))
+    for got, size in ((values, 4), (mixed, 9)):
+        want = lpips_formula(x[:, :, :size].double(), y[:, :, :size].double(), layers=1, reduction="none")
+        assert bool((got >= 0).all())
+        torch.testing.assert_close(got.cpu().double(), want, rtol=2e-5, atol=1e-13)
+
+
 def test_size_of_the_vectors_does_not_count(backend: Backend) -> None:
     """A power of two is exact everywhere but beside eps."""
     x, y = on_device(backend, *distance_pair(SIZE))

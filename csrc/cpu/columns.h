@@ -35,13 +35,7 @@ struct ColumnsCall {
   void* grad_target = nullptr;
   bool stream = false;  // write the results around the cache
 
-  // Pixels of a block at most. Forward both sides of one stay in the second-level cache, where they are read a second
-  // time; with many channels the runs along the pixels would get too short for that.
-  int64_t block_pixels = 512;
-  void set_forward_blocks() {
-    const int64_t fitting = 32768 / (channels > 0 ? channels : 1);
-    block_pixels = fitting > 64 ? fitting : 64;
-  }
+  int64_t block_pixels = 512;  // at most
   // Blocks of equal size, whole vectors of every build.
   int64_t step() const {
     const int64_t count = (pixels + block_pixels - 1) / block_pixels;

@@ -102,7 +102,6 @@ std::tuple<Tensor, std::vector<Tensor>> lpips(const std::vector<Tensor>& input, 
     STD_TORCH_CHECK(t.size[0] == static_cast<int64_t>(values.size()), "lpips: layers differ in their batch");
     if (!mask.empty()) t.set_mask(mask[i]);
     call.eps = eps;
-    call.set_forward_blocks();
     const std::vector<int64_t> planes = {4, t.size[0], t.size[2], t.size[3]};
     saved.push_back(save ? empty_output(input[i], planes, false, dtype) : empty_1d(input[i], 0, dtype));
     if (save) call.saved = saved.back().mutable_data_ptr();

@@ -1,7 +1,6 @@
 // CPU kernels of channel columns (lpips): unit vectors of every pixel's channels, their weighted squared difference.
 //
-// Forward reads both maps once: a block of pixels goes through the norms and, out of the second-level cache, through
-// the differences. Backward is one elementwise sweep with four coefficients a pixel. NCHW: vectors over the pixels;
+// Forward reads both maps once, for sums out of which everything follows. Backward is one elementwise sweep with four coefficients a pixel. NCHW: vectors over the pixels;
 // channels_last: vectors over the channels of one pixel. Types that are not computed in are converted run by run.
 #include "cpu/isa/columns_backward.h"
 #include "cpu/isa/columns_forward.h"

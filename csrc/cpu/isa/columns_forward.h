@@ -1,18 +1,11 @@
-// Forward of channel columns: norms of a block of pixels, then the weighted squared differences of unit vectors.
+// Forward of channel columns: seven sums over the channels of every pixel, out of which follow both norms, the weighted
+// squared difference of the unit vectors and what the gradient needs of it.
 #pragma once
 
 #include "cpu/isa/columns_worker.h"
 
 namespace ik::IK_ISA {
 namespace {
-
-// Rows of one block in NCHW, one for each channel.
-template <typename T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-  const T* row(int64_t c) const { return data + c * stride; }
-};
 
 // 1 / (norm + eps), 0 for a zero vector and where the mask is 0.
 template <typename V>
@@ -26,100 +19,89 @@ IK_INLINE V along(V slope, V dot, V r, V squares) {
   return select_zero_(r, slope * dot * r * r / sqrt_(squares));
 }
 
-// squares[i] += ROWS squares of column i. COPY: the rows also go to `to`. What lies `ahead` of them is fetched.
-template <int ROWS, bool COPY, typename T>
-IK_NOINLINE void add_squares(Rows<T> rows, int64_t n, T* to, int64_t to_stride, T* squares, int64_t ahead) {
-  using V = Vec<T>;
-  for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-    V sum(T(0));
-    for (int j = 0; j < ROWS; ++j) {
-      const V x = load_part<V>(rows.row(j) + i, count);
-      if constexpr (COPY) {
-        x.store(to + j * to_stride + i);
-      }
-      __builtin_prefetch(rows.row(j) + ahead + i);
-      sum = fma_(x, x, sum);
-    }
-    (V::load(squares + i) + sum).store(squares + i);
-  });
-}
+// Sums over the channels, with e = a - b: of a^2, b^2, w e^2, w e b, w b^2, w a^2, w a b.
+enum Product { kAA, kBB, kWEE, kWEB, kWBB, kWAA, kWAB, kProducts };
+// The totals of more channels than one float sum takes.
+enum ForwardPlane { kTotals = kProducts, kForwardPlanes = 2 * kProducts };
 
-// kTotals: as many as there are sums from kSum on, 0 but while channels are folded.
-enum ForwardPlane {
-  kSquaresA,
-  kSquaresB,
-  kUnitA,
-  kUnitB,
-  kSum,
-  kDotA,
-  kDotB,
-  kTotals,
-  kForwardPlanes = kTotals + 3
+template <typename V>
+struct Products {
+  V sums[kProducts];
+
+  IK_MEMBER Products() {
+    for (V& sum : sums) sum = V(0.0f);
+  }
+  IK_MEMBER void add(V a, V b, V weight) {
+    const V e = a - b, we = weight * e, wa = weight * a, wb = weight * b;
+    sums[kAA] = fma_(a, a, sums[kAA]), sums[kBB] = fma_(b, b, sums[kBB]);
+    sums[kWEE] = fma_(we, e, sums[kWEE]), sums[kWEB] = fma_(we, b, sums[kWEB]);
+    sums[kWBB] = fma_(wb, b, sums[kWBB]), sums[kWAA] = fma_(wa, a, sums[kWAA]);
+    sums[kWAB] = fma_(wa, b, sums[kWAB]);
+  }
 };
 
-// Adds ROWS channels' w d^2 to the sums and, if DOTS, w d a and w d b to the products.
-template <int ROWS, bool DOTS, typename T>
-IK_NOINLINE void add_differences(Rows<T> a, Rows<T> b, const T* weights, int64_t n, Planes<T> planes) {
+// Sums over w of d^2, d a and d b, with d = a r - b s.
+template <typename V>
+struct Differences {
+  V square{0.0f}, dot_a{0.0f}, dot_b{0.0f};
+  V terms{0.0f};  // what `square` was added up from
+
+  IK_MEMBER void add(V a, V b, V weight, V r, V s) {
+    const V d = difference(a, r, b, s, V(0.0f) - s), weighted = weight * d;
+    square = fma_(weighted, d, square);
+    dot_a = fma_(weighted, a, dot_a), dot_b = fma_(weighted, b, dot_b);
+  }
+  IK_MEMBER void add(const Differences& other) {
+    square = square + other.square, dot_a = dot_a + other.dot_a, dot_b = dot_b + other.dot_b;
+  }
+  // By `other` where `kept` is not positive.
+  IK_MEMBER void replace(V kept, const Differences& other) {
+    square = select_positive_(kept, square, other.square);
+    dot_a = select_positive_(kept, dot_a, other.dot_a), dot_b = select_positive_(kept, dot_b, other.dot_b);
+  }
+};
+
+// Multiplies d^2 out in one of two ways, pixel by pixel in that whose terms are smaller, for less cancels there: as
+// d = e r + b (r - s), which is best for near vectors, or as it stands. Equal vectors give exactly 0.
+template <typename V>
+IK_INLINE Differences<V> multiplied_out(const Products<V>& products, V r, V s) {
+  const auto& p = products.sums;
+  const V q = r - s, rr = r * r, two(2.0f);
+  const V near = rr * p[kWEE] + q * q * p[kWBB], usual = rr * p[kWAA] + s * s * p[kWBB];
+  const auto either = [&](V of_near, V of_usual) __attribute__((always_inline)) {
+    return select_positive_(usual - near, of_near, of_usual);
+  };
+  Differences<V> of;
+  of.square = either(near + two * r * q * p[kWEB], usual - two * r * s * p[kWAB]);
+  of.dot_a = either(r * (p[kWEE] + p[kWEB]) + q * (p[kWEB] + p[kWBB]), r * p[kWAA] - s * p[kWAB]);
+  of.dot_b = either(r * p[kWEB] + q * p[kWBB], r * p[kWAB] - s * p[kWBB]);
+  of.terms = either(near, usual);
+  return of;
+}
+
+// Channels of a map one after the other, `step` apart. `ahead`: to what is read next but some.
+template <typename S>
+struct Rows {
+  const S* data;
+  int64_t step, ahead;
+};
+
+// Adds ROWS channels of n pixels.
+template <int ROWS, typename S, typename T>
+IK_NOINLINE void add_products(Rows<S> a, Rows<S> b, const T* weights, int64_t n, Planes<T> planes) {
   using V = Vec<T>;
   for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-    const V r = V::load(planes.plane(kUnitA) + i), s = V::load(planes.plane(kUnitB) + i);
-    const V minus_s = V(T(0)) - s;
-    V sum(T(0)), dot_a(T(0)), dot_b(T(0));
+    Products<V> products;
     for (int j = 0; j < ROWS; ++j) {
-      const V x = load_part<V>(a.row(j) + i, count), y = load_part<V>(b.row(j) + i, count);
-      const V d = difference(x, r, y, s, minus_s);
-      const V weighted = V(weights[j]) * d;
-      sum = fma_(weighted, d, sum);
-      if constexpr (DOTS) {
-        dot_a = fma_(weighted, x, dot_a);
-        dot_b = fma_(weighted, y, dot_b);
-      }
+      const S *x = a.data + j * a.step + i, *y = b.data + j * b.step + i;
+      __builtin_prefetch(x + a.ahead), __builtin_prefetch(y + b.ahead);
+      products.add(load_part<V>(x, count), load_part<V>(y, count), V(weights[j]));
     }
-    const auto add = [&](int plane, V value) __attribute__((always_inline)) {
-      (V::load(planes.plane(plane) + i) + value).store(planes.plane(plane) + i);
-    };
-    add(kSum, sum);
-    if constexpr (DOTS) {
-      add(kDotA, dot_a);
-      add(kDotB, dot_b);
+    for (int q = 0; q < kProducts; ++q) {
+      T* to = planes.plane(q) + i;
+      (V::load(to) + products.sums[q]).store(to);
     }
   });
-}
-
-// Calls f<ROWS>(first) for the channels in groups of four, then one by one, and fold(last) after each kFold of them: a
-// float takes no longer sums than that without losing bits. Fewer channels need no folding.
-constexpr int64_t kFold = 256;
-template <typename F, typename G>
-IK_INLINE void for_each_group(int64_t channels, F&& f, G&& fold) {
-  for (int64_t first = 0; first < channels; first += kFold) {
-    const int64_t end = least(first + kFold, channels);
-    int64_t c = first;
-    for (; c + 4 <= end; c += 4) f(std::integral_constant<int, 4>(), c);
-    for (; c < end; ++c) f(std::integral_constant<int, 1>(), c);
-    if (channels > kFold) fold(end == channels);
-  }
-}
-
-// total += part, and part begins anew; the last time the sum goes to part.
-template <typename T>
-IK_NOINLINE void fold_plane(T* part, T* total, int64_t n, bool last) {
-  using V = Vec<T>;
-  for (int64_t i = 0; i < n; i += V::lanes) {
-    const V sum = V::load(total + i) + V::load(part + i);
-    (last ? V(T(0)) : sum).store(total + i);
-    (last ? sum : V(T(0))).store(part + i);
-  }
-}
-
-template <typename T>
-T square_sum(const T* x, int64_t n) {
-  using V = Vec<T>;
-  V sum(T(0));
-  for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-    const V value = load_part<V>(x + i, count);
-    sum = fma_(value, value, sum);
-  });
-  return sum.lane_sum();
 }
 
 template <typename T>
@@ -135,160 +117,154 @@ class Forward : Worker<T> {
       : Base(call, kForwardPlanes),
         planes_{this->planes_data_.get(), stride_},
         eps_(static_cast<T>(call.eps)),
-        input_(scratch_of(call.input_dtype)),
-        target_(scratch_of(call.target_dtype)) {
-    for (int plane = kTotals; plane < kForwardPlanes; ++plane) clear(plane);
-  }
+        side_(call.channels_last ? call.channels + 16 : kRows * stride_),
+        converted_(2 * side_) {}
 
   void unit(int64_t index) {
     const Block block = this->block(index);
-    double* partials = call_.partials + index * call_.predictions;
-    if (call_.channels_last) {
-      for (int64_t k = 0; k < call_.predictions; ++k) partials[k] = pixels(block, k);
-      return;
-    }
-    clear(kSquaresB);
-    const Rows<T> b = gather(call_.target, call_.target_dtype, block.sample, block, target_.get(), kSquaresB);
     for (int64_t k = 0; k < call_.predictions; ++k) {
       const int64_t sample = this->sample_of(block, k);
-      clear(kSquaresA);
-      for (int plane = kSum; plane <= kDotB; ++plane) clear(plane);
-      const Rows<T> a = gather(call_.input, call_.input_dtype, sample, block, input_.get(), kSquaresA);
-      const T* mask = this->mask_of(block, sample);
-      set_units(mask, block.n);
-      for_each_group(
-          call_.channels,
-          [&](auto rows, int64_t c) {
-            constexpr int ROWS = decltype(rows)::value;
-            const Rows<T> x{a.row(c), a.stride}, y{b.row(c), b.stride};
-            const T* weights = this->weights_.get() + c;
-            call_.saved ? add_differences<ROWS, true>(x, y, weights, block.n, planes_)
-                        : add_differences<ROWS, false>(x, y, weights, block.n, planes_);
-          },
-          [&](bool last) { fold(kSum, call_.saved ? 3 : 1, block.n, last); });
-      partials[k] = finish(mask, sample, block);
+      std::memset(planes_.data, 0, static_cast<size_t>(kForwardPlanes * stride_) * sizeof(T));
+      // Half types are converted as they are loaded, others and mixed ones row by row.
+      const Dtype dtype = call_.input_dtype == call_.target_dtype ? call_.input_dtype : kNative<T>;
+      with_stored(dtype, [&](auto stored) {
+        using S = typename decltype(stored)::type;
+        using Read = std::conditional_t<sizeof(T) == 4 && sizeof(S) == 2, S, T>;
+        call_.channels_last ? add_pixels<Read>(block, sample) : add_channels<Read>(block, sample);
+      });
+      call_.partials[index * call_.predictions + k] = finish(block, sample);
     }
   }
 
  private:
-  // Rows at multiples of a page share few places of the caches, so that a block does not stay in them: such a block is
-  // copied as it is read.
-  bool copies() const {
-    return call_.blocks() > 1 && call_.pixels * static_cast<int64_t>(sizeof(T)) % 1024 == 0;
-  }
-  // channels_last reads a pixel from memory and again from the first-level cache.
-  int64_t scratch_of(Dtype dtype) const {
-    if (call_.channels_last) return call_.channels + 16;
-    return dtype == kNative<T> && !copies() ? 0 : call_.channels * stride_;
-  }
-  void clear(int plane) { std::memset(planes_.plane(plane), 0, static_cast<size_t>(stride_) * sizeof(T)); }
+  static constexpr int kRows = 4;        // channels that are added up in registers
+  static constexpr int64_t kFold = 256;  // a float takes no longer sums than that without losing bits
 
-  void fold(int first, int count, int64_t n, bool last) {
-    for (int j = 0; j < count; ++j) fold_plane(planes_.plane(first + j), planes_.plane(kTotals + j), n, last);
+  // `n` elements of the input's or the target's sample; converted into row `row` of the buffer unless stored as S.
+  template <typename S>
+  const S* elements(bool target, int64_t offset, int64_t n, int row = 0) {
+    const void* data = target ? call_.target : call_.input;
+    if constexpr (!std::is_same_v<S, T>)
+      return static_cast<const S*>(data) + offset;
+    else
+      return fetch(data, dtype_of(target), offset, n,
+                   converted_.get() + (target ? side_ : 0) + row * stride_);
   }
+  Dtype dtype_of(bool target) const { return target ? call_.target_dtype : call_.input_dtype; }
 
-  // The block's channels, whose squares are added up; in `scratch` unless they lie close together.
-  Rows<T> gather(const void* data, Dtype dtype, int64_t sample, const Block& block, T* scratch, int plane) {
-    T* squares = planes_.plane(plane);
-    const int64_t offset = this->row_offset(sample, 0, block.begin);
-    const bool native = dtype == kNative<T>;
-    // To the rows that are read next but some: as many as a memory access takes, more of short ones.
-    const int64_t ahead = native ? (least(1024 / block.n, 12) + 4) * call_.pixels : 0;
-    const Rows<T> given{static_cast<const T*>(data) + (native ? offset : 0), call_.pixels};
-    const Rows<T> copied{scratch, stride_};
-    const Rows<T> found = native && !copies() ? given : copied;
-    for_each_group(
-        call_.channels,
-        [&](auto rows, int64_t c) {
-          constexpr int ROWS = decltype(rows)::value;
-          T* to = scratch + c * stride_;
-          if (native && copies())
-            return add_squares<ROWS, true>(Rows<T>{given.row(c), given.stride}, block.n, to, stride_, squares,
-                                           ahead);
-          for (int j = 0; j < ROWS && !native; ++j)
-            fetch(data, dtype, offset + (c + j) * call_.pixels, block.n, to + j * stride_);
-          add_squares<ROWS, false>(Rows<T>{found.row(c), found.stride}, block.n, to, stride_, squares, ahead);
-        },
-        [&](bool last) { fold(plane, 1, block.n, last); });
-    return found;
+  // channels_last: a pixel after the other.
+  template <typename S>
+  void add_pixels(const Block& block, int64_t sample) {
+    const T* weights = this->weights_.get();
+    for (int64_t p = 0; p < block.n; ++p) {
+      const int64_t pixel = block.begin + p;
+      const S* a = elements<S>(false, this->pixel_offset(sample, pixel), call_.channels);
+      const S* b = elements<S>(true, this->pixel_offset(block.sample, pixel), call_.channels);
+      Products<V> products;
+      for_each_vector<V>(call_.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+        products.add(load_part<V>(a + c, count), load_part<V>(b + c, count), V::load(weights + c));
+      });
+      for (int q = 0; q < kProducts; ++q) planes_.plane(q)[p] = products.sums[q].lane_sum();
+    }
   }
 
-  void set_units(const T* mask, int64_t n) {
-    for_each_vector<V>(n, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
-      for (int side = 0; side < 2; ++side) {
-        unit_factor(V::load(planes_.plane(kSquaresA + side) + i), V(eps_), counted)
-            .store(planes_.plane(kUnitA + side) + i);
-      }
-    });
+  template <typename S>
+  Rows<S> rows(bool target, int64_t sample, int64_t c, int count, const Block& block) {
+    const bool in_place = !std::is_same_v<S, T> || dtype_of(target) == kNative<T>;
+    for (int j = in_place ? 0 : count - 1; j > 0; --j)
+      elements<S>(target, this->row_offset(sample, c + j, block.begin), block.n, j);
+    const S* first = elements<S>(target, this->row_offset(sample, c, block.begin), block.n);
+    if (!in_place) return {first, stride_, 0};
+    // As many rows as a memory access takes, more of short ones.
+    return {first, call_.pixels, (least(1024 / block.n, 12) + 4) * call_.pixels};
+  }
+
+  template <typename S>
+  void add_channels(const Block& block, int64_t sample) {
+    for (int64_t c = 0; c < call_.channels;) {
+      const int count = c + kRows <= call_.channels ? kRows : 1;
+      const Rows<S> a = rows<S>(false, sample, c, count, block),
+                    b = rows<S>(true, block.sample, c, count, block);
+      const T* weights = this->weights_.get() + c;
+      count == kRows ? add_products<kRows>(a, b, weights, block.n, planes_)
+                     : add_products<1>(a, b, weights, block.n, planes_);
+      c += count;
+      if (call_.channels > kFold && (c % kFold == 0 || c == call_.channels)) fold(c == call_.channels);
+    }
+  }
+
+  // Moves the sums to the totals; the last time the totals to the sums.
+  void fold(bool last) {
+    T *part = planes_.data, *total = planes_.plane(kTotals);
+    for (int64_t i = 0; i < kProducts * stride_; i += V::lanes) {
+      const V sum = V::load(total + i) + V::load(part + i);
+      sum.store(total + i);
+      (last ? sum : V(T(0))).store(part + i);
+    }
   }
 
   // The block's sum; saves what the backward needs.
-  double finish(const T* mask, int64_t sample, const Block& block) {
+  double finish(const Block& block, int64_t sample) {
+    const T* mask = this->mask_of(block, sample);
     V sum(T(0));
     for_each_vector<V>(block.n, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const auto load = [&](int plane)
-                            __attribute__((always_inline)) { return V::load(planes_.plane(plane) + i); };
-      V value = first_of(load(kSum), count);
-      if (mask) {
-        const V counted = load_part<V>(mask + i, count);
-        value = select_zero_(counted, counted * value);
-      }
-      sum = sum + value;
+      Products<V> products;
+      for (int q = 0; q < kProducts; ++q) products.sums[q] = V::load(planes_.plane(q) + i);
+      const V counted = mask ? load_part<V>(mask + i, count) : V(T(1));
+      const V r = unit_factor(products.sums[kAA], V(eps_), counted);
+      const V s = unit_factor(products.sums[kBB], V(eps_), counted);
+      Differences<V> of = multiplied_out(products, r, s);
+      // Not positive where more than four bits cancelled, and for NaN: there the differences themselves are added up.
+      const V kept = select_zero_(r + s, V(T(16)) * of.square - of.terms);
+      if (kept.negative_bits() != 0 || !all_equal_(kept, kept))
+        of.replace(kept, subtracted(block, sample, i, count, r, s));
+      sum = sum + first_of(select_zero_(counted, counted * of.square), count);
       if (call_.saved == nullptr) return;
-      for (int side = 0; side < 2; ++side) {
-        const V r = load(kUnitA + side);
-        store_part(r, this->saved(side, sample, block.begin + i), count);
-        store_part(along(V(kSlopes[side]), load(kDotA + side), r, load(kSquaresA + side)),
-                   this->saved(2 + side, sample, block.begin + i), count);
-      }
+      const int64_t pixel = block.begin + i;
+      store_part(r, this->saved(0, sample, pixel), count);
+      store_part(s, this->saved(1, sample, pixel), count);
+      store_part(along(V(T(2)), of.dot_a, r, products.sums[kAA]), this->saved(2, sample, pixel), count);
+      store_part(along(V(T(-2)), of.dot_b, s, products.sums[kBB]), this->saved(3, sample, pixel), count);
     });
     return sum.sum();
   }
 
-  // channels_last: a pixel after the other.
-  double pixels(const Block& block, int64_t k) {
-    const int64_t channels = call_.channels, sample = this->sample_of(block, k);
+  // The same of `count` pixels from i on, out of the differences.
+  __attribute__((noinline)) Differences<V> subtracted(const Block& block, int64_t sample, int64_t i,
+                                                      int count, V r, V s) {
     const T* weights = this->weights_.get();
-    const T* mask = this->mask_of(block, sample);
-    double total = 0;
-    for (int64_t p = 0; p < block.n; ++p) {
-      const int64_t pixel = block.begin + p;
-      const T* a =
-          fetch(call_.input, call_.input_dtype, this->pixel_offset(sample, pixel), channels, input_.get());
-      const T* b = fetch(call_.target, call_.target_dtype, this->pixel_offset(block.sample, pixel), channels,
-                         target_.get());
-      T& squares_b = planes_.plane(kSquaresB)[p];
-      if (k == 0) squares_b = square_sum(b, channels);
-      const T squares[2] = {square_sum(a, channels), squares_b};
-      const T counted = mask ? mask[p] : T(1);
-      const T units[2] = {unit_factor(squares[0], eps_, counted), unit_factor(squares[1], eps_, counted)};
-      const V r(units[0]), s(units[1]), minus_s(-units[1]);
-      V sum(T(0)), dot_a(T(0)), dot_b(T(0));
-      for_each_vector<V>(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-        const V x = load_part<V>(a + c, count), y = load_part<V>(b + c, count);
-        const V d = difference(x, r, y, s, minus_s);
-        const V weighted = load_part<V>(weights + c, count) * d;
-        sum = fma_(weighted, d, sum);
-        dot_a = fma_(weighted, x, dot_a);
-        dot_b = fma_(weighted, y, dot_b);
-      });
-      total += static_cast<double>(select_zero_(counted, counted * sum.lane_sum()));
-      if (call_.saved == nullptr) continue;
-      const T dots[2] = {dot_a.lane_sum(), dot_b.lane_sum()};
-      for (int side = 0; side < 2; ++side) {
-        *this->saved(side, sample, pixel) = units[side];
-        *this->saved(2 + side, sample, pixel) = along(kSlopes[side], dots[side], units[side], squares[side]);
+    const int64_t pixel = block.begin + i;
+    if (!call_.channels_last) {
+      Differences<V> total, part;
+      for (int64_t c = 0; c < call_.channels; ++c) {
+        const T* a = elements<T>(false, this->row_offset(sample, c, pixel), count);
+        const T* b = elements<T>(true, this->row_offset(block.sample, c, pixel), count);
+        part.add(load_part<V>(a, count), load_part<V>(b, count), V(weights[c]), r, s);
+        if (c % kFold == kFold - 1 || c + 1 == call_.channels) total.add(part), part = {};
       }
+      return total;
     }
-    return total;
+    T factors[2][V::lanes], sums[3][V::lanes] = {};
+    r.store(factors[0]), s.store(factors[1]);
+    for (int p = 0; p < count; ++p) {
+      const T* a = elements<T>(false, this->pixel_offset(sample, pixel + p), call_.channels);
+      const T* b = elements<T>(true, this->pixel_offset(block.sample, pixel + p), call_.channels);
+      Differences<V> of;
+      for_each_vector<V>(call_.channels, [&](int64_t c, int valid) __attribute__((always_inline)) {
+        of.add(load_part<V>(a + c, valid), load_part<V>(b + c, valid), V::load(weights + c), V(factors[0][p]),
+               V(factors[1][p]));
+      });
+      sums[0][p] = of.square.lane_sum(), sums[1][p] = of.dot_a.lane_sum(), sums[2][p] = of.dot_b.lane_sum();
+    }
+    Differences<V> found;
+    found.square = V::load(sums[0]), found.dot_a = V::load(sums[1]), found.dot_b = V::load(sums[2]);
+    return found;
   }
-
-  static constexpr T kSlopes[2] = {T(2), T(-2)};  // of w d^2 by a r and by b s, over w d
 
   Planes<T> planes_;
   T eps_;
-  Scratch<T> input_, target_;
+  int64_t side_;  // of the buffer, before the target's part
+  Scratch<T> converted_;
 };
 
 }  // namespace
