@@ -4,8 +4,8 @@
 with `torch.ops.load_library`, so one build serves every Python and every torch >= 2.10. torch is needed here
 only for its headers and for `libtorch_cpu.so` to link against. A GPU on the build machine is not needed.
 
-INPAINT_KERNELS_BUILD   auto (default): what the toolchain allows; what was left out, and why, is printed and
-                        kept in `_build_info.json` for `python -m inpaint_kernels doctor`
+INPAINT_KERNELS_BUILD   auto (default): what the toolchain allows, and for CUDA the installed torch; what was left
+                        out, and why, is printed and kept in `_build_info.json` for `python -m inpaint_kernels doctor`
                         none: pure Python    cpu: `_C` or an error    cuda: `_C` and `_C_cuda` or an error
                         In the source tree, libraries that are not built stay as they are
 TORCH_CUDA_ARCH_LIST    compute capabilities for `_C_cuda`; default those of the GPUs present, else all of a release;
@@ -115,6 +115,10 @@ def make_plan() -> Plan:
         left_out["cuda"] = "macOS has no CUDA"
     else:
         try:
+            if mode == "auto" and not (tools.torch / "lib/libtorch_cuda.so").exists():
+                raise LeftOut(
+                    "the installed torch has no CUDA; INPAINT_KERNELS_BUILD=cuda builds it all the same"
+                )
             tools.nvcc = find_nvcc()
             given = os.environ.get("TORCH_CUDA_ARCH_LIST")
             tools.archs = parse_archs(default_archs(tools.nvcc) if given is None else given)

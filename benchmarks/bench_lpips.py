@@ -21,20 +21,20 @@ def _normalized(features: Tensor) -> Tensor:
     return features / (torch.sqrt(torch.sum(features**2, dim=1, keepdim=True)) + EPS)
 
 
+def distance(maps: dict[str, Tensor]) -> Terms:
+    """Of the maps input0, target0 with weights0, and so on."""
+    total: Tensor | None = None
+    for i in range(len(maps) // 3):
+        difference = (_normalized(maps[f"input{i}"]) - _normalized(maps[f"target{i}"])) ** 2
+        weight = maps[f"weights{i}"].view(1, -1, 1, 1)
+        layer = F.conv2d(difference, weight).mean([2, 3], keepdim=True)
+        total = layer if total is None else total + layer
+    assert total is not None
+    return (total.mean(),)
+
+
 def eager(case: Case) -> Formula:
-    count = len(layers(case))
-
-    def formula(**maps: Tensor) -> Terms:
-        total: Tensor | None = None
-        for i in range(count):
-            difference = (_normalized(maps[f"input{i}"]) - _normalized(maps[f"target{i}"])) ** 2
-            weight = maps[f"weights{i}"].view(1, -1, 1, 1)
-            layer = F.conv2d(difference, weight).mean([2, 3], keepdim=True)
-            total = layer if total is None else total + layer
-        assert total is not None
-        return (total.mean(),)
-
-    return formula
+    return lambda **maps: distance(maps)
 
 
 def _multiplied_out(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:

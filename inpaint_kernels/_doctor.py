@@ -27,6 +27,7 @@ _KERNELS_OF = {
     "composite": "stacked_images",
     "feature_matching": "feature_distance",
     "gradient_loss": "total_variation",
+    "ms_ssim": "ssim",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,14 @@ def test_what_a_machine_without_a_compiler_records(tmp_path: Path, mode: str, sa
     record = tmp_path / "inpaint_kernels" / "_build_info.json"
     assert (run.returncode == 0) == record.exists() == (mode in ("none", "auto"))
     assert said in (str(json.loads(record.read_text())["left_out"]) if record.exists() else run.stderr)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA")
+def test_no_cuda_for_a_torch_without_it() -> None:
+    """Unless it is asked for: the compiler alone does not make the library loadable."""
+    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; print(setup.make_plan().left_out['cuda'])"
+    run = run_setup(ROOT, "-c", code, INPAINT_KERNELS_BUILD="auto")
+    assert "the installed torch has no CUDA; INPAINT_KERNELS_BUILD=cuda" in run.stdout, run.stderr
 
 
 @pytest.fixture

@@ -237,6 +237,7 @@ def test_bad_arguments() -> None:
         ({"reduction": "sample"}, ValueError, "reduction: got 'sample'"),
         ({"chunk": 0}, ValueError, "chunk"),
         ({"heads": "v0.0"}, ValueError, "heads: got 'v0.0', allowed: 'v0.1'"),
+        ({"heads": None}, TypeError, "heads must be 'v0.1' or a sequence of tensors, got NoneType"),
         ({"heads": head(64, 192, 384, 256)}, ValueError, r"heads have \[64, 192, 384, 256\] weights"),
         ({"heads": head(64, 192, 384, 256, 255)}, ValueError, r"heads have .* for layers of \[64, 192, 384"),
         ({"heads": [-h for h in head(64)]}, ValueError, r"heads\[0\] must hold one non-negative weight"),
@@ -256,8 +257,27 @@ def test_bad_arguments() -> None:
     for size in ((3, 1, 12, 10), (N, 2, 12, 10), (N, 12, 10)):
         with pytest.raises(ValueError, match="mask has shape"):
             make()(pred, target, torch.ones(size))
-    with pytest.raises(ValueError, match=r"pred has shape.*31x31"):
-        LPIPS(range="tanh", weights=None)(torch.rand(1, 3, 30, 40), torch.rand(1, 3, 30, 40))
+    alexnet, large = LPIPS(range="tanh", weights=None), torch.rand(1, 3, 40, 40)
+    for pair, error, words in (
+        ((torch.rand(1, 3, 30, 40),) * 2, ValueError, r"pred has shape.*31x31"),
+        (
+            (torch.rand(1, 40, 40, 3),) * 2,
+            ValueError,
+            r"pred must have shape \(N, 3, H, W\) or \(N, 1, H, W\)",
+        ),
+        (
+            (pred, target.byte()),
+            TypeError,
+            "target must be float16, bfloat16, float32 or float64, got torch.uint8",
+        ),
+        (
+            (large.double(), large),
+            TypeError,
+            r"images are float64, the trunk's weights torch.float32.*\.double\(\)",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            alexnet(*pair)
 
 
 def example(name: str) -> Tensor:

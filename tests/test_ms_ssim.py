@@ -100,6 +100,16 @@ def test_contrast_is_clamped(backend: Backend) -> None:
         assert not gradient[:, 1].any()
 
 
+@grid(special=("nan", "inf"), masked=(False, True))
+def test_specials_propagate(backend: Backend, special: str, masked: bool) -> None:
+    """Into the value of their sample, no further."""
+    pred, target = near((2, 2, 26, 27))
+    pred[1, 0, 9, 8] = float(special)
+    images = on_device(backend, pred, target, *([torch.ones(2, 1, 26, 27)] if masked else []))
+    values = ik.ms_ssim(*images, **FEW, scale_weights=EXPONENTS, reduction="none", backend=backend.name)
+    assert values.isfinite().tolist() == [True, False]
+
+
 def test_nothing_under_zero_is_read(backend: Backend) -> None:
     size = (2, 3, 26, 27)
     pred, target = near(size)

@@ -21,6 +21,8 @@ class LPIPSHeads:
             known = torch.load(_FILE, map_location="cpu", weights_only=True)
             self.values = [value for key, value in known.items() if key.startswith(f"{net}.")]
             return
+        if not isinstance(heads, Sequence):
+            raise TypeError(f"heads must be 'v0.1' or a sequence of tensors, got {type(heads).__name__}")
         self.values = []
         for layer, value in enumerate(heads):
             if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -162,7 +162,12 @@ class FrozenTrunk(nn.Module):
         elif self._copies_images:
             images = images.clone()
         dtype = self.dtype
-        if dtype is not None and images.dtype != torch.float64:
+        if dtype is not None and images.dtype != dtype:
+            if images.dtype == torch.float64:
+                raise TypeError(
+                    f"images are float64, the trunk's weights {dtype}: convert the images, .float(), or the trunk, "
+                    ".double()"
+                )
             images = images.to(dtype)
         if images.device.type == "cpu" if self.channels_last is None else self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

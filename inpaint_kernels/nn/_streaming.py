@@ -174,10 +174,7 @@ def check_learned(**values: Any) -> None:
 def check_images(pred: Tensor, target: Tensor) -> None:
     """pred (k N, C, H, W) against target (N, C, H, W)."""
     for name, value in (("pred", pred), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.ndim != 4:
-            raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(value.shape)}")
+        _checks.check_features(name, value)
     batches_fit = pred.shape[0] % target.shape[0] == 0 if target.shape[0] else pred.shape[0] == 0
     if not batches_fit or pred.shape[1:] != target.shape[1:]:
         raise ValueError(

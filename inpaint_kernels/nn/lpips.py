@@ -90,6 +90,7 @@ class LPIPS(nn.Module):
         _checks.check_choice("net", net, tuple(NETS))
         _checks.check_choice("range", range, tuple(RANGES))
         _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+        self.net, self.range = net, range
         self.reduction, self.chunk, self.backend = reduction, check_chunk(chunk), backend
         self.heads = LPIPSHeads(net, heads)
         if trunk is None:
@@ -124,10 +125,15 @@ class LPIPS(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, chunk={self.chunk}, backend={self.backend!r}"
+        return (
+            f"{self.net!r}, range={self.range!r}, reduction={self.reduction!r}, chunk={self.chunk}, "
+            f"backend={self.backend!r}"
+        )
 
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         check_images(pred, target)
+        if pred.shape[1] not in (1, 3):
+            raise ValueError(f"pred must have shape (N, 3, H, W) or (N, 1, H, W), got {tuple(pred.shape)}")
         check_size(self.trunk, "pred", pred)
         samples = target.shape[0]
         if mask is not None:
