@@ -124,10 +124,7 @@ class FrozenTrunk(nn.Module):
             self.least_size = (_least_side(self.features, 0), _least_side(self.features, 1))
         self.requires_grad_(False)
         self.train(False)
-        if channels_last:
-            for parameter in self.features.parameters():
-                if parameter.ndim == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self._lay_out(moved=False)
 
     def train(self, mode: bool = True) -> FrozenTrunk:
         """Stays in evaluation mode: a frozen trunk has no training mode."""
@@ -146,7 +143,20 @@ class FrozenTrunk(nn.Module):
         super()._apply(fn, recurse)
         # `half()` would round the constants, `double()` widen rounded ones, `to_empty()` leave them undefined.
         self._set_constants(self.scale.device)
+        self._lay_out(moved=True)
         return self
+
+    def _lay_out(self, moved: bool) -> None:
+        """Weights in the layout of the images: a convolution would convert them in every call."""
+        for parameter in self.features.parameters():
+            if parameter.ndim == 4:
+                if self._is_channels_last(parameter):
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                elif self.channels_last is None and moved:
+                    parameter.data = parameter.data.contiguous()
+
+    def _is_channels_last(self, of: Tensor) -> bool:
+        return of.device.type == "cpu" if self.channels_last is None else self.channels_last
 
     def _set_constants(self, device: torch.device) -> None:
         scale, shift = scale_and_shift(self.preprocess)
@@ -169,7 +179,7 @@ class FrozenTrunk(nn.Module):
                     ".double()"
                 )
             images = images.to(dtype)
-        if images.device.type == "cpu" if self.channels_last is None else self.channels_last:
+        if self._is_channels_last(images):
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast is None:
             return self._run(images, taps)
