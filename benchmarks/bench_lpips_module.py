@@ -13,35 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from . import bench_lpips
-from .harness import Benchmark, Bytes, Case, Formula, Terms
+from .harness import Benchmark, Bytes, Case, Formula, Terms, randomize
 
 if TYPE_CHECKING:
     from inpaint_kernels.nn import LPIPS
 
 # What the lpips package subtracts from images in [-1, 1] and divides them by.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-_MODULES: dict[tuple[torch.device, torch.dtype], LPIPS] = {}
+_MODULES: dict[tuple[torch.device, torch.dtype, bool | None], LPIPS] = {}
 
 
-def module_of(like: Tensor) -> LPIPS:
-    """The same random weights for every device and dtype."""
-    key = like.device, like.dtype
+def module_of(like: Tensor, channels_last: bool | None = None) -> LPIPS:
+    """The same random weights for every device, dtype and layout."""
+    key = like.device, like.dtype, channels_last
     if key not in _MODULES:
         import inpaint_kernels as ik
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            module = ik.nn.LPIPS("alex", range="tanh", weights=None)
-            for layer in module.trunk.features.children():
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        _MODULES[key] = module.to(*key)
+            module = ik.nn.LPIPS("alex", range="tanh", weights=None, channels_last=channels_last)
+            randomize(module.trunk.features)
+        _MODULES[key] = module.to(*key[:2])
     return _MODULES[key]
 
 
 def eager(case: Case) -> Formula:
     def formula(pred: Tensor, target: Tensor) -> Terms:
-        module = module_of(pred)
+        module = module_of(pred, channels_last=False)
         shift, scale = (pred.new_tensor(values).view(1, 3, 1, 1) for values in (SHIFT, SCALE))
         maps: dict[str, Tensor] = {}
         assert isinstance(module.trunk.features, nn.Sequential)
@@ -65,7 +63,8 @@ def fused(case: Case, backend: str) -> Formula:
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> dict[str, Tensor | None]:
     pred, target = (2 * torch.rand(case.shape, generator=generator, device=device) - 1 for _ in range(2))
-    module_of(pred)
+    for channels_last in (None, False):
+        module_of(pred, channels_last)
     return {"pred": pred.requires_grad_(), "target": target}
 
 
@@ -76,8 +75,8 @@ BENCHMARK = Benchmark(
     eager=eager,
     fused=fused,
     minimum_bytes=lambda case: Bytes(0, 0),
-    # Convolutions of another layout add up in another order.
-    tolerances={torch.float32: 2e-4},
+    # Seen: 1e-6 for the loss, 1e-3 for the L2 error of the gradient, for a rectifier or a pooling decides otherwise.
+    tolerances={torch.float32: 5e-3},
     variants=("plain",),
     heavy=True,
     compiled=False,

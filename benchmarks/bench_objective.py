@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import Benchmark, Bytes, Case, Formula, Terms
+from .harness import Benchmark, Bytes, Case, Formula, Terms, randomize
 from .methods import METHODS, built, method_inputs, method_of, outputs_of, total
 
 
@@ -26,9 +26,7 @@ def _trunk(net: str, layers: tuple[str, ...], device: torch.device, dtype: torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trunk = getattr(ik.features, net)(layers, weights=None, preprocess="none", channels_last=None)
-        for layer in trunk.features.children():
-            if isinstance(layer, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        randomize(trunk.features)
     return trunk.to(device, dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .harness import Benchmark, Bytes, Case, Formula, Terms
+from .harness import Benchmark, Bytes, Case, Formula, Terms, randomize
 
 if TYPE_CHECKING:
     from inpaint_kernels.features import FrozenTrunk
@@ -47,9 +47,7 @@ def _make_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trunk = ik.features.vgg16(TAPS, weights=None, preprocess=preprocess, channels_last=channels_last)
-        for layer in trunk.features.children():
-            if isinstance(layer, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        randomize(trunk.features)
     # Buffers of the preprocessing stay as they are: the trunk converts them itself.
     trunk.features.to(device, dtype)
     return trunk.to(device)

@@ -147,6 +147,14 @@ def image_inputs(case: Case, device: torch.device, generator: torch.Generator) -
     }
 
 
+def randomize(network: torch.nn.Module) -> None:
+    """Random weights of convolutions that let features neither vanish nor grow, the same in every layout."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            weight = torch.empty(layer.weight.shape)
+            layer.weight.data.copy_(torch.nn.init.kaiming_normal_(weight, nonlinearity="relu"))
+
+
 def feature_inputs(
     case: Case, device: torch.device, generator: torch.Generator, copies: int = 1
 ) -> dict[str, Tensor | None]:
