@@ -6,7 +6,6 @@ stands, launch logic included. Alignment of vector accesses is checked; races an
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import locked
 
 from inpaint_kernels import _backend
 
@@ -36,10 +36,7 @@ def build() -> Path:
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(f.read_bytes() for f in files))
     folder = ROOT / "build/emulation"
     library = folder / f"cuda_{digest.hexdigest()[:16]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        # The other test workers wait for the first one.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not library.is_file():
             _compile(compiler, folder, library)
     return library
