@@ -154,7 +154,7 @@ def opchecks() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "place", "gradient"), opchecks())
 def test_opcheck(kernel: Backend, op: Op, place: tuple[str, str], gradient: str) -> None:
-    """Of the operators that a call and its backward reach, as they are called; of an image also with one output alone."""
+    """Of the operators that a call and its backward reach, as they are called; also with one output alone."""
     wanted, dtypes, mask = GRADIENTS[gradient]
     inputs = inputs_of(op, kernel, SIZES[place[0]], dtypes, place[1], mask=mask)
     wanted = op.wanted if wanted is None else wanted
