@@ -150,9 +150,11 @@ $(VENV)/.stamp-package: pyproject.toml setup.py $(VENV)/.stamp-torch
 	$(EDITABLE) --no-deps -e .
 	@touch $@
 
+# Several extras at once: make .venv/.stamp-dev,test
+comma := ,
 $(VENV)/.stamp-%: pyproject.toml setup.py $(VENV)/.stamp-torch
 	$(EDITABLE) -e '.[$*]'
-	@touch $@ $(VENV)/.stamp-package
+	@touch $@ $(addprefix $(VENV)/.stamp-,package $(subst $(comma), ,$*))
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info inpaint_kernels/*.so inpaint_kernels/_build_info.json
