@@ -34,16 +34,19 @@ demo: $(VENV)/.stamp-demo build ## train a small inpainting network on real phot
 style: $(VENV)/.stamp-demo build ## move a photograph toward the style of another one
 	$(BIN)/python examples/style_transfer.py $(ARGS)
 
-# Without what `test-resources` compiles ahead of time, on two Tritons of its own.
+# Without what `test-resources` compiles ahead of time, on two Tritons of its own. ROWS=all: more rows of the tests that
+# wait for compilers.
+ROWS ?=
+test: export INPAINT_KERNELS_TEST_ROWS := $(or $(ROWS),$(INPAINT_KERNELS_TEST_ROWS))
 test: $(VENV)/.stamp-test $(VENV)/.stamp-trunks build ## all tests this machine can run, Triton through its interpreter
 	$(PYTEST) -n 2 tests --ignore-glob='*/test_resources*' $(ARGS)
 	$(MAKE) test-interpreter
 	$(MAKE) test-emulated
 
 # In a process of its own: interpreted and compiled kernels cannot live side by side. Slow: of the tests one in
-# INTERPRETED, scattered over all of them; INTERPRETED=1 runs all, another SHARE another part.
-INTERPRETED ?= 16
-SHARE ?= 0
+# INTERPRETED, scattered over all of them; INTERPRETED=1 runs all. Shares take turns from commit to commit.
+INTERPRETED ?= 32
+SHARE ?= $(shell git rev-list --count HEAD 2>/dev/null || echo 0)
 TRITON_OPS = $(basename $(notdir $(wildcard inpaint_kernels/triton_kernels/[a-z]*.py)))
 OP_TESTS = $(foreach op,$(TRITON_OPS),$(wildcard tests/test_$(op)*.py)) tests/test_values.py tests/test_training.py tests/test_derivatives.py
 test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
@@ -53,7 +56,7 @@ test-interpreter: $(VENV)/.stamp-test build ## the Triton kernels on the CPU
 	else echo 'Triton has no build for this platform: its kernels are not tested'; fi
 
 # The CUDA kernels as C++, blocks and threads emulated. Slow: of the tests one in EMULATED, in the same way.
-EMULATED ?= 12
+EMULATED ?= 24
 test-emulated: $(VENV)/.stamp-test build ## the CUDA kernels on the CPU
 	INPAINT_KERNELS_TEST_BACKENDS=emulated INPAINT_KERNELS_TEST_ROWS=covering TEST_SHARE=$(SHARE)/$(EMULATED) \
 	  PYTHONPATH=tools $(PYTEST) -p pytest_share -n 2 $(OP_TESTS) $(ARGS)
@@ -147,9 +150,11 @@ $(VENV)/.stamp-package: pyproject.toml setup.py $(VENV)/.stamp-torch
 	$(EDITABLE) --no-deps -e .
 	@touch $@
 
+# Several extras at once: make .venv/.stamp-dev,test
+comma := ,
 $(VENV)/.stamp-%: pyproject.toml setup.py $(VENV)/.stamp-torch
 	$(EDITABLE) -e '.[$*]'
-	@touch $@ $(VENV)/.stamp-package
+	@touch $@ $(addprefix $(VENV)/.stamp-,package $(subst $(comma), ,$*))
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info inpaint_kernels/*.so inpaint_kernels/_build_info.json

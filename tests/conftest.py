@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import zlib
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays to the end: no garbage collection walks over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def thin_reference(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,7 +6,6 @@ stands, launch logic included. Alignment of vector accesses is checked; races an
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -16,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import locked
 
 from inpaint_kernels import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS]
+# -O1 costs half a minute of compilation more than -O0, and its kernels take a third of the time.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", *WARNINGS]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
@@ -33,13 +34,10 @@ def build() -> Path:
         pytest.skip("needs g++ and the sources")
     folders = ("csrc/cuda", "csrc/common", "tests/csrc/emulation")
     files = sorted(f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file())
-    digest = hashlib.sha256(torch.__version__.encode() + b"".join(f.read_bytes() for f in files))
+    digest = hashlib.sha256(f"{torch.__version__} {FLAGS}".encode() + b"".join(f.read_bytes() for f in files))
     folder = ROOT / "build/emulation"
     library = folder / f"cuda_{digest.hexdigest()[:16]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        # The other test workers wait for the first one.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not library.is_file():
             _compile(compiler, folder, library)
     return library

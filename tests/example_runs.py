@@ -26,6 +26,7 @@ from inpaint_kernels.features import torchvision_nets
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import engine  # noqa: E402
 import plots  # noqa: E402
 import summary  # noqa: E402
 import train  # noqa: E402
@@ -69,8 +70,11 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def light(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Narrow, and without drawing, the slow part, which one test does."""
-    monkeypatch.setattr(plots, "write_png", lambda figure, path: plots.plt.close(figure))
+    """Narrow, judged by few held-out crops, and without drawing, the slow part, which one test does."""
+    monkeypatch.setattr(plots, "write_png", lambda figure, path: figure and plots.plt.close(figure))
+    monkeypatch.setattr(plots, "picture_grid", lambda path, title, rows: plots.write_png(None, path))
+    for module in (engine, summary):
+        monkeypatch.setattr(module, "HELD_OUT_CROPS", 4)
 
 
 @pytest.fixture

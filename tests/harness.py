@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+ROWS = os.environ.get("INPAINT_KERNELS_TEST_ROWS")
 # Instead of every case those that see every value: where each is slow, or time is short.
-COVERING = INTERPRETING or os.environ.get("INPAINT_KERNELS_TEST_ROWS") == "covering"
+COVERING = INTERPRETING or ROWS == "covering"
+# More cases of what is slow and hardly differs from op to op: compilers, the registration.
+ALL_ROWS = ROWS == "all"
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 

@@ -17,10 +17,8 @@ from feature_cases import (
     check,
     distance_call,
     distance_formula,
-    distance_pair,
     distance_settings,
     distance_sizes,
-    feature_map,
     gram_call,
     gram_formula,
     gram_sizes,
@@ -39,9 +37,21 @@ from harness import (
     backend_for,
     check_against_truth,
     evaluate,
-    laid_out,
 )
 from lpips_cases import lpips_call, lpips_formula, lpips_sizes
+from op_inputs import (
+    Size,
+    convolution,
+    exact_images,
+    features,
+    given_grams,
+    images,
+    masked_features,
+    of_one_batch,
+    one_image,
+    one_map,
+    unit_images,
+)
 from pairs_cases import (
     GRADIENT_REGIONS,
     MASK_IS,
@@ -49,7 +59,6 @@ from pairs_cases import (
     SCALE,
     SHIFT,
     composite_formula,
-    eighths,
     gradient_loss_call,
     gradient_loss_formula,
     inpainting_pixel_call,
@@ -61,16 +70,13 @@ from pairs_cases import (
 )
 from pairs_cases import MODES as PAIR_MODES
 from pairs_cases import PENALTIES as PAIR_PENALTIES
-from partial_conv_cases import FORMS, FUNCTIONS, make_tensors
-from partial_conv_cases import Case as Convolution
+from partial_conv_cases import FORMS, FUNCTIONS
 from pixel_cases import (
     MODES,
     NORMALIZATIONS,
     PENALTIES,
     hole_valid_call,
     hole_valid_formula,
-    image_pair,
-    make_mask,
     masked_call,
     masked_formula,
     on_device,
@@ -82,9 +88,6 @@ from torch import Tensor
 
 import inpaint_kernels as ik
 
-Size = tuple[int, ...]
-# Planes of 126 elements: several vectors of 8 or 16, then a tail.
-SIZE = (2, 3, 9, 14)
 SMALL = (2, 3, 4, 5)
 # What large inputs are: several tiles, parts of a sum and threads.
 LARGE = (2, 3, 5, 7) if INTERPRETING else (2, 3, 48, 56) if EMULATING else (3, 3, 150, 170)
@@ -133,109 +136,6 @@ class Op:
         # Kernels read Gram matrices in their dtype; masks become what kernels take.
         skip_unsupported(backend, *(inputs if self.name == "style" else inputs[: self.free]))
         self.check(self.by(backend), on_device(backend, *inputs))
-
-
-# ---- inputs ------------------------------------------------------------------------------------------------------
-
-
-def images(
-    size: Size = SIZE,
-    dtypes: str = "f32/f32",
-    layout: str = "contiguous",
-    mask: str = "n1hw",
-    *,
-    mask_dtype: str = "f32",
-    mask_layout: str = "contiguous",
-    values: str = "mixed",
-    expanded: bool = False,
-    exact: bool = False,
-) -> list[Tensor]:
-    """[pred, target, mask]; `layout` of both images, or "pred/target". `exact`: fractions in eighths."""
-    layouts = layout if "/" in layout else f"{layout}/{layout}"
-    pair, weights = image_pair(size, dtypes, layouts), make_mask(mask, size, mask_dtype, values)
-    if weights is None:
-        return [*pair]
-    weights = laid_out(eighths(weights) if exact else weights, mask_layout)
-    return [*pair, weights.expand(size) if expanded else weights]
-
-
-# Equal neighbours of a composite stay equal, which decides the sign of l1.
-exact_images = partial(images, exact=True)
-
-
-def one_image(*args: Any, **options: Any) -> list[Tensor]:
-    """[image, mask]"""
-    return exact_images(*args, **options)[::2]
-
-
-def unit_images(*args: Any, **options: Any) -> list[Tensor]:
-    """As `images`, with values around 0.5, see `ssim_cases.unit_pair`."""
-    found = images(*args, **options)
-    for image in found[:2]:
-        image.mul_(0.25).add_(0.5)
-    return found
-
-
-def layers_of(size: Size) -> tuple[Size, Size]:
-    """No two sizes of `SIZE` and the second layer are equal: a compiler would expect that of every call."""
-    n, c, h, w = size
-    return size, (n or 2, c + 3, (h + 1) // 2, (w + 1) // 2)
-
-
-def of_one_batch(size: Size) -> tuple[Size, Size]:
-    """As `layers_of`, for what is added up sample by sample."""
-    return size, (size[0], *layers_of(size)[1][1:])
-
-
-def features(
-    size: Size = SIZE,
-    dtypes: str = "f32/f32",
-    layout: str = "contiguous",
-    *,
-    pair: Callable[..., tuple[Tensor, Tensor]] = distance_pair,
-    predictions: int = 2,
-    sizes: Callable[[Size], tuple[Size, Size]] = layers_of,
-    **_: str,
-) -> list[Tensor]:
-    """[*inputs, *targets] of two layers; `layout` of both sides, or "input/target"."""
-    layouts = layout if "/" in layout else f"{layout}/{layout}"
-    options = {"predictions": predictions, "dtypes": dtypes, "layouts": layouts}
-    pairs = [pair(s, seed=i, **options) for i, s in enumerate(sizes(size))]
-    return [*(x for x, _ in pairs), *(y for _, y in pairs)]
-
-
-def masked_features(
-    size: Size = SIZE,
-    *args: Any,
-    sizes: Callable[[Size], tuple[Size, Size]] = layers_of,
-    **options: Any,
-) -> list[Tensor]:
-    masks = [make_mask("n1hw", s, seed=i) for i, s in enumerate(sizes(size))]
-    return [*features(size, *args, sizes=sizes, **options), *masks]
-
-
-def given_grams(*args: Any, style: str, **options: Any) -> list[Tensor]:
-    flat = features(*args, pair=style_pair, **options)
-    return flat[:2] + [gram_formula(y.double(), STYLES[style][0]).to(y.dtype) for y in flat[2:]]
-
-
-def one_map(size: Size = SIZE, dtypes: str = "f32/f32", layout: str = "contiguous", **_: str) -> list[Tensor]:
-    return [feature_map(size, dtypes.partition("/")[0], layout.partition("/")[0])]
-
-
-def convolution(
-    size: Size = SIZE,
-    dtypes: str = "f32/f32",
-    layout: str = "contiguous",
-    *,
-    holes: str,
-    dims: int = 2,
-    **_: str,
-) -> list[Tensor]:
-    """[input, weight, bias, mask]"""
-    case = Convolution(size=(*size, 3)[: dims + 2], outputs=4)
-    given = make_tensors(case, dtypes.partition("/")[0], mask=holes, layouts=f"{layout}/contiguous")
-    return [t for t in given if t is not None]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

@@ -257,7 +257,9 @@ def image_cases(draw: Any, masks: Sequence[str] = tuple(MASK_SHAPES)) -> dict[st
     size = tuple(draw(st.integers(low, high)) for low, high in ((0, 3), (1, 5), (1, 19), (1, 19)))
     floats = st.sampled_from(("f16", "bf16", "f32"))
     layout = st.sampled_from(list(LAYOUTS))
-    seed = draw(st.integers(0, 2**16))
+    # From 100 on Hypothesis also draws numbers that it finds in the modules a process has imported: another process
+    # would get other cases.
+    seed = draw(st.integers(0, 99))
     pair = image_pair(size, f"{draw(floats)}/{draw(floats)}", f"{draw(layout)}/{draw(layout)}", seed)
     values = draw(st.sampled_from(("mixed", "mixed", "binary", "zeros", "ones")))
     mask = make_mask(

@@ -6,13 +6,14 @@ They are forked from a server that has imported torch once, which costs each of 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import multiprocessing
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ Worker = Callable[[int], dict[Any, Any]]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch"])
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """What the first test worker makes in the folder the others wait for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run_code(code: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:

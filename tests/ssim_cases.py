@@ -28,13 +28,15 @@ def unit_pair(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def windows_of(x: Tensor, size: int, sigma: float, padding: str) -> Tensor:
-    """Weighted sums over the windows of every plane, by one square filter."""
+    """Weighted sums over the windows of every plane: over the columns of each window, then over its rows."""
     row = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * sigma**2))
-    square = torch.outer(row, row)
-    square = (square / square.sum()).to(x.dtype)[None, None]
-    planes = x.reshape(-1, 1, *x.shape[-2:])
-    found = F.conv2d(planes, square, padding=size // 2 if padding == "same" else 0)
-    return found.reshape(*x.shape[:-2], *found.shape[-2:])
+    row = (row / row.sum()).to(x.dtype)[None, None]
+    around = size // 2 if padding == "same" else 0
+    across = F.conv1d(x.reshape(-1, 1, x.shape[-1]), row, padding=around)
+    across = across.reshape(-1, *x.shape[-2:-1], across.shape[-1])
+    down = F.conv1d(across.transpose(1, 2).reshape(-1, 1, x.shape[-2]), row, padding=around)
+    down = down.reshape(*across.shape[::2], down.shape[-1]).transpose(1, 2)
+    return down.reshape(*x.shape[:-2], *down.shape[-2:])
 
 
 def plane_formula(

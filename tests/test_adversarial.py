@@ -198,7 +198,8 @@ def test_derivatives(mode: str, masked: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["nonsaturating", "hinge", "clamped_bce"])
 def test_compiles_whole(mode: str) -> None:
-    """Tracing takes seconds; the other modes are made of the same operators."""
+    """Tracing takes seconds, with sizes as unknowns ten; the other modes are made of the same operators."""
+    dynamic = mode == "nonsaturating"
 
     def step(real: Tensor, fake: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         smoothing = 0.0 if mode in ("hinge", "wgan") else 0.1
@@ -206,8 +207,8 @@ def test_compiles_whole(mode: str) -> None:
         return both(mode, *heads, mask, label_smoothing=smoothing, half=True)
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in ((2, 1, 4, 6), (3, 1, 5, 7)):
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((2, 1, 4, 6), (3, 1, 5, 7))[: 1 + dynamic]:
         real, fake = logits_of(*shape, seed=1), logits_of(*shape, seed=2)
         mask = torch.rand(shape[0], 1, 9, 9, generator=generator(3)).double()
         found, expected = compiled(real, fake, mask), step(real, fake, mask)

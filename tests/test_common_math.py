@@ -15,6 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from processes import locked
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "csrc" / "common_math.cpp"
@@ -44,8 +45,7 @@ def build_module(compiler: list[str], folder: Path) -> Path:
     library = folder / key.hexdigest()[:16] / f"common_math{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Two test processes may build at once; each writes its own file and the last rename wins.
-        unfinished = library.with_name(f"{os.getpid()}.so")
+        unfinished = library.with_name("unfinished.so")
         command = [*compiler, *flags, str(SOURCE), "-o", str(unfinished)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{SOURCE.name} does not compile:\n{done.stderr[-4000:]}"
@@ -60,7 +60,9 @@ def math(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no C++ compiler (looked for $CXX, c++, g++, clang++)")
     cache = ROOT / "build" / "test_common_math"
     folder = cache if os.access(ROOT, os.W_OK) else tmp_path_factory.mktemp("common_math")
-    spec = importlib.util.spec_from_file_location("common_math", build_module(compiler, folder))
+    with locked(folder):
+        library = build_module(compiler, folder)
+    spec = importlib.util.spec_from_file_location("common_math", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

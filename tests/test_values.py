@@ -23,8 +23,9 @@ from harness import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import OPS, SIZE, Op
+from op_cases import OPS, Op
 from op_choices import ALL_WAYS, FEATURE_WAYS, USUAL, WAYS, enough, ops, ways
+from op_inputs import SIZE
 from pairs_cases import SHAPES, dilated, region_cases, regions_of, tied_pair
 from pairs_cases import SIZES as PAIR_SIZES
 from pixel_cases import GPU_SIZES, MASK_DTYPES, image_cases, on_device, with_specials

@@ -85,9 +85,9 @@ def check_deterministic(run: Callable[[], Sequence[Tensor]], threads: Sequence[i
     before = torch.get_num_threads()
     try:
         results = []
-        for count in threads:
+        for count in (*threads, threads[-1]):
             torch.set_num_threads(count)
-            results += [run(), run()]
+            results.append(run())
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
