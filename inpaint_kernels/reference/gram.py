@@ -19,8 +19,9 @@ def gram_scale(normalize: str, channels: int, pixels: int) -> float:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast for what is computed on the device of x; meta tensors and others know none."""
     kind = x.device.type
-    # Where there is none anyway, entering and leaving a context would be what a small call costs.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # Where there is none anyway, asking and entering a context would be what a small call costs.
+    available = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if not available or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
 
