@@ -326,6 +326,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target-layers": ({"target": [ones()] * 2}, ValueError, "target has 2 layers, input has 1"),
     "target-size": ({"target": ones(4, 3, 8, 9)}, ValueError, r"target\[0\].*\(4, 3, 8, 9\).*\(4, 3, 8, 8\)"),
     "target-batch": ({"target": ones(3, 3, 8, 8)}, ValueError, r"input\[0\].*4.*target\[0\].*3.*multiple"),
+    "input-batch-0": ({"input": ones(0, 3, 8, 8)}, ValueError, r"input\[0\].*0.*target\[0\].*4.*1 or more"),
     "target-device": ({"target": ones(4, 3, 8, 8, device="meta")}, ValueError, "cpu.*meta"),
     "weights-none": ({"weights": None}, TypeError, "weights.*NoneType"),
     "weights-numbers": ({"weights": [1.0]}, TypeError, r"weights\[0\] must be a Tensor, got float"),

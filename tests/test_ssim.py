@@ -337,6 +337,15 @@ def test_no_images(backend: Backend, size: tuple[int, ...], l1: bool, mask: bool
     assert all(g.shape == size for g in gradients)
 
 
+def test_no_pixels(backend: Backend) -> None:
+    """Of any rank, with and without a mask of that rank: no window counts."""
+    for size in ((2, 3, 0, 12), (2, 2, 3, 0, 12)):
+        (image,) = on_device(backend, torch.zeros(size))
+        for mask in (None, image[..., :1, :, :]):
+            found = ik.ssim(image, image, mask, padding="same", reduction="none", backend=backend.name)
+            assert torch.equal(found.cpu(), torch.ones(size[:-3]))
+
+
 def test_one_pass_is_both_losses(backend: Backend) -> None:
     for mask in (None, make_mask("n1hw", (2, 3, 19, 23))):
         inputs = on_device(backend, *unit_pair((2, 3, 19, 23)), mask)

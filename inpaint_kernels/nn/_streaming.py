@@ -178,11 +178,12 @@ def check_images(pred: Tensor, target: Tensor) -> None:
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
         if value.ndim != 4:
             raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(value.shape)}")
-    batches_fit = pred.shape[0] % target.shape[0] == 0 if target.shape[0] else pred.shape[0] == 0
+    batch, samples = pred.shape[0], target.shape[0]
+    batches_fit = batch > 0 and batch % samples == 0 if samples else batch == 0
     if not batches_fit or pred.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"pred has shape {tuple(pred.shape)}; for target {tuple(target.shape)} it must be the same, "
-            "or a whole number of batches of it in the order of torch.cat"
+            "or a whole number of batches of it, 1 or more, in the order of torch.cat"
         )
 
 

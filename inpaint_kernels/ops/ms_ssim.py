@@ -48,10 +48,10 @@ def _next_scale(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tens
 
 
 def _power(value: Tensor, exponent: float) -> Tensor:
-    """``max(value, 0) ** exponent``, whose derivative at 0 is 0 here."""
-    positive = value > 0
-    base = torch.where(positive, value, torch.ones_like(value))
-    return torch.where(positive, base**exponent, torch.zeros_like(value))
+    """``max(value, 0) ** exponent``, whose derivative at 0 is 0 here; NaN stays NaN."""
+    clamped = value <= 0
+    base = torch.where(clamped, torch.ones_like(value), value)
+    return torch.where(clamped, torch.zeros_like(value), base**exponent)
 
 
 def _plane_values(
