@@ -172,11 +172,13 @@ def photographs() -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize("data_range", [1.0, 255.0])
 def test_photographs(backend: Backend, data_range: float) -> None:
     """Within 1e-7 of float64, where pytorch-msssim is."""
+    # The interpreter rounds products that a GPU fuses with a sum, and over its small pictures less averages out.
+    bound = 2e-7 if INTERPRETING else 1e-7
     for x, y in photographs():
         x32, y32 = ((data_range * v).astype(np.float32) for v in (x, y))
         pair = on_device(backend, *(torch.from_numpy(np.ascontiguousarray(v)) for v in (x32, y32)))
         found = float(ik.ssim(*pair, data_range=data_range, backend=backend.name))
-        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= 1e-7
+        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= bound
 
 
 def test_pytorch_msssim(backend: Backend) -> None:
