@@ -174,8 +174,9 @@ def check_learned(**values: Any) -> None:
 def check_images(pred: Tensor, target: Tensor) -> None:
     """pred (k N, C, H, W) against target (N, C, H, W)."""
     for name, value in (("pred", pred), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        # Bytes from 0 to 255 would pass for values of the range that the network expects.
+        if not isinstance(value, Tensor) or value.dtype not in _checks.FLOATS:
+            raise _checks.not_floating(name, value)
         if value.ndim != 4:
             raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(value.shape)}")
     batch, samples = pred.shape[0], target.shape[0]

@@ -72,8 +72,8 @@ def shift_of(pred_ptr, target_ptr, mask_ptr, plane, limit, sizes, WINDOW: tl.con
 
     They are the same in every program of a plane.
 
-    Variances do not change with a shift, and near 0 they cancel less. Pixels beyond `limit` stay out, and so does NaN:
-    they are rare, and would move all others away from 0.
+    Variances do not change with a shift, and near 0 they cancel less. Pixels beyond `limit` stay out, and so does
+    NaN: they are rare, and would move all others away from 0.
     """
     height, width = unpacked(sizes[0]), unpacked(sizes[1])
     column = tl.arange(0, WINDOW.BLOCK_X)[:, None] * width // WINDOW.BLOCK_X
