@@ -288,6 +288,11 @@ def shift_limit(c1: float) -> float:
     return 200 * math.sqrt(c1)
 
 
+def window_of(weights: list[float]) -> tuple[float, ...]:
+    """Of a narrow Gaussian without the weights that float32 has no normal number for: to Triton those are float64."""
+    return tuple(weight if weight >= torch.finfo(torch.float32).tiny else 0.0 for weight in weights)
+
+
 def forward(
     pred: Tensor,  # [N, C, H, W]
     target: Tensor,  # [N, C, H, W]
@@ -322,7 +327,7 @@ def forward(
             None,
             None,
             images.sizes,
-            tuple(window),
+            window_of(window),
             2 * c1,
             2 * c2,
             shift_limit(c1),
@@ -381,7 +386,7 @@ def backward(
             (grad_similarity, grad_contrast),
             scale,
             by_windows.sizes,
-            tuple(window),
+            window_of(window),
             2 * c1,
             2 * c2,
             shift_limit(c1),
@@ -397,7 +402,7 @@ def backward(
             grad_l1,
             scale,
             by_pixels.sizes,
-            tuple(window),
+            window_of(window),
             shift_limit(c1),
             by_pixels.window._replace(PAD=len(window) - 1 - by_pixels.window.PAD),
             num_warps=by_pixels.warps,
