@@ -44,6 +44,11 @@ BAD_LAYERS: dict[str, Row] = {
         ValueError,
         r"input\[0\].*4.*target\[0\].*3.*multiple",
     ),
+    "input-batch-0": (
+        {"input": features(0, 3, 8, 8)},
+        ValueError,
+        r"input\[0\].*0.*target\[0\].*4.*1 or more",
+    ),
     "target-batch-0": ({"target": features(0, 3, 8, 8)}, ValueError, r"input\[0\].*4.*target\[0\].*0"),
     "target-device": ({"target": features(device="meta")}, ValueError, "cpu.*meta"),
     "layer-device": (

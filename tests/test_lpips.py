@@ -154,6 +154,28 @@ def test_size_of_the_vectors_does_not_count(backend: Backend) -> None:
     torch.testing.assert_close(call(2**10 * x, y / 2**10), call(x, y), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("scale", [2.0**-43, 2.0**50])
+def test_short_and_long_vectors(backend: Backend, scale: float, layout: str) -> None:
+    """With eps as much larger the value is the same and the gradient so much smaller: nothing on the way to it may
+    leave float32, such as the cube of a norm."""
+    pair = on_device(backend, *distance_pair(SIZE, predictions=2, layouts=f"{layout}/{layout}"))
+    weights = heads(SIZE[1], backend.device)
+    plain, scaled = (
+        evaluate(
+            lambda x, y, by=by: lpips_distance(
+                x, y, weights, eps=1e-5 * by, reduction="none", backend=backend.name
+            ),
+            [by * t for t in pair],
+            (0, 1),
+        )
+        for by in (1.0, scale)
+    )
+    torch.testing.assert_close(scaled[0], plain[0], rtol=1e-6, atol=0)
+    for got, want in zip(scaled[1], plain[1], strict=True):
+        torch.testing.assert_close(scale * got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
 @grid(
     mask=("shared", "plane", "each"),
     mask_layout=LAYOUTS,
@@ -340,6 +362,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target-layers": ({"target": [ones()] * 2}, ValueError, "target has 2 layers, input has 1"),
     "target-size": ({"target": ones(4, 3, 8, 9)}, ValueError, r"target\[0\].*\(4, 3, 8, 9\).*\(4, 3, 8, 8\)"),
     "target-batch": ({"target": ones(3, 3, 8, 8)}, ValueError, r"input\[0\].*4.*target\[0\].*3.*multiple"),
+    "input-batch-0": ({"input": ones(0, 3, 8, 8)}, ValueError, r"input\[0\].*0.*target\[0\].*4.*1 or more"),
     "target-device": ({"target": ones(4, 3, 8, 8, device="meta")}, ValueError, "cpu.*meta"),
     "weights-none": ({"weights": None}, TypeError, "weights.*NoneType"),
     "weights-numbers": ({"weights": [1.0]}, TypeError, r"weights\[0\] must be a Tensor, got float"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,14 @@ def test_bad_arguments() -> None:
         ({"heads": None}, TypeError, "heads must be 'v0.1' or a sequence of tensors, got NoneType"),
         ({"heads": head(64, 192, 384, 256)}, ValueError, r"heads have \[64, 192, 384, 256\] weights"),
         ({"heads": head(64, 192, 384, 256, 255)}, ValueError, r"heads have .* for layers of \[64, 192, 384"),
-        ({"heads": [-h for h in head(64)]}, ValueError, r"heads\[0\] must hold one non-negative weight"),
+        (
+            {"heads": [-h for h in head(64)]},
+            ValueError,
+            r"heads\[0\] must hold one non-negative.*and -1 in it",
+        ),
+        ({"heads": [h / 0 for h in head(64)]}, ValueError, r"heads\[0\] must hold .* finite.*and inf in it"),
+        ({"heads": [h * math.nan for h in head(64)]}, ValueError, r"heads\[0\] must hold .*and nan in it"),
+        ({"heads": [h.int() for h in head(64)]}, TypeError, r"heads\[0\] must be .* got torch\.int32"),
         ({"trunk": ours, "weights": None}, ValueError, "weights.*trunk= has its own"),
         ({"trunk": ours}, ValueError, "heads has 5 layers, trunk taps 1, 4, 6"),
         ({"trunk": "alex"}, TypeError, "trunk must be a FrozenTrunk"),
@@ -254,6 +262,11 @@ def test_bad_arguments() -> None:
         ValueError, match=r"heads have \[6, 7, 8\] weights for layers of \[6, 6, 8\] channels"
     ):
         make(heads=head(6, 7, 8))(pred, target)
+    for bad, words in (((pred.byte(), target), "pred.*uint8"), ((pred, [target]), "target.*list")):
+        with pytest.raises(TypeError, match=words):
+            make()(*bad)
+    with pytest.raises(ValueError, match=r"pred has shape \(0, .*1 or more"):
+        make(chunk=1, reduction="none")(pred[:0], target)
     for size in ((3, 1, 12, 10), (N, 2, 12, 10), (N, 12, 10)):
         with pytest.raises(ValueError, match="mask has shape"):
             make()(pred, target, torch.ones(size))

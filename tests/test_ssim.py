@@ -1,8 +1,7 @@
-"""SSIM and the L1 + SSIM loss: known values, masks, windows, tiles, ranks and refusals."""
+"""SSIM and the L1 + SSIM loss: known values, masks, windows, tiles and ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -87,10 +86,31 @@ def test_the_gradient_reaches_half_a_window(backend: Backend) -> None:
     (_,), gradients, _ = evaluate(call, on_device(backend, pred, target), (0, 1))
     for gradient in gradients:
         assert (gradient[0, 0, 10:31, 11:32] != 0).all()
-        # The formula subtracts the mean of d, and adds it again.
-        limit = 1e-6 * float(gradient.abs().max()) if backend.name == "reference" else 0.0
+        # All but the CPU's kernels subtract a mean of d, and add it again.
+        limit = 0.0 if backend.name == "cpu" else 1e-6 * float(gradient.abs().max())
         gradient[0, 0, 10:31, 11:32] = 0
         assert gradient.abs().max() <= limit
+
+
+@grid(value=(1e6, -3e4), row=(15, 3), mask=("nomask", "n1hw"))
+def test_a_value_far_beyond_the_range_spoils_its_windows_alone(
+    backend: Backend, value: float, row: int, mask: str
+) -> None:
+    """Kernels subtract a mean of the image from all of it, which such a value would move far away."""
+    pred, target = unit_pair((1, 2, 31, 33))
+    weights = make_mask(mask, (1, 2, 31, 33))
+    pred[:, 1, row, 4] = value
+    call, formula = ssim_call(backend), ssim_formula
+    exact = [None if t is None else t.double() for t in (pred, target, weights)]
+    (want,), slopes, upstream = evaluate(formula, exact, (0, 1))
+    (found,), gradients, _ = evaluate(
+        call, on_device(backend, pred, target, weights), (0, 1), [upstream[0].float()]
+    )
+    torch.testing.assert_close(found.cpu().double(), want, rtol=0, atol=1e-5)
+    for got, slope in zip(gradients, slopes, strict=True):
+        away = slope[:, :, :, 15:]
+        size = float(away.abs().max())
+        torch.testing.assert_close(got.cpu()[:, :, :, 15:].double(), away, rtol=0, atol=1e-4 * size)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -149,11 +169,13 @@ def photographs() -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize("data_range", [1.0, 255.0])
 def test_photographs(backend: Backend, data_range: float) -> None:
     """Within 1e-7 of float64, where pytorch-msssim is."""
+    # The interpreter rounds products that a GPU fuses with a sum, and over its small pictures less averages out.
+    bound = 2e-7 if INTERPRETING else 1e-7
     for x, y in photographs():
         x32, y32 = ((data_range * v).astype(np.float32) for v in (x, y))
         pair = on_device(backend, *(torch.from_numpy(np.ascontiguousarray(v)) for v in (x32, y32)))
         found = float(ik.ssim(*pair, data_range=data_range, backend=backend.name))
-        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= 1e-7
+        assert abs(found - numpy_ssim(x32.astype(float), y32.astype(float), data_range)) <= bound
 
 
 def test_pytorch_msssim(backend: Backend) -> None:
@@ -176,6 +198,17 @@ def test_every_window(backend: Backend, size: int, padding: str, mask: str, l1: 
     # In eighths: of a small window weights near 0 would leave one pixel, and a variance that is all rounding.
     weights = weights if weights is None else eighths(weights)
     inputs = on_device(backend, *unit_pair((2, 2, 18, 21)), weights)
+    check(ssim_call(backend, **options), partial(ssim_formula, **options), inputs)
+
+
+@grid(sigma=(0.3, 1e6), mask=("nomask", "n1hw"))
+def test_narrow_and_flat_windows(backend: Backend, sigma: float, mask: str) -> None:
+    """Of a narrow one many weights are below the smallest float32. No pixel is uncounted: of one that is left alone
+    in its window the variance is all rounding."""
+    options = {"window_size": 13, "sigma": sigma, "padding": "same"}
+    weights = make_mask(mask, (2, 2, 14, 15))
+    weights = weights if weights is None else 0.5 + eighths(weights)
+    inputs = on_device(backend, *unit_pair((2, 2, 14, 15)), weights)
     check(ssim_call(backend, **options), partial(ssim_formula, **options), inputs)
 
 
@@ -330,6 +363,15 @@ def test_no_images(backend: Backend, size: tuple[int, ...], l1: bool, mask: bool
     assert all(g.shape == size for g in gradients)
 
 
+def test_no_pixels(backend: Backend) -> None:
+    """Of any rank, with and without a mask of that rank: no window counts."""
+    for size in ((2, 3, 0, 12), (2, 2, 3, 0, 12)):
+        (image,) = on_device(backend, torch.zeros(size))
+        for mask in (None, image[..., :1, :, :]):
+            found = ik.ssim(image, image, mask, padding="same", reduction="none", backend=backend.name)
+            assert torch.equal(found.cpu(), torch.ones(size[:-3]))
+
+
 def test_one_pass_is_both_losses(backend: Backend) -> None:
     for mask in (None, make_mask("n1hw", (2, 3, 19, 23))):
         inputs = on_device(backend, *unit_pair((2, 3, 19, 23)), mask)
@@ -337,66 +379,6 @@ def test_one_pass_is_both_losses(backend: Backend) -> None:
         both = ik.l1_ssim_loss(*inputs, ssim_weight=0.85, **options)
         l1 = ik.masked_l1_loss(*inputs, backend=backend.name)
         torch.testing.assert_close(both, 0.15 * l1 + 0.85 * ik.ssim_loss(*inputs, **options))
-
-
-# ---- arguments ---------------------------------------------------------------------------------------------------
-
-IMAGE = torch.zeros(1, 3, 16, 16)
-REFUSED: list[tuple[type[Exception], str, Sequence[Tensor], dict[str, Any]]] = [
-    (TypeError, r"pred must be .*uint8.*data_range=255", (IMAGE.byte(), IMAGE), {}),
-    (TypeError, r"target must be .*uint8.*data_range=255", (IMAGE, IMAGE.byte()), {}),
-    (TypeError, "pred must be a Tensor, got list", ([1.0], IMAGE), {}),
-    (ValueError, r"pred must have shape \(C, H, W\).*got \(16, 16\)", (IMAGE[0, 0], IMAGE[0, 0]), {}),
-    (ValueError, r"target has shape \(1, 1, 16, 16\), pred has \(1, 3, 16, 16\)", (IMAGE, IMAGE[:, :1]), {}),
-    (ValueError, "pred has 16 x 10 pixels, the window 11 x 11", (IMAGE[..., :10],) * 2, {}),
-    (ValueError, "pred has 4 x 16 pixels, the window 5 x 5", (IMAGE[..., :4, :],) * 2, {"window_size": 5}),
-    (ValueError, "odd number from 3 to 15, got 8", (IMAGE, IMAGE), {"window_size": 8}),
-    (ValueError, "odd number from 3 to 15, got 17", (IMAGE, IMAGE), {"window_size": 17}),
-    (ValueError, "window_size must be at least 3, got 1", (IMAGE, IMAGE), {"window_size": 1}),
-    (TypeError, "window_size must be an integer", (IMAGE, IMAGE), {"window_size": 11.0}),
-    (ValueError, "data_range must lie between", (IMAGE, IMAGE), {"data_range": 0}),
-    (TypeError, "sigma must be a number", (IMAGE, IMAGE), {"sigma": "1.5"}),
-    (ValueError, "padding: got 'reflect', allowed: 'valid', 'same'", (IMAGE, IMAGE), {"padding": "reflect"}),
-    (ValueError, "reduction: got 'sum'", (IMAGE, IMAGE), {"reduction": "sum"}),
-    (ValueError, r"mask has shape \(1, 16, 16\)", (IMAGE, IMAGE, IMAGE[0, :1]), {}),
-    (ValueError, r"\(1, 1, 16, 16\); for pred \(3, 16, 16\)", (IMAGE[0], IMAGE[0], IMAGE[:, :1]), {}),
-    (ValueError, "does not broadcast", (IMAGE[None], IMAGE[None], torch.zeros(2, 1, 1, 16, 16)), {}),
-]
-
-
-@pytest.mark.parametrize(("error", "message", "inputs", "options"), REFUSED)
-def test_refusals(
-    error: type[Exception], message: str, inputs: Sequence[Tensor], options: dict[str, Any]
-) -> None:
-    with pytest.raises(error, match=message):
-        ik.ssim(*inputs, **options)
-
-
-def test_refusals_of_the_share_of_ssim() -> None:
-    for weight in (-0.1, 1.5):
-        for made in (partial(ik.l1_ssim_loss, IMAGE, IMAGE), ik.nn.L1SSIMLoss):
-            with pytest.raises(ValueError, match="ssim_weight must lie between 0 and 1"):
-                made(ssim_weight=weight)
-
-
-def test_modules() -> None:
-    options: dict[str, Any] = {"data_range": 2.0, "window_size": 5, "sigma": 1.0, "padding": "same"}
-    pred, target = unit_pair((2, 3, 17, 18))
-    mask = make_mask("n1hw", (2, 3, 17, 18))
-    for module, function, more in (
-        (ik.nn.SSIMLoss, ik.ssim_loss, {"reduction": "none"}),
-        (ik.nn.MSSSIMLoss, ik.ms_ssim_loss, {"reduction": "none", "scale_weights": [0.25, 0.75]}),
-        (ik.nn.L1SSIMLoss, ik.l1_ssim_loss, {"ssim_weight": 0.5}),
-    ):
-        made = module(**options, **more)
-        assert not [*made.parameters(), *made.buffers()]
-        assert same_bits(made(pred, target, mask), function(pred, target, mask, **options, **more))
-        large = unit_pair((1, 1, 162, 161))
-        assert same_bits(module()(*large), function(*large))
-        for name, value in (options | more).items():
-            assert f"{name}={value!r}" in repr(made)
-        with pytest.raises(ValueError, match="padding"):
-            module(padding="reflect")
 
 
 # ---- training ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ _FILE = Path(__file__).with_name("lpips_heads_v0.1.pt")
 
 
 class LPIPSHeads:
-    """Weights (C,) of each layer, never negative: those of version 0.1 for a network, or the caller's own."""
+    """Finite weights (C,) of each layer, never negative: those of version 0.1 for a network, or the caller's."""
 
     def __init__(self, net: str, heads: str | Sequence[Tensor] = "v0.1") -> None:
         if isinstance(heads, str):
@@ -26,11 +26,13 @@ class LPIPSHeads:
         self.values = []
         for layer, value in enumerate(heads):
             if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise TypeError(f"heads[{layer}] must be a floating Tensor, got {value!r}")
-            if value.numel() != max(value.shape, default=0) or bool((value < 0).any()):
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"heads[{layer}] must be a floating Tensor, got {kind}")
+            refused = value[(value < 0) | ~value.isfinite()]
+            if value.numel() != max(value.shape, default=0) or refused.numel():
                 raise ValueError(
-                    f"heads[{layer}] must hold one non-negative weight for each channel, got shape "
-                    f"{tuple(value.shape)} and a minimum of {float(value.min()) if value.numel() else 0:g}"
+                    f"heads[{layer}] must hold one non-negative, finite weight for each channel, got shape "
+                    f"{tuple(value.shape)}" + (f" and {float(refused[0]):g} in it" if refused.numel() else "")
                 )
             self.values.append(value.detach().reshape(-1))
 

@@ -174,12 +174,14 @@ def check_learned(**values: Any) -> None:
 def check_images(pred: Tensor, target: Tensor) -> None:
     """pred (k N, C, H, W) against target (N, C, H, W)."""
     for name, value in (("pred", pred), ("target", target)):
+        # Bytes from 0 to 255 would pass for values of the range that the network expects.
         _checks.check_features(name, value)
-    batches_fit = pred.shape[0] % target.shape[0] == 0 if target.shape[0] else pred.shape[0] == 0
+    batch, samples = pred.shape[0], target.shape[0]
+    batches_fit = batch > 0 and batch % samples == 0 if samples else batch == 0
     if not batches_fit or pred.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"pred has shape {tuple(pred.shape)}; for target {tuple(target.shape)} it must be the same, "
-            "or a whole number of batches of it in the order of torch.cat"
+            "or a whole number of batches of it, 1 or more, in the order of torch.cat"
         )
 
 

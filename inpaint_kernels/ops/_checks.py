@@ -213,10 +213,10 @@ def check_streamed(*tensors: Tensor) -> None:
 
 
 def check_batches(layer: int, input: Tensor, batch: int) -> None:
-    """The input's batch is a whole number of batches of the target."""
-    fits = input.shape[0] % batch == 0 if batch else input.shape[0] == 0
+    """The input's batch is a whole number of batches of the target, one or more."""
+    fits = input.shape[0] > 0 and input.shape[0] % batch == 0 if batch else input.shape[0] == 0
     if not fits:
         raise ValueError(
             f"input[{layer}] has a batch of {input.shape[0]}, target[{layer}] of {batch}: the input's must be a "
-            "multiple of it (several predictions in the order of torch.cat)"
+            "multiple of it, 1 or more (several predictions in the order of torch.cat)"
         )

@@ -130,7 +130,8 @@ def _plane_mask(mask: Tensor, pred: Tensor) -> Tensor:
                 f"mask has shape {tuple(mask.shape)}, which does not broadcast to pred's {tuple(pred.shape)}"
             )
         mask = mask.expand(*samples, *mask.shape[-3:])
-    return mask.reshape(-1, *mask.shape[-3:])
+    # A count: -1 does not tell how many masks without pixels there are.
+    return mask.reshape(mask.shape[:-3].numel(), *mask.shape[-3:])
 
 
 def as_images(

@@ -73,13 +73,13 @@ def forward_layer(
     offset = begin * (C if COLUMN.CHANNELS_LAST else 1)
     target_start = sample * C * pixels + offset
     squares, b = squared_norms(target_ptr, target_start, pixel, left, pixels, COLUMN)
-    rb, second_b = factors(squares, eps)
+    rb, norm_b = factors(squares, eps)
     weight = load_head(weight_ptr, 0, COLUMN)
     for prediction in tl.static_range(PREDICTIONS):
         at = sample + prediction * samples
         start = at * C * pixels + offset
         squares, a = squared_norms(input_ptr, start, pixel, left, pixels, COLUMN)
-        ra, second_a = factors(squares, eps)
+        ra, norm_a = factors(squares, eps)
         value, by_a, by_b = differences(a, b, ra, rb, weight)
         if C > BLOCK_C:
             value, by_a, by_b = differences(tl.zeros_like(a), tl.zeros_like(b), ra, rb, weight)
@@ -103,8 +103,9 @@ def forward_layer(
         if saved_ptr is not None:
             plane = PREDICTIONS * samples * pixels
             saved = saved_ptr + at * pixels + begin + pixel
-            ca = 2 * second_a * tl.sum(by_a, axis=1, keep_dims=True)
-            cb = -2 * second_b * tl.sum(by_b, axis=1, keep_dims=True)
+            # In this order: of short or long vectors r^2 / |a| alone is beyond float32.
+            ca = tl.div_rn(2 * tl.sum(by_a, axis=1, keep_dims=True) * ra * ra, norm_a)
+            cb = tl.div_rn(-2 * tl.sum(by_b, axis=1, keep_dims=True) * rb * rb, norm_b)
             tl.store(saved, tl.where(counted, ra, 0.0), mask=pixel < left)
             tl.store(saved + plane, tl.where(counted, rb, 0.0), mask=pixel < left)
             tl.store(saved + 2 * plane, tl.where(counted, ca, 0.0), mask=pixel < left)

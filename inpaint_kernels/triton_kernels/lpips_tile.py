@@ -74,12 +74,11 @@ def squared_norms(pointer, start, pixel, left, pixels, COLUMN: tl.constexpr):
 
 @triton.jit
 def factors(squares, eps):
-    """1 / (norm + eps), and that of the gradient's second term, 1 / ((norm + eps)^2 norm); 0 for a zero vector."""
+    """1 / (norm + eps), 0 for a zero vector, and the norm, of a zero vector 1."""
     zero = squares == 0
     norm = tl.sqrt_rn(tl.where(zero, 1.0, squares))
     one = tl.full(norm.shape, 1.0, tl.float32)
-    factor = tl.div_rn(one, norm + eps)
-    return tl.where(zero, 0.0, factor), tl.where(zero, 0.0, tl.div_rn(factor * factor, norm))
+    return tl.where(zero, 0.0, tl.div_rn(one, norm + eps)), norm
 
 
 @triton.jit

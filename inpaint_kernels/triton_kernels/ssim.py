@@ -18,6 +18,8 @@ Reductions: every program stores its sums, `mean_kernel` adds them in float64 in
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +42,7 @@ from .ssim_tile import (
 )
 
 
-@triton.jit(do_not_specialize=["c1", "c2"])
+@triton.jit(do_not_specialize=["c1", "c2", "limit"])
 def window_kernel(
     pred_ptr,  # [N, C, H, W], NCHW or channels_last
     target_ptr,  # [N, C, H, W]
@@ -53,6 +55,7 @@ def window_kernel(
     window,  # SIZE weights
     c1,
     c2,
+    limit,  # see `shift_of`
     CONTRAST: tl.constexpr,
     L1: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -64,7 +67,7 @@ def window_kernel(
     plane, column, exists, first, end = place_of(sizes, WINDOW)
     image = offset_of(plane, column, height, width, sizes, WINDOW)
     stride = width.to(tl.int64) * WINDOW.STEP
-    shift = shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW)
+    shift = shift_of(pred_ptr, target_ptr, mask_ptr, plane, limit, sizes, WINDOW)
     mask_step = 0
     if mask_ptr is not None:
         mask_offset, mask_step, mask_stride = mask_place_of(plane, column, width, sizes, WINDOW)
@@ -215,7 +218,7 @@ def mean_kernel(
         store_mean(scale_ptr, tl.full([1], 1.0, tl.float64), weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def gradient_kernel(
     maps_ptr,  # [4, N, C, windows down, windows along], the g of s, d, s^2, d^2
     pred_ptr,  # [N, C, H, W]
@@ -227,6 +230,7 @@ def gradient_kernel(
     scale_ptr,  # [N C + 1], the last that of l1
     sizes,  # see `Images`
     window,
+    limit,
     WINDOW: tl.constexpr,  # its PAD is that of the windows that a pixel lies in
 ):
     LAST: tl.constexpr = WINDOW.SIZE - 1
@@ -238,7 +242,7 @@ def gradient_kernel(
     map_stride = map_width.to(tl.int64) * WINDOW.STEP
     image = offset_of(plane, column, height, width, sizes, WINDOW)
     stride = width.to(tl.int64) * WINDOW.STEP
-    shift = shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW)
+    shift = shift_of(pred_ptr, target_ptr, mask_ptr, plane, limit, sizes, WINDOW)
     by_l1 = 0.0
     if grad_l1_ptr is not None:
         by_l1 = tl.load(grad_l1_ptr) * tl.load(scale_ptr + planes)
@@ -279,6 +283,16 @@ def gradient_kernel(
             tl.store(grad_target_ptr + to, value, mask=inside)
 
 
+def shift_limit(c1: float) -> float:
+    """Twice the data range, as in `reference/ssim.py`."""
+    return 200 * math.sqrt(c1)
+
+
+def window_of(weights: list[float]) -> tuple[float, ...]:
+    """Of a narrow Gaussian without the weights that float32 has no normal number for: to Triton those are float64."""
+    return tuple(weight if weight >= torch.finfo(torch.float32).tiny else 0.0 for weight in weights)
+
+
 def forward(
     pred: Tensor,  # [N, C, H, W]
     target: Tensor,  # [N, C, H, W]
@@ -313,9 +327,10 @@ def forward(
             None,
             None,
             images.sizes,
-            tuple(window),
+            window_of(window),
             2 * c1,
             2 * c2,
+            shift_limit(c1),
             contrast,
             l1,
             images.window,
@@ -371,9 +386,10 @@ def backward(
             (grad_similarity, grad_contrast),
             scale,
             by_windows.sizes,
-            tuple(window),
+            window_of(window),
             2 * c1,
             2 * c2,
+            shift_limit(c1),
             False,
             False,
             by_windows.window,
@@ -386,7 +402,8 @@ def backward(
             grad_l1,
             scale,
             by_pixels.sizes,
-            tuple(window),
+            window_of(window),
+            shift_limit(c1),
             by_pixels.window._replace(PAD=len(window) - 1 - by_pixels.window.PAD),
             num_warps=by_pixels.warps,
         )

@@ -67,12 +67,13 @@ def mask_place_of(plane, column, width, sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW: tl.constexpr):
+def shift_of(pred_ptr, target_ptr, mask_ptr, plane, limit, sizes, WINDOW: tl.constexpr):
     """[1, BLOCK_C] each: the means of s and d over some counted pixels of the middle row.
 
     They are the same in every program of a plane.
 
-    Variances do not change with a shift, and near 0 they cancel less.
+    Variances do not change with a shift, and near 0 they cancel less. Pixels beyond `limit` stay out, and so does
+    NaN: they are rare, and would move all others away from 0.
     """
     height, width = unpacked(sizes[0]), unpacked(sizes[1])
     column = tl.arange(0, WINDOW.BLOCK_X)[:, None] * width // WINDOW.BLOCK_X
@@ -81,8 +82,7 @@ def shift_of(pred_ptr, target_ptr, mask_ptr, plane, sizes, WINDOW: tl.constexpr)
     inside = (plane < unpacked(sizes[4])) & (column < width)
     a = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(target_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    # Large numbers and NaN stay out: the shift reaches every window.
-    inside = inside & (tl.abs(a) < 1e18) & (tl.abs(b) < 1e18)
+    inside = inside & (tl.abs(a + b) <= limit) & (tl.abs(a - b) <= limit)
     if mask_ptr is not None:
         offset, _, stride = mask_place_of(plane, column, width, sizes, WINDOW)
         m = tl.load(mask_ptr + offset + (height // 2) * stride, mask=inside, other=0).to(tl.float32)
