@@ -84,9 +84,8 @@ def _masked_loss(
         if reduction != "mean":
             raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
         _pixel.check_group(process_group, mask)
-    elif backend is None and mask is None and penalty in _OF_TORCH and reduction != "none":
-        if pred.dtype == target.dtype == torch.float32 and _is_small(pred):
-            return _OF_TORCH[penalty](pred, target, reduction=reduction)
+    elif backend is None and mask is None and reduction != "none" and _suits_torch(penalty, pred, target):
+        return _OF_TORCH[penalty](pred, target, reduction=reduction)
     options = penalty, param, reduction, normalize
     loss: Tensor = _pixel.call(
         _op,
@@ -103,13 +102,15 @@ def _masked_loss(
     return loss
 
 
-def _is_small(image: Tensor) -> bool:
+def _suits_torch(penalty: str, pred: Tensor, target: Tensor) -> bool:
     # A compiled graph would be compiled anew for sizes on the other side of the limit.
     return (
-        image.device.type == "cpu"
+        penalty in _OF_TORCH
+        and pred.dtype == target.dtype == torch.float32
+        and pred.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and _backend.default_backend is None
-        and 0 < image.numel() < _SMALL
+        and 0 < pred.numel() < _SMALL
     )
 
 
