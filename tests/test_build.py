@@ -213,7 +213,7 @@ def test_a_given_list_of_architectures_wins(
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("INPAINT_KERNELS_BUILD", "auto")
+    monkeypatch.setenv("INPAINT_KERNELS_BUILD", "cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
     monkeypatch.setitem(setup_py["make_plan"].__globals__, "default_archs", lambda nvcc: "9.0")
     monkeypatch.setitem(setup_py["make_plan"].__globals__, "find_cxx", lambda: ["g++"])

@@ -127,6 +127,19 @@ def test_channels_last(kind: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_lie_as_the_images_do() -> None:
+    """channels_last=None: channels_last on the CPU, and contiguous where it goes from there."""
+
+    def last(trunk: FrozenTrunk) -> set[bool]:
+        weights = [p for p in trunk.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        return {p.is_contiguous(memory_format=torch.channels_last) for p in weights}
+
+    trunk = FrozenTrunk(small_net(), ["1", "4"], channels_last=None)
+    assert last(trunk) == {True}
+    assert last(trunk.to("meta")) == {False}
+    assert last(FrozenTrunk(small_net(), ["1", "4"], channels_last=False)) == {False}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     """Convolutions in the lower precision, preprocessing before it, gradients in the dtype of the images."""

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _library
+from .. import _library
 from ..reference import masked_l1 as reference
 from ..reference._common import accumulate_dtype
 from . import _checks, _pixel
 
 # The map of reduction "none" has no CUDA kernels: Triton writes it as fast.
 MAP: dict[str, Any] = {"form": " with reduction='none'", "backends": ("cpu", "triton")}
-# Torch's own losses for small images on the CPU without a mask: they cost the host less than an op of Python's. More
-# elements than that torch adds up in an order that depends on the number of threads.
-_OF_TORCH = {"l1": F.l1_loss, "l2": F.mse_loss}
-_SMALL = 1 << 15
 
 
 def _fake(
@@ -84,8 +78,6 @@ def _masked_loss(
         if reduction != "mean":
             raise ValueError(f"process_group needs reduction='mean', got {reduction!r}")
         _pixel.check_group(process_group, mask)
-    elif backend is None and mask is None and reduction != "none" and _suits_torch(penalty, pred, target):
-        return _OF_TORCH[penalty](pred, target, reduction=reduction)
     options = penalty, param, reduction, normalize
     loss: Tensor = _pixel.call(
         _op,
@@ -100,18 +92,6 @@ def _masked_loss(
         count = _pixel.mean_count(pred, mask, normalize)
         (loss,) = _pixel.global_means((loss,), (count,), process_group)
     return loss
-
-
-def _suits_torch(penalty: str, pred: Tensor, target: Tensor) -> bool:
-    # A compiled graph would be compiled anew for sizes on the other side of the limit.
-    return (
-        penalty in _OF_TORCH
-        and pred.dtype == target.dtype == torch.float32
-        and pred.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and _backend.default_backend is None
-        and 0 < pred.numel() < _SMALL
-    )
 
 
 def masked_l1_loss(
@@ -143,8 +123,7 @@ def masked_l1_loss(
         process_group: a torch.distributed group: D is summed over its ranks (one scalar all-reduce) and the
             result scaled such that the gradient average of DDP is the gradient of the global mean. The mean of
             the returned values over the ranks is that global mean. Needs ``reduction="mean"``.
-        backend: None (automatic; torch's ``l1_loss`` for small float32 images on the CPU without a mask),
-            "reference", "cpu", "triton" or "cuda", which has no ``reduction="none"``.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda", which has no ``reduction="none"``.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor like `pred`; float32, float64 if an input is float64.

@@ -216,6 +216,8 @@ def mean_kernel(
             weight = tl.zeros([1], tl.float64) + pixels * planes
         store_mean(l1_ptr, summed(sums_ptr, total, 1, BLOCK), weight, 0.0)
         store_mean(scale_ptr, tl.full([1], 1.0, tl.float64), weight, 0.0)
+    else:
+        tl.store(scale_ptr + tl.arange(0, 1), tl.zeros([1], tl.float32))
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -336,7 +338,7 @@ def forward(
             images.window,
             num_warps=images.warps,
         )
-        mean_kernel[(n * c + l1,)](
+        mean_kernel[(n * c + 1,)](
             sums,
             similarity,
             cs if contrast else None,

@@ -37,6 +37,8 @@ class Worker {
         mask_(stride_),
         weights_(call.channels + 16) {
     for (int64_t c = 0; c < call.channels; ++c) weights_.get()[c] = static_cast<T>(call.weights[c]);
+    // Whole vectors are read of them.
+    for (int64_t c = call.channels; c < call.channels + 16; ++c) weights_.get()[c] = T(0);
   }
 
  protected:
